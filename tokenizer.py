@@ -1,0 +1,205 @@
+"""
+Tokenizers: characters, a byte-level BPE trained here, and GPT-2's.
+    python tokenizer.py my.txt gpt2 data/book        # how well does each tokenizer fit that text?
+
+Each has encode(text) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> bytes, n_vocab, eot (the id that starts a
+document, or None), and spec: a dictionary of plain values that `load` turns into the same tokenizer again.
+Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the control token.
+"""
+import collections
+import hashlib
+import heapq
+import json
+import os
+import sys
+
+import regex
+import tiktoken
+
+from configurator import UserError, report
+
+EOT = '<|endoftext|>'
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's
+
+
+class CharTokenizer:
+    def __init__(self, chars):
+        """chars: the characters of the vocabulary, in the order of their ids."""
+        self.spec = {'kind': 'char', 'chars': chars}
+        self.n_vocab, self.eot = len(chars), None
+        self.id_of = {c: i for i, c in enumerate(chars)}
+
+    def encode(self, text):
+        unknown = sorted(set(text) - self.id_of.keys())
+        if unknown:
+            raise UserError(f'this model knows {self.n_vocab} characters and never saw {" ".join(map(repr, unknown[:20]))};'
+                            ' leave them out, or prepare the data with --tokenizer=bpe, which knows every character')
+        return [self.id_of[c] for c in text]
+
+    def decode(self, ids):
+        return ''.join(self.spec['chars'][i] for i in ids)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8', 'surrogatepass')
+
+
+class BPETokenizer:
+    def __init__(self, encoding, spec):
+        """encoding: a tiktoken.Encoding whose one special token is EOT."""
+        self.encoding, self.spec = encoding, spec
+        self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
+
+
+def load(source):
+    """A tokenizer from 'gpt2', from a spec, from the tokenizer.json that `save` wrote, or from a data folder.
+
+    GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raises UserError.
+    """
+    if source == 'gpt2':
+        source = {'kind': 'gpt2'}
+    if not isinstance(source, dict):
+        path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
+        try:
+            with open(path, encoding='utf-8') as f:
+                source = json.load(f)
+        except (OSError, ValueError) as e:
+            raise UserError(f'no tokenizer in {path} ({e}); it may be gpt2, or a tokenizer.json that '
+                            'prepare.py wrote') from None
+    try:
+        if source['kind'] == 'char':
+            return CharTokenizer(source['chars'])
+        if source['kind'] == 'bpe':
+            tokens = [bytes([i]) for i in range(256)]
+            tokens += [(left + right).encode('latin-1') for left, right in source['merges']]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            return BPETokenizer(tiktoken.Encoding('folio', pat_str=source['pattern'], mergeable_ranks=ranks,
+                                                  special_tokens={EOT: len(tokens)}), source)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
+    if source['kind'] != 'gpt2':
+        raise UserError(f'unknown kind of tokenizer {source["kind"]!r}; choose from char, bpe, gpt2')
+    try:
+        return BPETokenizer(tiktoken.get_encoding('gpt2'), {'kind': 'gpt2'})
+    except OSError as e:  # requests' errors are OSErrors too
+        raise UserError("GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR to a folder "
+                        f'that has it ({type(e).__name__})') from e
+
+
+def save(tokenizer, path):
+    """Write the spec as JSON; the bytes of a merge are written as Latin-1 characters, one a byte."""
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(tokenizer.spec, f)
+
+
+def spec_hash(spec):
+    """A fingerprint: equal for two tokenizers that give the same ids."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- Training a BPE --------------------------------------------------------------------------------------------------
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE of at most vocab_size tokens (256 bytes, merges, EOT) learned from an iterable of str.
+
+    Rule (Sennrich et al. 2016): cut the text into pieces, encode them with the vocabulary so far, make the most frequent
+    adjacent pair a token, repeat, until the vocabulary is full or no pair occurs twice. Among equally frequent pairs the
+    one with the lower left id wins, then the lower right id. Because pieces are at any time what encoding gives, a pair
+    that spells a token which exists already is that token. Raises UserError for a vocab_size under 257.
+    """
+    if vocab_size < 257:
+        raise UserError(f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
+    find_pieces = regex.compile(SPLIT_PATTERN).findall
+    piece_counts = collections.Counter()
+    for text in texts:
+        piece_counts.update(find_pieces(text))
+    pieces, counts = [list(p.encode('utf-8')) for p in piece_counts], list(piece_counts.values())
+    tokens = [bytes([i]) for i in range(256)]
+    rank = {token: i for i, token in enumerate(tokens)}
+    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
+    for i, piece in enumerate(pieces):
+        for pair in zip(piece, piece[1:]):
+            pair_counts[pair] += counts[i]
+            pieces_with[pair].add(i)
+    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while len(tokens) < vocab_size - 1 and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pair_counts[pair]:  # out of date: counts fall without notice to the heap, and are put right here
+            if pair_counts[pair] > 0:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+            continue
+        if -n < 2:
+            break
+        new, spelled = len(tokens), tokens[pair[0]] + tokens[pair[1]]
+        merges.append([tokens[i].decode('latin-1') for i in pair])
+        tokens.append(spelled)
+        rank[spelled] = new
+        spellings = {(rank.get(spelled[:k]), rank.get(spelled[k:])) for k in range(1, len(spelled))} & pieces_with.keys()
+        grown = set()
+        for i in set().union(*(pieces_with.pop(s) for s in spellings)):
+            for p, change in merge_piece(pieces[i], spellings, rank, tokens):
+                pair_counts[p] += change * counts[i]
+                if change > 0:
+                    pieces_with[p].add(i)
+                    grown.add(p)
+        for p in grown:
+            heapq.heappush(heap, (-pair_counts[p], p))
+    return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN, 'merges': merges})
+
+
+def merge_piece(piece, spellings, rank, tokens):
+    """Encode a piece anew, in place, after a token was made that `spellings` spell. Yields (pair, +1 or -1) changes."""
+    i = 0
+    while i < len(piece) - 1:
+        if (piece[i], piece[i + 1]) not in spellings:
+            i += 1
+            continue
+        left, right = piece[i], piece[i + 1]
+        new = rank[tokens[left] + tokens[right]]
+        yield (left, right), -1
+        if i > 0:
+            yield (piece[i - 1], left), -1
+            yield (piece[i - 1], new), 1
+        if i + 2 < len(piece):
+            yield (right, piece[i + 2]), -1
+            yield (new, piece[i + 2]), 1
+        piece[i:i + 2] = [new]
+        # Rarely, the new token and a neighbour spell a token that is older; tiktoken would join them, so we do.
+        for j in (i - 1, i):
+            if 0 <= j < len(piece) - 1 and tokens[piece[j]] + tokens[piece[j + 1]] in rank:
+                spellings = spellings | {(piece[j], piece[j + 1])}
+                i = max(0, j - 1)
+        i += (piece[i] == new)
+
+
+# ---- Fertility -------------------------------------------------------------------------------------------------------
+
+def fertility(text, n_tokens):
+    """'x tokens a word, y bytes a token': how finely a tokenizer cuts a text; a word is what white space separates."""
+    words, size = max(1, len(text.split())), len(text.encode('utf-8', 'surrogatepass'))
+    return f'{n_tokens / words:.2f} tokens a word, {size / max(1, n_tokens):.2f} bytes a token'
+
+
+if __name__ == '__main__':
+    sys.excepthook = report
+    if len(sys.argv) < 3:
+        raise UserError('usage: python tokenizer.py TEXT_FILE TOKENIZER [TOKENIZER …]; a tokenizer is gpt2 or a data folder')
+    try:
+        with open(sys.argv[1], encoding='utf-8') as text_file:
+            sample = text_file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{sys.argv[1]} is no UTF-8 text that can be read: {error}') from None
+    for name in sys.argv[2:]:
+        tokenizer = load(name)
+        ids = tokenizer.encode(sample)
+        print(f'{name}: vocabulary of {tokenizer.n_vocab:,}, {len(ids):,} tokens, {fertility(sample, len(ids))}')
