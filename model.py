@@ -24,6 +24,7 @@ from configurator import UserError
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
+PEAK_TFLOPS = {'H200': 989, 'H100': 989, 'A100': 312, 'B200': 2250, 'L40S': 362, 'RTX 4090': 165, 'L4': 121}  # dense bf16
 
 
 @dataclass
@@ -366,6 +367,11 @@ def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9,
     elif strategy == 'nucleus':
         out_BV |= p_BV.cumsum(dim=-1) - p_BV >= top_p  # what comes before a token already sums to top_p
     return logits_BV.masked_fill(torch.zeros_like(out_BV).scatter(1, order_BV, out_BV), -math.inf)
+
+
+def peak_flops(gpu_name):
+    """The GPU's dense bfloat16 flops a second by its data sheet, or None. peak_flops('NVIDIA A100-SXM4') is 312e12."""
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in gpu_name), None)
 
 
 # ---- Checkpoints and other people's weights --------------------------------------------------------------------------

@@ -147,39 +147,47 @@ def train_bpe(texts, vocab_size):
         spellings = {(rank.get(spelled[:k]), rank.get(spelled[k:])) for k in range(1, len(spelled))} & pieces_with.keys()
         grown = set()
         for i in set().union(*(pieces_with.pop(s) for s in spellings)):
-            for p, change in merge_piece(pieces[i], spellings, rank, tokens):
-                pair_counts[p] += change * counts[i]
-                if change > 0:
-                    pieces_with[p].add(i)
-                    grown.add(p)
+            old, pieces[i] = pieces[i], merge(pieces[i], pair, new)
+            joints = {k for j, token in enumerate(pieces[i]) if token == new for k in (j - 1, j)}
+            usual = len(spellings) == 1 and not any(spells(pieces[i], j, tokens) in rank for j in joints)
+            if not usual:
+                pieces[i] = encode_piece(old, tokens, rank)
+            before, after = list(zip(old, old[1:])), list(zip(pieces[i], pieces[i][1:]))
+            for p in before:
+                pair_counts[p] -= counts[i]
+            for p in after:
+                pair_counts[p] += counts[i]
+            for p in set(after).difference(before if usual else ()):
+                pieces_with[p].add(i)
+                grown.add(p)
         for p in grown:
             heapq.heappush(heap, (-pair_counts[p], p))
     return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN, 'merges': merges})
 
 
-def merge_piece(piece, spellings, rank, tokens):
-    """Encode a piece anew, in place, after a token was made that `spellings` spell. Yields (pair, +1 or -1) changes."""
-    i = 0
-    while i < len(piece) - 1:
-        if (piece[i], piece[i + 1]) not in spellings:
-            i += 1
-            continue
-        left, right = piece[i], piece[i + 1]
-        new = rank[tokens[left] + tokens[right]]
-        yield (left, right), -1
-        if i > 0:
-            yield (piece[i - 1], left), -1
-            yield (piece[i - 1], new), 1
-        if i + 2 < len(piece):
-            yield (right, piece[i + 2]), -1
-            yield (new, piece[i + 2]), 1
-        piece[i:i + 2] = [new]
-        # Rarely, the new token and a neighbour spell a token that is older; tiktoken would join them, so we do.
-        for j in (i - 1, i):
-            if 0 <= j < len(piece) - 1 and tokens[piece[j]] + tokens[piece[j + 1]] in rank:
-                spellings = spellings | {(piece[j], piece[j + 1])}
-                i = max(0, j - 1)
-        i += (piece[i] == new)
+def merge(piece, pair, new):
+    """The ids of a piece with every occurrence of a pair, from the left, made one. merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
+    merged, i = [], 0
+    while i < len(piece):
+        found = piece[i] == pair[0] and i + 1 < len(piece) and piece[i + 1] == pair[1]
+        merged.append(new if found else piece[i])
+        i += 1 + found
+    return merged
+
+
+def spells(piece, j, tokens):
+    return tokens[piece[j]] + tokens[piece[j + 1]] if 0 <= j < len(piece) - 1 else None
+
+
+def encode_piece(piece, tokens, rank):
+    """What tiktoken makes of a piece: join the adjacent pair that spells the oldest token, until none spells any."""
+    piece = list(piece)
+    while True:
+        joins = [(rank[s], j) for j in range(len(piece) - 1) if (s := spells(piece, j, tokens)) in rank]
+        if not joins:
+            return piece
+        new, j = min(joins)
+        piece[j:j + 2] = [new]
 
 
 # ---- Fertility -------------------------------------------------------------------------------------------------------

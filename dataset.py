@@ -1,0 +1,168 @@
+"""
+Token files: written by a prepare script, read back as deterministic batches.
+    python -c "from dataset import Dataset; print(Dataset('book').tokens('train')[:20])"
+
+data/<name>/ holds {train,val,test}.bin, raw little-endian uint16 or uint32 tokens, and meta.json, which describes them.
+A folder without meta.json is nanoGPT's: characters if it has a meta.pkl, GPT-2's BPE if not.
+"""
+import functools
+import json
+import os
+import pickle
+
+import numpy as np
+import torch
+
+import tokenizer as tokenizers
+from configurator import UserError
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+def write_dataset(folder, tokenizer, splits, source):
+    """Tokenize and write a data set whole or not at all; returns its meta.
+
+    splits: {'train': [document, ...], ...}; each document, a str, starts with the end-of-text token where there is one.
+    source: where the text came from, for meta.json. The files are renamed into place, meta.json first, so that a set that
+    was only half renamed shows itself: its sizes do not fit its meta.
+    """
+    dtype = '<u2' if tokenizer.n_vocab <= 2**16 else '<u4'
+    spec, start = tokenizer.spec, [] if tokenizer.eot is None else [tokenizer.eot]
+    meta = {'tokenizer': {'kind': spec['kind'], 'file': 'tokenizer.json', 'hash': tokenizers.spec_hash(spec)},
+            'vocab_size': tokenizer.n_vocab, 'eot': tokenizer.eot, 'dtype': dtype, 'source': source, 'splits': {}}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for split, documents in splits.items():
+            arrays = [np.array(start + tokenizer.encode(text), dtype=dtype) for text in documents]
+            with open(os.path.join(folder, f'{split}.bin.tmp'), 'wb') as f:
+                f.write(np.concatenate(arrays).tobytes())
+            meta['splits'][split] = {'tokens': sum(map(len, arrays)), 'documents': len(documents),
+                                     'bytes': sum(len(text.encode('utf-8', 'surrogatepass')) for text in documents)}
+        tokenizers.save(tokenizer, os.path.join(folder, 'tokenizer.json.tmp'))
+        with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as f:
+            json.dump(meta, f, indent=2)
+        for name in ['meta.json', 'tokenizer.json'] + [f'{split}.bin' for split in splits]:
+            os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
+    except OSError as e:
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if name.endswith('.tmp'):
+                os.remove(os.path.join(folder, name))
+        raise UserError(f'could not write {folder}: {e.strerror}; make room and run this again') from e
+    return meta
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+class Dataset:
+    def __init__(self, name):
+        """name: of a folder under data/, or a path. Raises UserError, which names the prepare command, if it is missing."""
+        self.folder = os.path.join('data', name)
+        self.meta = {}
+        self.remedy = f'prepare it with: python prepare/{os.path.basename(self.folder)}/prepare.py'
+        if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
+            raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
+        try:
+            if os.path.isfile(os.path.join(self.folder, 'meta.json')):
+                with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
+                    self.meta = json.load(f)
+                kind = self.meta['tokenizer']['kind']
+                self.spec = tokenizers.load('gpt2' if kind == 'gpt2' else self.folder).spec
+                if tokenizers.spec_hash(self.spec) != self.meta['tokenizer']['hash']:
+                    raise ValueError('tokenizer.json does not belong to meta.json')
+                self.vocab_size = self.meta['vocab_size']
+            elif os.path.isfile(os.path.join(self.folder, 'meta.pkl')):
+                with open(os.path.join(self.folder, 'meta.pkl'), 'rb') as f:
+                    itos = PlainUnpickler(f).load()['itos']
+                self.vocab_size = len(itos)
+                self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
+            else:
+                self.vocab_size, self.spec = 50257, {'kind': 'gpt2'}
+        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+            raise UserError(f'the description of {self.folder} cannot be used ({e}); {self.remedy}') from e
+
+    def splits(self):
+        return [s for s in ('train', 'val', 'test') if os.path.isfile(os.path.join(self.folder, f'{s}.bin'))]
+
+    def tokens(self, split):
+        """The tokens of a split, a read-only array on disk (memmap)."""
+        path, dtype = os.path.join(self.folder, f'{split}.bin'), np.dtype(self.meta.get('dtype', '<u2'))
+        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        expected = self.meta.get('splits', {}).get(split, {}).get('tokens', max(0, size) // dtype.itemsize)
+        if size != expected * dtype.itemsize or expected < 2:
+            raise UserError(f'{path} is missing, damaged or empty; {self.remedy}')
+        return np.memmap(path, dtype=dtype, mode='r')
+
+    def mask(self, split):
+        """One byte a token, 1 where the token is a target; None where all of them are."""
+        path = os.path.join(self.folder, f'{split}.mask.bin')
+        return np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
+
+    def bytes_per_token(self, split):
+        """UTF-8 bytes a token stands for on average, for bits per byte; None where nobody counted (nanoGPT's folders)."""
+        counts = self.meta.get('splits', {}).get(split)
+        return counts and counts['bytes'] / counts['tokens']
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_tokens, block_size, seed, epoch):
+    """(offset, permutation of the windows) of one epoch. RandomState, because NumPy promises never to change its draws."""
+    rng = np.random.RandomState([seed % 2**32, epoch])
+    return rng.randint(n_tokens), rng.permutation(n_tokens // block_size)
+
+
+def window_starts(n_tokens, block_size, seed, first, count):
+    """Where windows first … first + count - 1 of the endless training stream begin: (count,) token positions.
+
+    The tokens, thought of as a ring, are cut into windows of block_size, from a fresh offset each epoch and visited in a
+    fresh order, each once: no token is seen twice in an epoch.
+
+    >>> sorted(window_starts(n_tokens=12, block_size=4, seed=0, first=0, count=3) % 4)  # one epoch: three starts, 4 apart
+    [np.int64(0), np.int64(0), np.int64(0)]
+    """
+    n_windows = n_tokens // block_size
+    starts = []
+    for window in range(first, first + count):
+        offset, order = epoch_order(n_tokens, block_size, seed, window // n_windows)
+        starts.append((offset + order[window % n_windows] * block_size) % n_tokens)
+    return np.array(starts)
+
+
+def to_batch(tokens, mask, positions):
+    """(idx_BT, targets_BT), int64, of the tokens at positions (B, T + 1); a target is -1 where its mask is 0."""
+    window = tokens[positions].astype(np.int64)
+    idx_BT, targets_BT = window[:, :-1], window[:, 1:].copy()
+    if mask is not None:
+        targets_BT[mask[positions[:, 1:]] == 0] = -1
+    return torch.from_numpy(np.ascontiguousarray(idx_BT)), torch.from_numpy(targets_BT)
+
+
+def train_batch(tokens, mask, block_size, batch_size, micro_steps, seed, step, micro_step):
+    """The batch of one micro-step out of micro_steps (over all processes): a pure function, so nothing to save."""
+    first = (step * micro_steps + micro_step) * batch_size
+    starts = window_starts(len(tokens), block_size, seed, first, batch_size)
+    return to_batch(tokens, mask, (starts[:, None] + np.arange(block_size + 1)) % len(tokens))
+
+
+def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, world_size=1):
+    """The first n_windows windows of a split (0: all of it), each token a target once, as equally shaped batches.
+
+    The last window is filled up with targets of -1, and so is the last batch. rank of world_size takes every so-manieth.
+    """
+    n_all = -(-(len(tokens) - 1) // block_size)
+    n_windows = min(n_windows, n_all) if n_windows else n_all
+    for first in range(rank * batch_size, n_windows, world_size * batch_size):
+        windows = np.arange(first, first + batch_size)[:, None]
+        positions = windows * block_size + np.arange(block_size + 1)
+        real = (positions < len(tokens)) & (windows < n_windows)
+        idx_BT, targets_BT = to_batch(tokens, mask, np.where(real, positions, 0))
+        targets_BT[~torch.from_numpy(real[:, 1:])] = -1
+        yield idx_BT, targets_BT

@@ -1,0 +1,63 @@
+"""
+Downloads one file, whole or not at all.
+    python -c "from download import download; download(['https://example.org/a.txt'], 'data/downloads/a.txt')"
+"""
+import os
+import time
+import zlib
+
+import requests
+from tqdm import tqdm
+
+from configurator import UserError
+
+
+def download(urls, path, tries=4, timeout=(10, 60)):
+    """Fetch the first of `urls` (mirrors of one file) that answers into path, unless it is there; returns path.
+
+    A broken transfer goes on where it broke if the server can (HTTP ranges), else from the start; each address is tried
+    `tries` times, with waits of 1, 2, 4 … seconds. timeout: seconds to connect and between bytes. Raises UserError.
+    """
+    if os.path.exists(path):
+        return path
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    why = ''
+    for url in urls:
+        part = f'{path}.{zlib.crc32(url.encode())}.part'  # parts of different mirrors are never joined
+        for attempt in range(tries):
+            try:
+                fetch(url, part, timeout)
+                os.replace(part, path)
+                return path
+            except requests.RequestException as e:
+                response = getattr(e, 'response', None)
+                why = f'{url}: {"HTTP " + str(response.status_code) if response is not None else type(e).__name__}'
+                if response is not None and 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+                    break  # it is not there: asking again will not help, another mirror may
+                if attempt + 1 < tries:
+                    time.sleep(2**attempt)
+            except OSError as e:
+                raise UserError(f'could not write {part}: {e.strerror}') from e
+    raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or save the '
+                    'file yourself and give its path')
+
+
+def fetch(url, part, timeout):
+    """One attempt. Appends to the part of an earlier one if the server says that it continues there."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {'User-Agent': 'folio (a language-model code base)'} | ({'Range': f'bytes={have}-'} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        if response.status_code == 416:  # the part is longer than the file: begin again
+            os.remove(part)
+        response.raise_for_status()
+        resumed = have if response.headers.get('Content-Range', '').startswith(f'bytes {have}-') and have else 0
+        size = int(response.headers.get('Content-Length', 0)) if 'Content-Encoding' not in response.headers else 0
+        got = resumed
+        with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=resumed + size or None, initial=resumed, unit='B',
+                                                              unit_scale=True, desc=url.rsplit('/', 1)[-1]) as bar:
+            for chunk in response.iter_content(1 << 16):
+                f.write(chunk)
+                bar.update(len(chunk))
+                got += len(chunk)
+        if size and got != resumed + size:
+            raise requests.ConnectionError(f'{got} of {resumed + size} bytes arrived')

@@ -1,0 +1,362 @@
+"""
+Trains a model: from scratch, from where a run stopped, or from somebody's weights.
+    python train.py config/train_book.py
+    torchrun --nproc_per_node=2 train.py config/train_book.py --gradient_accumulation_steps=2
+
+Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. What each recipe costs and reaches
+stands in its config file. A run that is killed and resumed ends with the same weights, bit for bit, as one that is not.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import tokenizer as tokenizers
+from configurator import UserError, configure
+from dataset import Dataset, eval_batches, train_batch
+from model import GPT, GPTConfig, OPENAI, load_checkpoint, peak_flops, save_checkpoint
+from optim import learning_rate_at, load_state, make_optimizer
+
+# ---- Settings (nanoGPT's names and, but for device, dtype and compile, its defaults) -----------------------------------
+# The run
+out_dir = 'out'  # where checkpoints and the log go
+init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint), gpt2[-medium|-large|-xl], a .pt, a folder
+eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
+eval_iters = 200  # batches of one evaluation; 0 is the whole split
+eval_only = False  # print the loss on every split and stop
+log_interval = 1  # steps between log lines
+always_save_checkpoint = True  # False: save only when validation improves
+sample_interval = 0  # steps between samples of 200 tokens; 0 is none
+patience = 0  # stop after so many evaluations without improvement; 0 is never
+seed = 1337  # of initialisation, batches and dropout
+wandb_log = False  # log to Weights & Biases as well
+wandb_project = 'folio'
+wandb_run_name = 'gpt2'
+# Data
+dataset = 'openwebtext'  # a folder under data/
+gradient_accumulation_steps = 40  # micro-steps a step, over all processes
+batch_size = 12  # sequences a micro-step
+block_size = 1024  # tokens of context
+# Model (the fields of GPTConfig)
+arch = 'gpt2'  # gpt2 or modern
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 to pre-train, 0.1 and more to fine-tune
+bias = False  # gpt2: biases in Linear and LayerNorm
+gelu = 'tanh'  # gpt2: tanh, as OpenAI's, or none, the exact one
+window = 0  # attend to so many tokens only; 0 is all
+flash = True  # fused attention; False: written out
+# Optimizer
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps
+weight_decay = 1e-1  # of matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # highest norm of the gradient; 0 is no limit
+decay_lr = True  # False: a constant learning rate
+schedule = 'cosine'  # cosine or trapezoid
+warmup_iters = 2000
+lr_decay_iters = 600000  # the step at which the learning rate has fallen to min_lr
+cooldown_iters = 0  # trapezoid: the fall takes the last so many steps
+min_lr = 6e-5
+# Machine
+backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
+device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'  # or cuda:1 …
+dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
+compile = 'auto'  # True, False; auto: on a GPU
+config = configure(globals())
+
+# ---- Machine -----------------------------------------------------------------------------------------------------------
+for name in ('gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval'):
+    if config[name] < 1:
+        raise UserError(f'{name} is {config[name]}; it must be at least 1')
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+try:
+    device_type = torch.device(device).type
+    if world_size > 1 and device_type == 'cuda':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+except (RuntimeError, AssertionError) as e:
+    raise UserError(f'device {device} cannot be used ({str(e).splitlines()[0]}); try --device=cpu') from None
+if world_size > 1:
+    dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+if gradient_accumulation_steps % world_size:
+    raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts micro-steps over all processes and '
+                    f'must be a multiple of their number, {world_size}')
+micro_steps = gradient_accumulation_steps // world_size
+if dtype == 'auto':
+    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
+if dtype not in ('float32', 'bfloat16', 'float16'):
+    raise UserError(f'dtype is {dtype!r}; choose from float32, bfloat16, float16, auto')
+if compile not in ('auto', True, False):
+    raise UserError(f'compile is {compile!r}; choose from True, False, auto')
+compile = device_type == 'cuda' if compile == 'auto' else compile
+torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
+autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+device_name = torch.cuda.get_device_name() if device_type == 'cuda' else platform.processor() or platform.machine()
+
+
+def say(*words):
+    if rank == 0:
+        print(*words, flush=True)
+
+
+if compile:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as e:  # whatever keeps the compiler from working here, training works without it
+        say(f'compile is off: {str(e).strip().splitlines()[0]}')
+        compile = False
+say(f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} process(es), torch {torch.__version__}')
+
+# ---- Data and model ----------------------------------------------------------------------------------------------------
+data = Dataset(dataset)
+train_tokens, train_mask, val_tokens = data.tokens('train'), data.mask('train'), data.tokens('val')
+ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+fields = [f.name for f in dataclasses.fields(GPTConfig)]
+shape = {k: config[k] for k in fields if k != 'vocab_size'} | {'vocab_size': data.vocab_size}
+checkpoint = None
+torch.manual_seed(seed)
+if init_from == 'resume' or init_from.endswith('.pt'):
+    checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from)
+if init_from == 'resume' or init_from == 'scratch' and rank == 0 and os.path.exists(ckpt_path):
+    # Attention's implementation and dropout may change on the way; what shapes or means a weight may not.
+    there = dataclasses.asdict(GPTConfig(**(checkpoint or load_checkpoint(ckpt_path))['model_args']))
+    differ = [f'{k} is {there[k]}, not {shape[k]}' for k in fields
+              if there[k] != shape[k] and k not in ('dropout', 'flash', 'gelu') and (k != 'bias' or arch == 'gpt2')]
+    if differ:
+        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): give its settings, or another '
+                        '--out_dir=…')
+if init_from == 'scratch':
+    model = GPT(GPTConfig(**shape))
+else:
+    source = checkpoint or init_from
+    vary = {'dropout': dropout, 'flash': flash} | ({} if init_from == 'resume' else {'block_size': block_size})
+    model = GPT.from_pretrained(source, **vary)
+    spec = (checkpoint or {}).get('tokenizer') or ({'kind': 'gpt2'} if init_from in OPENAI else data.spec)
+    if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
+        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
+                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}); {data.remedy} with its --tokenizer')
+if len(train_tokens) <= block_size:
+    raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} tokens of training text): '
+                    f'use at most --block_size={len(train_tokens) - 1}, or more text')
+model.to(device)
+n_parameters = sum(p.numel() for p in model.parameters())
+optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2))
+first_iter, best_val_loss, evals_without_gain, train_seconds = 0, math.inf, 0, 0.0
+if init_from == 'resume':
+    load_state(optimizer, checkpoint['optimizer'])
+    scaler.load_state_dict(checkpoint.get('scaler', {})) if checkpoint.get('scaler') else None
+    first_iter, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    evals_without_gain = checkpoint.get('evals_without_gain', 0)
+    train_seconds = checkpoint.get('train_seconds', 0.0)
+    if first_iter > max_iters:
+        raise UserError(f'{ckpt_path} is at step {first_iter} already; to go on, give a higher --max_iters')
+checkpoint = None  # free its memory
+if compile:
+    model.compile()
+ddp_model = DistributedDataParallel(model) if world_size > 1 else model
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+say(f'{arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens for training, '
+    f'{tokens_per_step:,} a step, {len(train_tokens) / tokens_per_step:.1f} steps an epoch')
+
+
+# ---- Evaluation, checkpoints, log --------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(split, n_windows):
+    """{loss, perplexity and, where bytes were counted, bits_per_byte} over n_windows of a split (0 is all of it)."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)  # nats, targets
+    for idx_BT, targets_BT in eval_batches(data.tokens(split), data.mask(split), block_size, batch_size, n_windows, rank,
+                                           world_size):
+        with autocast:
+            _, loss = model(idx_BT.to(device), targets_BT.to(device))
+        count = (targets_BT != -1).sum()
+        total += torch.stack((loss.double().cpu() * count, count))
+    model.train()
+    if world_size > 1:
+        total = total.to(device if device_type == 'cuda' else 'cpu')
+        dist.all_reduce(total)
+    loss = (total[0] / total[1].clamp(min=1)).item()
+    bytes_per_token = data.bytes_per_token(split)
+    figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700))}
+    return figures | ({'bits_per_byte': loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
+
+
+def save(path, iter_num):
+    if rank == 0:
+        save_checkpoint(path, {
+            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec, 'config': config,
+            'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
+            'train_seconds': train_seconds})
+
+
+def log(entry, name='log.jsonl'):
+    if rank == 0:
+        with open(os.path.join(out_dir, name), 'a', encoding='utf-8') as f:
+            f.write(json.dumps(entry) + '\n')
+        if wandb_log and 'iter' in entry:
+            wandb.log(entry, step=entry['iter'])
+
+
+def forget_log_after(iter_num):
+    """Drop what a killed run logged after its last checkpoint; the resumed run will log it again."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        lines = [line for line in f if line.endswith('\n')]  # the last may be cut short
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(line for line in lines if (entry := json.loads(line)).get('iter', -1) + ('loss' in entry) <= iter_num)
+    os.replace(path + '.tmp', path)
+
+
+def sample_text():
+    """200 tokens from the start of a document."""
+    tokenizer = tokenizers.load(data.spec)
+    start = tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.spec['chars'].find('\n'))
+    with autocast:
+        ids = [next_B.item() for next_B in model.generate([[start]], 200, strategy='nucleus', seed=seed)]
+    return tokenizer.decode(ids)
+
+
+if eval_only:
+    for split in data.splits():
+        n_windows = eval_iters * batch_size if split != 'train' else len(val_tokens) // block_size  # a fixed part
+        say(f'{split}: ' + ', '.join(f'{k} {v:.4f}' for k, v in evaluate(split, n_windows).items()))
+    sys.exit()
+if rank == 0:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from != 'resume' and os.path.exists(ckpt_path):  # a run of the same shape: keep it, out of the way
+            os.makedirs(os.path.join(out_dir, 'previous'), exist_ok=True)
+            for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(out_dir, 'previous', name))
+            say(f'the run that was in {out_dir} is now in {out_dir}/previous')
+    except OSError as e:
+        raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir=…') from None
+    forget_log_after(first_iter)
+    if wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('wandb_log needs the package: pip install wandb') from None
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
+    'device': device_name, 'dtype': dtype, 'compile': compile, 'processes': world_size, 'cpus': os.cpu_count(),
+    'torch': torch.__version__, 'python': platform.python_version(), 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+
+# ---- Training ----------------------------------------------------------------------------------------------------------
+caught = []
+
+
+def on_signal(number, frame):
+    caught.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+peak = peak_flops(device_name) if dtype != 'float32' else None
+clock, logged = time.perf_counter(), (first_iter, train_seconds)  # of the last log line
+for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: the last turn only validates and saves
+
+    # Validate, with the clock stopped. A resumed run need not: it was saved after it had.
+    train_seconds += time.perf_counter() - clock
+    last = iter_num == max_iters
+    improved = validated = False
+    if last or iter_num % eval_interval == 0 and (iter_num > first_iter or init_from != 'resume'):
+        figures = evaluate('val', eval_iters * batch_size)
+        validated, improved = True, figures['loss'] < best_val_loss
+        best_val_loss = min(best_val_loss, figures['loss'])
+        evals_without_gain = 0 if improved else evals_without_gain + 1
+        say(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in figures.items()))
+        log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
+             'val_loss': figures.pop('loss'), **figures})
+    last |= 0 < patience <= evals_without_gain
+    if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and rank == 0:
+        text = sample_text()
+        say(f'---- sample at step {iter_num}\n{text}\n----')
+        log({'iter': iter_num, 'sample': text})
+
+    # Save, and stop when it is time to or somebody asked for it
+    stopping = bool(caught)
+    if world_size > 1 and iter_num % log_interval == 0:
+        flag = torch.tensor(int(stopping), device=device)
+        dist.all_reduce(flag)
+        stopping = flag.item() > 0
+    elif world_size > 1:
+        stopping = False
+    if iter_num > first_iter and (stopping or validated and (improved or always_save_checkpoint)):
+        save(ckpt_path, iter_num)
+    if improved and iter_num > first_iter:
+        save(best_path, iter_num)
+    if last or stopping:
+        break
+
+    # Step
+    clock = time.perf_counter()
+    lr = learning_rate_at(iter_num, lr_decay_iters, learning_rate, min_lr, warmup_iters, schedule, cooldown_iters)
+    for group in optimizer.param_groups:
+        group['lr'] = lr if decay_lr else learning_rate
+    torch.manual_seed((seed * 1_000_003 + iter_num) * world_size + rank)  # dropout too is a function of the step
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps, seed,
+                                         iter_num, micro_step * world_size + rank)
+        if world_size > 1:
+            ddp_model.require_backward_grad_sync = micro_step == micro_steps - 1
+        with autocast:
+            _, loss = ddp_model(idx_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
+        loss_sum += loss.detach()
+        scaler.scale(loss / micro_steps).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    # Log
+    if iter_num % log_interval == 0:
+        loss_mean = loss_sum / gradient_accumulation_steps
+        if world_size > 1:
+            dist.all_reduce(loss_mean)
+        entry = {'iter': iter_num, 'loss': loss_mean.item(), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm.item(),
+                 'tokens': (iter_num + 1) * tokens_per_step}  # .item() waited for the device: now the clock may be read
+        seconds = train_seconds + time.perf_counter() - clock
+        step_seconds = (seconds - logged[1]) / (iter_num + 1 - logged[0])
+        logged = iter_num + 1, seconds
+        entry |= {'tokens_per_second': tokens_per_step / step_seconds, 'train_seconds': seconds}
+        if peak:
+            entry['mfu'] = model.flops_per_token() * entry['tokens_per_second'] / (peak * world_size)
+        log(entry)
+        minutes, secs = divmod(int(step_seconds * (max_iters - iter_num - 1)), 60)
+        say(f'iter {iter_num}: loss {entry["loss"]:.4f}, lr {entry["lr"]:.2e}, norm {entry["grad_norm"]:.2f}, '
+            f'{entry["tokens_per_second"]:,.0f} tokens/s' + (f', MFU {entry["mfu"]:.1%}' if peak else '') +
+            f', {minutes // 60}:{minutes % 60:02}:{secs:02} to go')
+
+if world_size > 1:
+    dist.destroy_process_group()
+if stopping and not last:
+    say(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: python train.py '
+        + ' '.join(a for a in sys.argv[1:] if not a.startswith('--init_from=')) + ' --init_from=resume')
+    sys.exit(128 + caught[0] if caught else 1)
+why = '' if iter_num == max_iters else f', no gain in {patience} evaluations'
+say(f'done at step {iter_num}{why}: best val loss {best_val_loss:.4f}, {train_seconds:.0f} s of training; '
+    f'read it with: python sample.py --out_dir={out_dir}')
