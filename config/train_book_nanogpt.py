@@ -1,0 +1,21 @@
+# nanoGPT's CPU recipe on the default book: the baseline that config/train_book.py is measured against.
+#     python train.py config/train_book_nanogpt.py
+out_dir = 'out/book_nanogpt'
+dataset = 'book'
+device = 'cpu'
+compile = False
+eval_interval = 250
+eval_iters = 0  # the whole validation split
+log_interval = 100
+arch = 'gpt2'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+gradient_accumulation_steps = 1
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+max_iters = lr_decay_iters = 2000
+beta2 = 0.99
