@@ -403,7 +403,7 @@ def load_checkpoint(path):
     except pickle.UnpicklingError as e:
         raise UserError(f'{path} is refused: it is no plain checkpoint, or holds more than tensors and plain values') from e
     except (RuntimeError, EOFError, OSError, ValueError) as e:
-        raise UserError(f'{path} is damaged or cut short ({str(e).splitlines()[0]}); use another copy of it') from e
+        raise UserError(f'{path} is damaged or cut short ({type(e).__name__}); use another copy of it') from e
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or model_args')
     return checkpoint if 'format' in checkpoint else upgrade_nanogpt(checkpoint)
@@ -422,7 +422,7 @@ def upgrade_nanogpt(checkpoint):
     weights = {k.removeprefix('_orig_mod.'): pad(v) for k, v in checkpoint['model'].items()}
     weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     upgraded = checkpoint | {'model': weights, 'model_args': args}
-    for state in upgraded.get('optimizer', {}).get('state', {}).values():
+    for state in checkpoint.get('optimizer', {}).get('state', {}).values():
         state.update({k: pad(v) for k, v in state.items()})
     return upgraded
 

@@ -9,23 +9,74 @@ import torch
 from configurator import UserError
 
 
-def parameter_groups(model, weight_decay):
-    """Two groups: matrices, which decay, and vectors (biases, norms), which do not. Each parameter is in one of them."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{'params': [p for p in params if p.ndim >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in params if p.ndim < 2], 'weight_decay': 0.0}]
-    assert sorted(id(p) for g in groups for p in g['params']) == sorted(set(map(id, params))), 'optimized once each'
-    return groups
+def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
+    """The list of optimizers that together step every parameter once; each group carries its highest rate as `peak_lr`.
+
+    kind: 'adamw', AdamW (Loshchilov and Hutter 2017) for all; or 'muon', Muon for the matrices of the blocks and AdamW for
+    embeddings, head and vectors. Vectors (biases, norms) never decay. Raises UserError for any other kind.
+    """
+    if kind not in ('adamw', 'muon'):
+        raise UserError(f'optimizer is {kind!r}; choose from adamw, muon')
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in params.items() if kind == 'muon' and p.ndim == 2 and '.h.' in name]
+    rest = [p for p in params.values() if not any(p is h for h in hidden)]
+    groups = [{'params': [p for p in rest if p.ndim >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in rest if p.ndim < 2], 'weight_decay': 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
+    stepped = [p for o in optimizers for g in o.param_groups for p in g['params']]
+    assert sorted(map(id, stepped)) == sorted(map(id, params.values())), 'every parameter is stepped exactly once'
+    for group in (g for o in optimizers for g in o.param_groups):
+        group['peak_lr'] = group['lr']
+    return optimizers
 
 
-def make_optimizer(model, learning_rate, weight_decay, betas):
-    """AdamW (Loshchilov and Hutter 2017) over parameter_groups, all tensors updated by one fused kernel."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+def load_states(optimizers, states):
+    """Restore what the optimizers have learned, not their hyper-parameters: those are the settings of this run."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({'state': state['state'], 'param_groups': optimizer.state_dict()['param_groups']})
 
 
-def load_state(optimizer, state):
-    """Restore what the optimizer has learned, not its hyper-parameters: those come from the settings of this run."""
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': optimizer.state_dict()['param_groups']})
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices in the middle of a network (Jordan et al. 2024).
+
+    An update of an (m, n) matrix is scaled by sqrt(max(1, m / n)); a c_attn, (3n, n), counts as three matrices. Matrices
+    of one shape are orthogonalised in one batch.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            updates = {}  # shape: [(matrix, its update)]
+            for p in group['params']:
+                momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group['momentum'])
+                nesterov = p.grad.lerp(momentum, group['momentum'])
+                parts = 3 if p.size(0) == 3 * p.size(1) else 1
+                for matrix, update in zip(p.chunk(parts), nesterov.chunk(parts)):
+                    updates.setdefault(matrix.shape, []).append((matrix, update))
+            for (m, n), pairs in updates.items():
+                orthogonal = orthogonalize(torch.stack([update for _, update in pairs])) * max(1, m / n)**0.5
+                torch._foreach_mul_([matrix for matrix, _ in pairs], 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_([matrix for matrix, _ in pairs], list(orthogonal), alpha=-group['lr'])
+
+
+def orthogonalize(G, steps=5):
+    """About U V' for each matrix G = U S V' of a batch (..., m, n): its singular values are brought near 1.
+
+    The quintic Newton–Schulz iteration of Jordan et al. 2024, in bfloat16 on a GPU.
+    """
+    X = G.bfloat16() if G.is_cuda else G.float()
+    X = X.mT if G.size(-2) > G.size(-1) else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
 def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0):

@@ -24,7 +24,7 @@ import tokenizer as tokenizers
 from configurator import UserError, configure
 from dataset import Dataset, eval_batches, train_batch
 from model import GPT, GPTConfig, OPENAI, load_checkpoint, peak_flops, save_checkpoint
-from optim import learning_rate_at, load_state, make_optimizer
+from optim import learning_rate_at, load_states, make_optimizers
 
 # ---- Settings (nanoGPT's names and, but for device, dtype and compile, its defaults) -----------------------------------
 # The run
@@ -57,7 +57,9 @@ gelu = 'tanh'  # gpt2: tanh, as OpenAI's, or none, the exact one
 window = 0  # attend to so many tokens only; 0 is all
 flash = True  # fused attention; False: written out
 # Optimizer
+optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest
+muon_learning_rate = 0.02  # the highest of Muon's, which falls along with it
 max_iters = 600000  # steps
 weight_decay = 1e-1  # of matrices
 beta1 = 0.9
@@ -156,10 +158,13 @@ if len(train_tokens) <= block_size:
                     f'use at most --block_size={len(train_tokens) - 1}, or more text')
 model.to(device)
 n_parameters = sum(p.numel() for p in model.parameters())
-optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2))
+optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 first_iter, best_val_loss, evals_without_gain, train_seconds = 0, math.inf, 0, 0.0
 if init_from == 'resume':
-    load_state(optimizer, checkpoint['optimizer'])
+    states = checkpoint['optimizer'] if isinstance(checkpoint['optimizer'], list) else [checkpoint['optimizer']]
+    if len(states) != len(optimizers):
+        raise UserError(f'{ckpt_path} was trained with another optimizer than {optimizer}; give --optimizer=… as it was')
+    load_states(optimizers, states)
     scaler.load_state_dict(checkpoint.get('scaler', {})) if checkpoint.get('scaler') else None
     first_iter, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
@@ -200,7 +205,7 @@ def evaluate(split, n_windows):
 def save(path, iter_num):
     if rank == 0:
         save_checkpoint(path, {
-            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict(),
             'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec, 'config': config,
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
             'train_seconds': train_seconds})
@@ -313,8 +318,8 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     # Step
     clock = time.perf_counter()
     lr = learning_rate_at(iter_num, lr_decay_iters, learning_rate, min_lr, warmup_iters, schedule, cooldown_iters)
-    for group in optimizer.param_groups:
-        group['lr'] = lr if decay_lr else learning_rate
+    for group in (g for o in optimizers for g in o.param_groups):
+        group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
     torch.manual_seed((seed * 1_000_003 + iter_num) * world_size + rank)  # dropout too is a function of the step
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
@@ -326,18 +331,20 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
             _, loss = ddp_model(idx_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
         loss_sum += loss.detach()
         scaler.scale(loss / micro_steps).backward()
-    scaler.unscale_(optimizer)
+    for o in optimizers:
+        scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
-    scaler.step(optimizer)
+    for o in optimizers:
+        scaler.step(o)
+        o.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
     # Log
     if iter_num % log_interval == 0:
         loss_mean = loss_sum / gradient_accumulation_steps
         if world_size > 1:
             dist.all_reduce(loss_mean)
-        entry = {'iter': iter_num, 'loss': loss_mean.item(), 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm.item(),
+        entry = {'iter': iter_num, 'loss': loss_mean.item(), 'lr': optimizers[0].param_groups[0]['lr'], 'grad_norm': norm.item(),
                  'tokens': (iter_num + 1) * tokens_per_step}  # .item() waited for the device: now the clock may be read
         seconds = train_seconds + time.perf_counter() - clock
         step_seconds = (seconds - logged[1]) / (iter_num + 1 - logged[0])

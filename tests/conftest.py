@@ -1,0 +1,52 @@
+"""What the tests share: a way to run the scripts as a user does, small data, small models."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'
+sys.path.insert(0, str(ROOT))
+if (SHARED / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
+        '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
+        '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
+
+
+def run(script, *args, cwd, status=0, **options):
+    """Run a script with this Python in cwd; assert its exit status; return (standard output, standard error)."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          encoding='utf-8', timeout=300, **options)
+    assert done.returncode == status, f'status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}'
+    return done.stdout, done.stderr
+
+
+def shared(path):
+    """A file of the development data, or a skip that says so."""
+    if not (SHARED / path).exists():
+        pytest.skip(f'needs ../shared/data/{path}, which is not here')
+    return SHARED / path
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A folder with data/book, 20,000 characters of the Python reference: a small run takes seconds."""
+    from pydoc_data.topics import topics
+    (tmp_path / 'book.txt').write_text('\n\n'.join(topics[name] for name in sorted(topics))[:20000], encoding='utf-8')
+    run('prepare/book/prepare.py', '--book=book.txt', cwd=tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(params=['gpt2', 'modern'])
+def model(request):
+    """A tiny model of each architecture, in eval mode, its weights large enough for sharp predictions."""
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=request.param)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model

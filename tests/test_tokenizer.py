@@ -1,0 +1,116 @@
+import collections
+
+import pytest
+import regex
+from hypothesis import given, settings, strategies as st
+
+import tokenizer as tokenizers
+from configurator import UserError
+from conftest import run, shared
+
+VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
+HARD = 'naïve café — 日本語 👩‍👩‍👧 \u0000 \u202e <|endoftext|> \r\n\t  x\u0301 ' + chr(0x10ffff)
+TRAINED = tokenizers.train_bpe(['the cat sat on the mat, the end. ' * 20, HARD * 3], 330)
+
+
+@settings(deadline=None, max_examples=300)
+@given(VALID_TEXT)
+def test_bpe_round_trips_any_unicode(text):
+    ids = TRAINED.encode(text)
+    assert TRAINED.decode(ids) == text and TRAINED.decode_bytes(ids) == text.encode() and TRAINED.eot not in ids
+
+
+@settings(deadline=None)
+@given(VALID_TEXT)
+def test_char_round_trips_what_it_knows(text):
+    tokenizer = tokenizers.CharTokenizer(''.join(sorted(set(text))))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gpt2_is_gpt2():
+    shared('tiktoken')
+    tokenizer = tokenizers.load('gpt2')
+    assert tokenizer.encode('Hello world, hello!') == [15496, 995, 11, 23748, 0]
+    assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
+    assert tokenizer.eot not in tokenizer.encode('<|endoftext|>') and tokenizer.decode(tokenizer.encode(HARD)) == HARD
+
+
+def test_save_and_load_give_the_same_tokenizer(tmp_path):
+    for tokenizer in (TRAINED, tokenizers.CharTokenizer('ab\n😀é')):
+        tokenizers.save(tokenizer, tmp_path / 'tokenizer.json')
+        for again in (tokenizers.load(str(tmp_path)), tokenizers.load(str(tmp_path / 'tokenizer.json')),
+                      tokenizers.load(tokenizer.spec)):
+            assert tokenizers.spec_hash(again.spec) == tokenizers.spec_hash(tokenizer.spec)
+            assert again.encode('ab\nab') == tokenizer.encode('ab\nab')
+            assert (again.n_vocab, again.eot) == (tokenizer.n_vocab, tokenizer.eot)
+
+
+def test_char_names_the_characters_it_never_saw():
+    with pytest.raises(UserError, match="'x'.*'y'"):
+        tokenizers.CharTokenizer('abc').encode('abxy')
+
+
+def slow_bpe(texts, vocab_size):
+    """The rule of train_bpe's docstring, word for word: everything is encoded and counted anew for each merge."""
+    pieces = collections.Counter(p for text in texts for p in regex.findall(tokenizers.SPLIT_PATTERN, text))
+    tokens, merges = [bytes([i]) for i in range(256)], []
+    while len(tokens) < vocab_size - 1:
+        pairs = collections.Counter()
+        for piece, count in pieces.items():
+            ids = list(piece.encode())
+            while joins := [(tokens.index(tokens[a] + tokens[b]), i) for i, (a, b) in enumerate(zip(ids, ids[1:]))
+                            if tokens[a] + tokens[b] in tokens]:
+                oldest, i = min(joins)
+                ids[i:i + 2] = [oldest]
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append([tokens[i].decode('latin-1') for i in best])
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return merges
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text('aab c\n', max_size=60), max_size=4))
+def test_merges_equal_a_slow_reference(texts):
+    assert tokenizers.train_bpe(texts, 290).spec['merges'] == slow_bpe(texts, 290)
+
+
+def test_merges_equal_a_slow_reference_on_prose():
+    text = shared('books/pride_and_prejudice.txt').read_text(encoding='utf-8')[:8000]
+    assert tokenizers.train_bpe([text], 330).spec['merges'] == slow_bpe([text], 330)
+
+
+def test_bpe_compresses_like_hugging_face_tokenizers():
+    hf = pytest.importorskip('tokenizers')
+    parquet = pytest.importorskip('pyarrow.parquet')
+    texts = parquet.read_table(shared('textbooks/train-00000-of-00004.parquet'))['text'].to_pylist()
+    ours = tokenizers.train_bpe(texts, 8000)
+    theirs = hf.Tokenizer(hf.models.BPE())
+    theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([
+        hf.pre_tokenizers.Split(hf.Regex(tokenizers.SPLIT_PATTERN), 'isolated'),
+        hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator(texts, hf.trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=['<|endoftext|>'], show_progress=False,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+    assert ours.n_vocab == theirs.get_vocab_size() == 8000
+    n_ours = sum(len(ours.encode(text)) for text in texts)
+    n_theirs = sum(len(encoding.ids) for encoding in theirs.encode_batch(texts))
+    assert n_ours == pytest.approx(n_theirs, rel=0.01)
+    assert all(ours.decode(ours.encode(text)) == text for text in texts)
+
+
+def test_training_stops_where_nothing_repeats():
+    assert tokenizers.train_bpe(['abcd'], 1000).n_vocab == 257
+    assert tokenizers.train_bpe([], 1000).n_vocab == 257
+    with pytest.raises(UserError, match='257'):
+        tokenizers.train_bpe(['abcd'], 256)
+
+
+def test_fertility_report_of_a_text(book):
+    out, _ = run('tokenizer.py', 'book.txt', 'data/book', cwd=book)
+    assert '20,000 tokens' in out and '1.00 bytes a token' in out
+    _, err = run('tokenizer.py', 'book.txt', 'nowhere', cwd=book, status=2)
+    assert err.startswith('error: no tokenizer in nowhere') and err.count('\n') == 1
