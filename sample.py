@@ -11,8 +11,9 @@ import sys
 import torch
 
 import tokenizer as tokenizers
+from checkpoint import load_checkpoint
 from configurator import UserError, configure
-from model import GPT, load_checkpoint
+from model import GPT
 
 # ---- Settings ----------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a Hugging Face folder

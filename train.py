@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenizer as tokenizers
+from checkpoint import OPENAI, load_checkpoint, save_checkpoint
 from configurator import UserError, configure
 from dataset import Dataset, eval_batches, train_batch
-from model import GPT, GPTConfig, OPENAI, load_checkpoint, peak_flops, save_checkpoint
+from model import GPT, GPTConfig, peak_flops
 from optim import learning_rate_at, load_states, make_optimizers
 
 # ---- Settings (nanoGPT's names and, but for device, dtype and compile, its defaults) -----------------------------------

@@ -1,6 +1,7 @@
 """What the tests share: a way to run the scripts as a user does, small data, small models."""
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -32,13 +33,20 @@ def shared(path):
     return SHARED / path
 
 
-@pytest.fixture
-def book(tmp_path):
-    """A folder with data/book, 20,000 characters of the Python reference: a small run takes seconds."""
+@pytest.fixture(scope='session')
+def book_once(tmp_path_factory):
+    """A folder with data/book, 20,000 characters of the Python reference, for tests that change nothing in it."""
     from pydoc_data.topics import topics
-    (tmp_path / 'book.txt').write_text('\n\n'.join(topics[name] for name in sorted(topics))[:20000], encoding='utf-8')
-    run('prepare/book/prepare.py', '--book=book.txt', cwd=tmp_path)
-    return tmp_path
+    folder = tmp_path_factory.mktemp('book')
+    (folder / 'book.txt').write_text('\n\n'.join(topics[name] for name in sorted(topics))[:20000], encoding='utf-8')
+    run('prepare/book/prepare.py', '--book=book.txt', cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def book(book_once, tmp_path):
+    """The same in a folder of its own: a small run takes seconds."""
+    return pathlib.Path(shutil.copytree(book_once, tmp_path / 'work'))
 
 
 @pytest.fixture(params=['gpt2', 'modern'])

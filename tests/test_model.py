@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_module
+import checkpoint as checkpoint_module
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_logits, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, KVCache, next_token_logits
 from optim import make_optimizers
 
 
@@ -85,7 +86,7 @@ def test_cached_equals_uncached_logits(model, window):
     """Ragged rows, prompt in one go, then token by token."""
     model.config.window = window
     rows, lengths = torch.randint(50, (3, 16)), [7, 3, 5]
-    cache = KVCache(model.config, 3, 'cpu', torch.float32)
+    cache = KVCache(model.config, 3)
     cached = [model(rows[:, :7], cache=cache, lengths=lengths)[0][:, 0]]
     for step in range(9):
         new_B1 = torch.stack([rows[b, n + step] for b, n in enumerate(lengths)])[:, None]
@@ -217,7 +218,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monk
 
         def flush(self):
             pass
-    monkeypatch.setattr(model_module, 'open', FullDisk, raising=False)
+    monkeypatch.setattr(checkpoint_module, 'open', FullDisk, raising=False)
     with pytest.raises(UserError, match='No space left'):
         save_checkpoint(path, {'model': model.state_dict(), 'model_args': {}, 'iter_num': 2})
     assert load_checkpoint(path)['iter_num'] == 1

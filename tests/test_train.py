@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, run
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 
 
 def log_of(folder):

@@ -1,0 +1,39 @@
+import doctest
+import importlib
+import subprocess
+
+import pytest
+
+from conftest import ROOT
+
+BUDGET = {'model.py': 330, 'optim.py': 150, 'tokenizer.py': 220, 'dataset.py': 170, 'configurator.py': 80, 'train.py': 330,
+          'sample.py': 90, 'download.py': 70}
+FILES = [path for path in subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True).stdout.split()]
+FILES = FILES or [str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py')]  # an archive without git
+
+
+def budget(path):
+    """Lines that a file may have, or None: config files are recipe cards, prepare scripts one data set, tests free."""
+    return BUDGET.get(path) or {'config': 30, 'prepare': 120}.get(path.split('/')[0])
+
+
+@pytest.mark.parametrize('path', [path for path in FILES if not path.startswith('tests/')])
+def test_file_keeps_its_budget_of_lines(path):
+    assert budget(path), f'{path} has no budget: add it to the table here'
+    assert len((ROOT / path).read_text(encoding='utf-8').splitlines()) <= budget(path)
+
+
+def test_lines_fit_in_120_columns():
+    long = [f'{path}:{i}' for path in FILES for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1)
+            if len(line) > 120]
+    assert not long
+
+
+@pytest.mark.parametrize('name', ['model', 'optim', 'tokenizer', 'dataset', 'configurator'])
+def test_examples_in_docstrings_are_true(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text(encoding='utf-8').splitlines()) < 150

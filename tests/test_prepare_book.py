@@ -1,0 +1,122 @@
+import http.server
+import threading
+
+import pytest
+
+from conftest import ROOT, run, shared
+from dataset import Dataset
+import tokenizer as tokenizers
+
+BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
+GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n' + BODY
+             + '\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nlicence, licence\r\n').encode()
+
+
+@pytest.fixture
+def server():
+    """A server on 127.0.0.1 that answers as its `script` says, one entry a request: 'ok', a status, 'cut' or 'no-range'."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            how = self.server.script.pop(0) if self.server.script else 'ok'
+            self.server.seen.append((self.path, self.headers.get('Range'), how))
+            if isinstance(how, int):
+                self.send_error(how)
+                return
+            wanted = self.headers.get('Range') if how != 'no-range' else None
+            start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            if wanted:
+                self.send_header('Content-Range', f'bytes {start}-{len(GUTENBERG) - 1}/{len(GUTENBERG)}')
+            self.send_header('Content-Length', str(len(GUTENBERG) - start))
+            self.end_headers()
+            self.wfile.write(GUTENBERG[start:start + 1000] if how == 'cut' else GUTENBERG[start:])
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.script, server.seen, server.url = [], [], f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def text_of(folder, name='book'):
+    data = Dataset(str(folder / 'data' / name))
+    tokenizer = tokenizers.load(data.spec)
+    start = 0 if tokenizer.eot is None else 1
+    return ''.join(tokenizer.decode(data.tokens(split)[start:].tolist()) for split in ('train', 'val', 'test'))
+
+
+def gutenberg(server, folder, status=0, mirrors=None):
+    return run('prepare/book/prepare.py', '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder, status=status)
+
+
+@pytest.mark.parametrize('script, requests', [
+    (['ok'], [None]),
+    ([503, 'ok'], [None, None]),
+    (['cut', 'ok'], [None, 'bytes=1000-']),
+    (['cut', 'no-range'], [None, 'bytes=1000-']),
+    (['cut', 'cut', 416, 'ok'], [None, 'bytes=1000-', 'bytes=2000-', None]),
+], ids=['whole', 'retried', 'resumed', 'restarted', 'range-refused'])
+def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, script, requests):
+    server.script = script
+    gutenberg(server, tmp_path)
+    assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
+    assert [wanted for _, wanted, _ in server.seen] == requests
+    assert {path for path, _, _ in server.seen} == {'/cache/epub/99/pg99.txt'}
+    gutenberg(server, tmp_path)  # from the cached copy
+    assert len(server.seen) == len(requests)
+
+
+def test_a_mirror_stands_in_for_a_server_that_lacks_the_book(server, tmp_path):
+    server.script = [404]
+    gutenberg(server, tmp_path, mirrors=f'{server.url}/one {server.url}/two')
+    assert [path.split('/')[1] for path, _, _ in server.seen] == ['one', 'two']
+    assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
+
+
+def test_a_book_that_cannot_be_had_is_one_line(server, tmp_path):
+    server.script = [404]
+    _, err = gutenberg(server, tmp_path, status=2)
+    assert err.startswith('error: could not download') and 'HTTP 404' in err and 'Traceback' not in err
+    assert not (tmp_path / 'data' / 'book').exists()
+
+
+def test_any_address_will_do(server, tmp_path):
+    run('prepare/book/prepare.py', f'--book={server.url}/some/book.txt', '--tokenizer=bpe', '--vocab_size=300', cwd=tmp_path)
+    assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
+
+
+def test_parts_are_contiguous_ninety_five_five_and_reported(tmp_path):
+    text = ''.join(f'line {i}\n' for i in range(1000))
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    out, _ = run('prepare/book/prepare.py', '--book=my.txt', '--dataset=mine', cwd=tmp_path)
+    data = Dataset(str(tmp_path / 'data' / 'mine'))
+    sizes = {split: len(data.tokens(split)) for split in data.splits()}
+    assert sizes['train'] == len(text) * 90 // 100 and abs(sizes['val'] - sizes['test']) <= 1
+    assert text_of(tmp_path, 'mine') == text
+    assert f'{len(text):,} characters' in out and 'tokens a word' in out and '1.00 bytes a token' in out
+
+
+def test_bpe_is_trained_on_the_training_part_only(tmp_path):
+    (tmp_path / 'my.txt').write_text('plain words here. ' * 500 + 'zyzzyva ' * 100, encoding='utf-8')
+    run('prepare/book/prepare.py', '--book=my.txt', '--tokenizer=bpe', '--vocab_size=400', cwd=tmp_path)
+    merges = Dataset(str(tmp_path / 'data' / 'book')).spec['merges']
+    assert not any('zy' in left + right for left, right in merges)
+
+
+def test_gpt2_tokens_and_other_encodings(tmp_path):
+    shared('tiktoken')
+    text = 'Émile rêvait, déjà.\n' * 50
+    (tmp_path / 'my.txt').write_bytes(text.encode('latin-1'))
+    run('prepare/book/prepare.py', '--book=my.txt', '--encoding=latin-1', '--tokenizer=gpt2', cwd=tmp_path)
+    data = Dataset(str(tmp_path / 'data' / 'book'))
+    assert text_of(tmp_path) == text and data.tokens('train')[0] == 50256 and data.vocab_size == 50257
+
+
+def test_default_book_says_nothing_twice(tmp_path):
+    """No paragraph of the test and validation parts was in the training part."""
+    run('prepare/book/prepare.py', cwd=tmp_path)
+    text = text_of(tmp_path)
+    paragraphs = [p.strip() for p in text.split('\n\n') if len(p) >= 40]
+    assert len(text) > 350_000 and len(paragraphs) == len(set(paragraphs))
