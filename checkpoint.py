@@ -23,7 +23,7 @@ def padded(vocab_size):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dictionary of tensors and plain values: to path.tmp, synced, then renamed, so path is whole at any time."""
+    """Write a dictionary of tensors and plain values to path.tmp, synced, then renamed, so path is always whole."""
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(checkpoint | {'format': FORMAT}, f)
@@ -41,13 +41,13 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """The dictionary in a ckpt.pt of ours or of nanoGPT, on the CPU. Only tensors and plain values are ever unpickled."""
+    """The dictionary in a ckpt.pt of ours or of nanoGPT, on the CPU. Only tensors and plain values are unpickled."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with --out_dir=…') from None
     except pickle.UnpicklingError as e:
-        raise UserError(f'{path} is refused: it is no plain checkpoint, or holds more than tensors and plain values') from e
+        raise UserError(f'{path} is refused: it is no checkpoint, or holds more than tensors and plain values') from e
     except (RuntimeError, EOFError, OSError, ValueError) as e:
         raise UserError(f'{path} is damaged or cut short ({type(e).__name__}); use another copy of it') from e
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -66,14 +66,15 @@ def upgrade_nanogpt(checkpoint):
         return F.pad(t, (0, 0, 0, padded(args['vocab_size']) - old_shape[0])) if has_rows else t
 
     weights = {k.removeprefix('_orig_mod.'): pad(v) for k, v in checkpoint['model'].items()}
-    for state in checkpoint.get('optimizer', {}).get('state', {}).values():
+    optimizer = checkpoint.get('optimizer', {'state': {}})
+    for state in optimizer['state'].values():
         state.update({k: pad(v) for k, v in state.items()})
     weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
-    return checkpoint | {'model': weights, 'model_args': args}
+    return checkpoint | {'model': weights, 'model_args': args, 'optimizer': [optimizer]}
 
 
 def load_hugging_face(source):
-    """(fields of GPTConfig, state dict) of one of OpenAI's four models, downloaded once, or of a folder with a GPT-2."""
+    """(fields of GPTConfig, state dict) of one of OpenAI's four models, downloaded once, or of a GPT-2 in a folder."""
     from safetensors.torch import load_file
     folder = download_openai(source) if source in OPENAI else source
     try:
@@ -83,7 +84,8 @@ def load_hugging_face(source):
         raise UserError(f'{folder} is no Hugging Face folder: config.json could not be read ({e})') from None
     files = sorted(glob.glob(os.path.join(glob.escape(folder), '*.safetensors')))
     if hf.get('model_type') != 'gpt2' or not files:
-        raise UserError(f'{folder} holds a {hf.get("model_type")} in {len(files)} .safetensors; a gpt2 is needed, in 1 or more')
+        raise UserError(f'{folder} holds a {hf.get("model_type")} in {len(files)} .safetensors; '
+                        'a gpt2 is needed, in 1 or more')
     args = {k: hf[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')} | {'block_size': hf['n_positions']}
     args['gelu'] = {'gelu_new': 'tanh', 'gelu': 'none'}[hf['activation_function']]
     weights = {}

@@ -3,7 +3,6 @@ Settings of a script: its bare globals, then config files (plain Python, which s
     python train.py config/train_book.py --batch_size=8
 """
 import difflib
-import os
 import sys
 import types
 
@@ -19,74 +18,63 @@ def configure(namespace, argv=None):
     """
     sys.excepthook = report
     argv = sys.argv[1:] if argv is None else argv
-    settings = {k: v for k, v in namespace.items() if not k.startswith('_') and type(v) in (bool, int, float, str)}
-    defaults, overrides = dict(settings), {}
-    if {'--help', '-h'} & set(argv):
+    defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and type(v) in (bool, int, float, str)}
+    if '--help' in argv or '-h' in argv:
         sys.exit(print_help(namespace, defaults))
+    settings, overrides = dict(defaults), {}
     for arg in (a for a in argv if a.startswith('-')):
         key, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
             raise UserError(f'{arg}: write a setting as --{key.strip("-") or "seed"}=value; --help lists them')
         overrides[key] = checked(key, parse(text, defaults.get(key, '')), defaults, 'on the command line')
-    for path in (a for a in argv if not a.startswith('-')):  # overrides first: a file may branch on what was asked for
-        settings |= run_config_file(path, namespace | settings | overrides, defaults)
-    settings |= overrides
-    namespace.update(settings)
-    return settings
-
-
-def run_config_file(path, before, defaults):
-    """Execute a file in a copy of the script's names and return its settings. Its _names and imports stay its own."""
-    names = dict(before)
-    try:
-        with open(path, encoding='utf-8') as f:
-            exec(compile(f.read(), path, 'exec'), names)
-    except OSError as e:
-        raise UserError(f'no config file {path} ({e.strerror}); config files are listed by: ls config') from None
-    except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno
-        raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from e
-    changed = [k for k in names if not k.startswith('_') and names[k] is not before.get(k, names)]
-    imported = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    changed = [k for k in changed if k in defaults or not isinstance(names[k], imported)]
-    return {k: checked(k, names[k], defaults, f'in {path}') for k in changed}
+    for path in (a for a in argv if not a.startswith('-')):  # it sees the overrides, to branch on what was asked for
+        names = dict(before := namespace | settings | overrides)
+        try:
+            with open(path, encoding='utf-8') as f:
+                exec(compile(f.read(), path, 'exec'), names)
+        except OSError as e:
+            raise UserError(f'no config file {path} ({e.strerror}); to list them: ls config') from None
+        except Exception as e:  # it runs the user's code, so anything may come
+            line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno
+            raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from e
+        for key in (k for k in names if not k.startswith('_') and names[k] is not before.get(k, names)):
+            if key in defaults or not (callable(names[key]) or isinstance(names[key], types.ModuleType)):
+                settings[key] = checked(key, names[key], defaults, f'in {path}')
+    namespace.update(settings | overrides)
+    return settings | overrides
 
 
 def checked(key, value, defaults, where):
-    """The value, if it is of its setting's type; an int is promoted to float. 'auto' may become True or False too."""
+    """The value, if of its setting's type; an int is promoted to float, and 'auto' may become True or False too."""
     if key not in defaults:
         near = difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
         raise UserError(f'unknown setting {key} {where}: ' + (f'did you mean {near[0]}?' if near else 'see --help'))
-    default = defaults[key]
-    if type(default) is float and type(value) is int:
-        return float(value)
-    if type(value) is not type(default) and not (default == 'auto' and type(value) is bool):
-        raise UserError(f'{key} = {value!r} {where}: it takes a value of type {type(default).__name__}, '
-                        f'for example {default!r}')
-    return value
+    wanted, given = type(defaults[key]), type(value)
+    if given is not wanted and (wanted, given) != (float, int) and (defaults[key], given) != ('auto', bool):
+        raise UserError(f'{key} = {value!r} {where}: it takes {wanted.__name__}, for example {defaults[key]!r}')
+    return float(value) if wanted is float else value
 
 
 def parse(text, default):
-    """Text of the command line as the type of a default. parse('5', 1) is 5, parse('5', 'a') is '5'."""
+    """Text of the command line as the type of a default; as it is where that fails. parse('5', 1) is 5."""
     if type(default) is bool or default == 'auto':
         return {'true': True, 'false': False}.get(text.lower(), text)
     try:
         return text if type(default) is str else type(default)(text)
     except ValueError:
-        return text  # of the wrong type, as checked() will say
+        return text
 
 
 def print_help(namespace, defaults):
-    print(namespace['__doc__'].strip() + '\n\nSettings:')
     with open(namespace['__file__'], encoding='utf-8') as f:
         comments = {line.split(' = ')[0]: line.partition('  # ')[2].strip() for line in f if ' = ' in line}
-    for key, value in defaults.items():
-        print(f'  --{key}={value}'.ljust(44), comments.get(key, ''))
+    lines = [f'  --{key}={value}'.ljust(40) + comments.get(key, '') for key, value in defaults.items()]
+    print(namespace['__doc__'].strip(), '', *lines, sep='\n')
 
 
 def report(kind, error, traceback):
-    """sys.excepthook: a user's mistake in one line and status 2; Ctrl-C, status 130; for a bug of ours, the traceback."""
-    if issubclass(kind, (UserError, KeyboardInterrupt)):
-        print(f'error: {error}' if kind is UserError else 'interrupted', file=sys.stderr)
-        sys.exit(2 if kind is UserError else 130)
-    sys.__excepthook__(kind, error, traceback)
+    """sys.excepthook: one line and status 2 for a user's mistake; for a bug of ours, the traceback."""
+    if kind not in (UserError, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f'error: {error}' if kind is UserError else 'interrupted', file=sys.stderr)
+    sys.exit(2 if kind is UserError else 130)

@@ -31,15 +31,16 @@ def download(urls, path, tries=4, timeout=(10, 60)):
                 return path
             except requests.RequestException as e:
                 response = getattr(e, 'response', None)
-                why = f'{url}: {"HTTP " + str(response.status_code) if response is not None else type(e).__name__}'
-                if response is not None and 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+                status = None if response is None else response.status_code
+                why = f'{url}: {type(e).__name__ if status is None else "HTTP " + str(status)}'
+                if status is not None and 400 <= status < 500 and status not in (408, 429):
                     break  # it is not there: asking again will not help, another mirror may
                 if attempt + 1 < tries:
                     time.sleep(2**attempt)
             except OSError as e:
                 raise UserError(f'could not write {part}: {e.strerror}') from e
-    raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or save the '
-                    'file yourself and give its path')
+    raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or '
+                    'save the file yourself and give its path')
 
 
 def fetch(url, part, timeout):

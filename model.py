@@ -18,7 +18,6 @@ from checkpoint import load_checkpoint, load_hugging_face, padded
 from configurator import UserError
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
-PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}  # dense bfloat16
 
 
 @dataclass
@@ -195,10 +194,10 @@ class GPT(nn.Module):
         return model
 
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None, lengths=None):
-        """(logits, loss): (B, T, V) in float32; the mean loss in nats over targets other than -1, or None.
+        """(logits, loss): (B, T, V) in float32; the mean loss in nats over targets that are not -1, or None.
 
-        Without targets the logits are those of the last position, (B, 1, V), unless all_logits. cache: a KVCache to read
-        and extend. lengths: of the rows, where prompts of several lengths are padded on the right.
+        Without targets the logits are those of the last position, (B, 1, V), unless all_logits. cache: a KVCache to
+        read and extend. lengths: of the rows, where prompts of several lengths are padded on the right.
         """
         (B, T), past = idx_BT.shape, cache.lengths if cache else [0]
         end = max(past) + T

@@ -1,6 +1,6 @@
 """
 Optimizers and learning-rate schedules.
-    python -c "from optim import *; print([round(learning_rate_at(i, 100, 1.0, 0.0, warmup=10), 2) for i in range(100)])"
+    python -c "from optim import *; print([round(learning_rate_at(i, 100, 1, 0, warmup=10), 2) for i in range(100)])"
 """
 import math
 
@@ -12,11 +12,13 @@ from configurator import UserError
 def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
     """The list of optimizers that together step every parameter once; each group carries its highest rate as `peak_lr`.
 
-    kind: 'adamw', AdamW (Loshchilov and Hutter 2017) for all; or 'muon', Muon for the matrices of the blocks and AdamW for
-    embeddings, head and vectors. Vectors (biases, norms) never decay. Raises UserError for any other kind.
+    kind: 'adamw', AdamW (Loshchilov and Hutter 2017) for all; or 'muon', Muon for the matrices of the blocks and AdamW
+    for embeddings, head and vectors. Vectors (biases, norms) never decay. Raises UserError for any other kind.
     """
     if kind not in ('adamw', 'muon'):
         raise UserError(f'optimizer is {kind!r}; choose from adamw, muon')
+    if min(learning_rate, muon_learning_rate) <= 0:
+        raise UserError(f'learning_rate ({learning_rate}) and muon_learning_rate ({muon_learning_rate}) must be above 0')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in params.items() if kind == 'muon' and p.ndim == 2 and '.h.' in name]
     rest = [p for p in params.values() if not any(p is h for h in hidden)]
@@ -34,15 +36,17 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
 
 def load_states(optimizers, states):
     """Restore what the optimizers have learned, not their hyper-parameters: those are the settings of this run."""
-    for optimizer, state in zip(optimizers, states, strict=True):
+    if len(states) != len(optimizers):
+        raise UserError('this run was trained with another optimizer; give --optimizer as it was')
+    for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict({'state': state['state'], 'param_groups': optimizer.state_dict()['param_groups']})
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices in the middle of a network (Jordan et al. 2024).
 
-    An update of an (m, n) matrix is scaled by sqrt(max(1, m / n)); a c_attn, (3n, n), counts as three matrices. Matrices
-    of one shape are orthogonalised in one batch.
+    An update of an (m, n) matrix is scaled by sqrt(max(1, m / n)); a c_attn, (3n, n), counts as three matrices.
+    Matrices of one shape are orthogonalised in one batch.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
@@ -82,8 +86,8 @@ def orthogonalize(G, steps=5):
 def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0):
     """The learning rate of a step: linear warm-up, then down from peak to floor, which it keeps after `steps`.
 
-    schedule: 'cosine', half a cosine from the end of the warm-up on, or 'trapezoid', constant, then linear over the last
-    `cooldown` steps (Hägele et al. 2024). Raises UserError for any other.
+    schedule: 'cosine', half a cosine from the end of the warm-up on, or 'trapezoid', constant, then linear over the
+    last `cooldown` steps (Hägele et al. 2024). Raises UserError for any other.
 
     >>> [learning_rate_at(i, 8, 1.0, 0.0, warmup=3, schedule='trapezoid', cooldown=4) for i in range(9)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]

@@ -4,18 +4,17 @@ Text from a trained model, on standard output.
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
 """
 import codecs
-import contextlib
 import os
 import sys
-
-import torch
 
 import tokenizer as tokenizers
 from checkpoint import load_checkpoint
 from configurator import UserError, configure
+from dataset import Dataset
+from machine import Machine, default_device
 from model import GPT
 
-# ---- Settings ----------------------------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a Hugging Face folder
 out_dir = 'out'  # of the run to sample from
 start = ''  # the prompt, or FILE:path; empty begins a document
@@ -29,78 +28,54 @@ min_p = 0.0  # rule out tokens less likely than this times the likeliest
 repetition_penalty = 1.0  # above 1: what was said gets less likely
 stop = ''  # end a sample before this text
 seed = 1337
-device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it
+device = default_device()  # cpu, cuda, cuda:1, mps …
+dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
 configure(globals())
-
-# ---- Model and prompt --------------------------------------------------------------------------------------------------
-spec = {'kind': 'gpt2'}
-if init_from == 'resume' or init_from.endswith('.pt'):
-    checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
-    model = GPT.from_pretrained(checkpoint)
-    if 'tokenizer' in checkpoint:
-        spec = checkpoint['tokenizer']
-    elif (data := checkpoint.get('config', {}).get('dataset')) and os.path.exists(os.path.join('data', data, 'meta.pkl')):
-        from dataset import Dataset  # a nanoGPT checkpoint leaves its characters in the data folder
-        spec = Dataset(data).spec
-else:
-    model = GPT.from_pretrained(init_from)
-tokenizer = tokenizers.load(spec)
-if tokenizer.n_vocab != model.config.vocab_size:
-    raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({spec["kind"]}) {tokenizer.n_vocab}')
-
-if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-    raise UserError(f'dtype is {dtype!r}; choose from float32, bfloat16, float16, auto')
 if num_samples < 1 or max_new_tokens < 1:
     raise UserError(f'num_samples ({num_samples}) and max_new_tokens ({max_new_tokens}) must be at least 1')
-try:
-    device_type = torch.device(device).type
-    model.to(device).eval()
-except (RuntimeError, AssertionError) as e:
-    raise UserError(f'device {device} cannot be used ({str(e).splitlines()[0]}); try --device=cpu') from None
-if dtype == 'auto':
-    dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported(False) else 'float32'
-autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+machine = Machine(device, dtype)
+
+# ---- Model and prompt ------------------------------------------------------------------------------------------------
+checkpoint = {}
+if init_from == 'resume' or init_from.endswith('.pt'):
+    checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
+model = GPT.from_pretrained(checkpoint or init_from).to(device)
+spec, trained_on = checkpoint.get('tokenizer', {'kind': 'gpt2'}), checkpoint.get('config', {}).get('dataset', '')
+if 'tokenizer' not in checkpoint and os.path.exists(os.path.join('data', trained_on, 'meta.pkl')):
+    spec = Dataset(trained_on).spec  # nanoGPT leaves a model's characters in its data folder
+tokenizer = tokenizers.load(spec)
+if tokenizer.n_vocab != model.config.vocab_size:
+    raise UserError(f'a model of {model.config.vocab_size} tokens cannot be read with a tokenizer ({spec["kind"]}) of '
+                    f'{tokenizer.n_vocab}')
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {start[5:]} cannot be read as UTF-8 text: {e}') from None
-ids = tokenizer.encode(start)
-if not ids:
-    ids = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n' if '\n' in spec['chars'] else spec['chars'][0])
+ids = tokenizer.encode(start) or [tokenizer.start]
 if len(ids) > model.config.block_size:
-    print(f'notice: the prompt has {len(ids)} tokens, the context {model.config.block_size}: the model sees its end only',
-          file=sys.stderr)
+    print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens', file=sys.stderr)
 
-# ---- Generation --------------------------------------------------------------------------------------------------------
-ends = () if tokenizer.eot is None else (tokenizer.eot,)
-decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(num_samples)]  # tokens may split a character
-texts, open_rows = [start] * num_samples, set(range(num_samples))
-if num_samples == 1:
-    print(start, end='', flush=True)
-shown = len(start)
-with autocast:
-    steps = model.generate([ids] * num_samples, max_new_tokens, strategy, temperature, top_k, top_p, min_p, repetition_penalty,
-                           seed, stop=ends)
-    for next_B in steps:
-        for row in sorted(open_rows):
-            token = next_B[row].item()
-            if token in ends:
-                open_rows.discard(row)
+# ---- Generation ------------------------------------------------------------------------------------------------------
+ends = {tokenizer.eot} - {None}
+decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(num_samples)]  # tokens split characters
+texts, going, shown = [start] * num_samples, set(range(num_samples)), 0
+with machine.autocast:
+    for next_B in model.generate([ids] * num_samples, max_new_tokens, strategy, temperature, top_k, top_p, min_p,
+                                 repetition_penalty, seed, stop=ends):
+        for row, token in enumerate(next_B.tolist()):
+            if row not in going or token in ends:
+                going.discard(row)
                 continue
             texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
             if stop and stop in texts[row][len(start):]:
                 texts[row] = texts[row][:texts[row].index(stop, len(start))]
-                open_rows.discard(row)
+                going.discard(row)
         if num_samples == 1:  # keep back what may turn out to be the beginning of `stop`
-            safe = len(texts[0]) - (max(0, len(stop) - 1) if open_rows else 0)
+            safe = max(shown, len(texts[0]) - max(0, len(stop) - 1))
             print(texts[0][shown:safe], end='', flush=True)
-            shown = max(shown, safe)
-        if not open_rows:
+            shown = safe
+        if not going:
             break
-if num_samples == 1:
-    print(texts[0][shown:])
-else:
-    print('\n---------------\n'.join(texts))
+print('\n---------------\n'.join(texts)[shown:])

@@ -2,8 +2,9 @@
 Tokenizers: characters, a byte-level BPE trained here, and GPT-2's.
     python tokenizer.py my.txt gpt2 data/book        # how well does each tokenizer fit that text?
 
-Each has encode(text) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> bytes, n_vocab, eot (the id that starts a
-document, or None), and spec: a dictionary of plain values that `load` turns into the same tokenizer again.
+Each has encode(text) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> bytes, n_vocab, eot (the id between
+documents, or None), start (the id to begin a text with: eot or a line end) and spec: a dictionary of plain values that
+`load` turns into the same tokenizer again.
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the control token.
 """
 import collections
@@ -26,14 +27,15 @@ class CharTokenizer:
     def __init__(self, chars):
         """chars: the characters of the vocabulary, in the order of their ids."""
         self.spec = {'kind': 'char', 'chars': chars}
-        self.n_vocab, self.eot = len(chars), None
+        self.n_vocab, self.eot, self.start = len(chars), None, max(0, chars.find('\n'))
         self.id_of = {c: i for i, c in enumerate(chars)}
 
     def encode(self, text):
         unknown = sorted(set(text) - self.id_of.keys())
         if unknown:
-            raise UserError(f'this model knows {self.n_vocab} characters and never saw {" ".join(map(repr, unknown[:20]))};'
-                            ' leave them out, or prepare the data with --tokenizer=bpe, which knows every character')
+            raise UserError(f'this model knows {self.n_vocab} characters and never saw '
+                            f'{" ".join(map(repr, unknown[:20]))}; leave them out, or prepare the data with '
+                            '--tokenizer=bpe, which knows every character')
         return [self.id_of[c] for c in text]
 
     def decode(self, ids):
@@ -47,7 +49,7 @@ class BPETokenizer:
     def __init__(self, encoding, spec):
         """encoding: a tiktoken.Encoding whose one special token is EOT."""
         self.encoding, self.spec = encoding, spec
-        self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
+        self.n_vocab, self.eot, self.start = encoding.n_vocab, encoding.eot_token, encoding.eot_token
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -110,10 +112,10 @@ def spec_hash(spec):
 def train_bpe(texts, vocab_size):
     """A byte-level BPE of at most vocab_size tokens (256 bytes, merges, EOT) learned from an iterable of str.
 
-    Rule (Sennrich et al. 2016): cut the text into pieces, encode them with the vocabulary so far, make the most frequent
-    adjacent pair a token, repeat, until the vocabulary is full or no pair occurs twice. Among equally frequent pairs the
-    one with the lower left id wins, then the lower right id. Because pieces are at any time what encoding gives, a pair
-    that spells a token which exists already is that token. Raises UserError for a vocab_size under 257.
+    Rule (Sennrich et al. 2016): cut the text into pieces, encode them with the vocabulary so far, make the most
+    frequent adjacent pair a token, repeat, until the vocabulary is full or no pair occurs twice. Among equally frequent
+    pairs the one with the lower left id wins, then the lower right id. Because pieces are at any time what encoding
+    gives, a pair that spells a token which exists already is that token. Raises UserError for a vocab_size under 257.
     """
     if vocab_size < 257:
         raise UserError(f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
@@ -144,7 +146,8 @@ def train_bpe(texts, vocab_size):
         merges.append([tokens[i].decode('latin-1') for i in pair])
         tokens.append(spelled)
         rank[spelled] = new
-        spellings = {(rank.get(spelled[:k]), rank.get(spelled[k:])) for k in range(1, len(spelled))} & pieces_with.keys()
+        spellings = {(rank.get(spelled[:k]), rank.get(spelled[k:]))
+                     for k in range(1, len(spelled))} & pieces_with.keys()
         grown = set()
         for i in set().union(*(pieces_with.pop(s) for s in spellings)):
             old, pieces[i] = pieces[i], merge(pieces[i], pair, new)
@@ -166,7 +169,7 @@ def train_bpe(texts, vocab_size):
 
 
 def merge(piece, pair, new):
-    """The ids of a piece with every occurrence of a pair, from the left, made one. merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
+    """The ids of a piece, each occurrence of a pair, from the left, made one. merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
     merged, i = [], 0
     while i < len(piece):
         found = piece[i] == pair[0] and i + 1 < len(piece) and piece[i + 1] == pair[1]
@@ -201,7 +204,8 @@ def fertility(text, n_tokens):
 if __name__ == '__main__':
     sys.excepthook = report
     if len(sys.argv) < 3:
-        raise UserError('usage: python tokenizer.py TEXT_FILE TOKENIZER [TOKENIZER …]; a tokenizer is gpt2 or a data folder')
+        raise UserError('usage: python tokenizer.py TEXT_FILE TOKENIZER [TOKENIZER …]; '
+                        'a tokenizer is gpt2 or a data folder')
     try:
         with open(sys.argv[1], encoding='utf-8') as text_file:
             sample = text_file.read()

@@ -6,12 +6,11 @@ Trains a model: from scratch, from where a run stopped, or from somebody's weigh
 Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. What each recipe costs and reaches
 stands in its config file. A run that is killed and resumed ends with the same weights, bit for bit, as one that is not.
 """
-import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -24,13 +23,14 @@ import tokenizer as tokenizers
 from checkpoint import OPENAI, load_checkpoint, save_checkpoint
 from configurator import UserError, configure
 from dataset import Dataset, eval_batches, train_batch
-from model import GPT, GPTConfig, peak_flops
+from machine import Machine, default_device
+from model import GPT, GPTConfig
 from optim import learning_rate_at, load_states, make_optimizers
 
-# ---- Settings (nanoGPT's names and, but for device, dtype and compile, its defaults) -----------------------------------
+# ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults ----------------------------------
 # The run
 out_dir = 'out'  # where checkpoints and the log go
-init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint), gpt2[-medium|-large|-xl], a .pt, a folder
+init_from = 'scratch'  # scratch, resume, auto (resume if it can), gpt2[-medium|-large|-xl], a .pt, a folder
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches of one evaluation; 0 is the whole split
 eval_only = False  # print the loss on every split and stop
@@ -74,147 +74,121 @@ cooldown_iters = 0  # trapezoid: the fall takes the last so many steps
 min_lr = 6e-5
 # Machine
 backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
-device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'  # or cuda:1 …
+device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
 config = configure(globals())
 
-# ---- Machine -----------------------------------------------------------------------------------------------------------
+# ---- Machine ---------------------------------------------------------------------------------------------------------
 for name in ('gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval'):
     if config[name] < 1:
         raise UserError(f'{name} is {config[name]}; it must be at least 1')
-rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-try:
-    device_type = torch.device(device).type
-    if world_size > 1 and device_type == 'cuda':
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
-    torch.zeros(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    raise UserError(f'device {device} cannot be used ({str(e).splitlines()[0]}); try --device=cpu') from None
-if world_size > 1:
-    dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
-if gradient_accumulation_steps % world_size:
-    raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts micro-steps over all processes and '
-                    f'must be a multiple of their number, {world_size}')
-micro_steps = gradient_accumulation_steps // world_size
-if dtype == 'auto':
-    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
-if dtype not in ('float32', 'bfloat16', 'float16'):
-    raise UserError(f'dtype is {dtype!r}; choose from float32, bfloat16, float16, auto')
 if compile not in ('auto', True, False):
-    raise UserError(f'compile is {compile!r}; choose from True, False, auto')
-compile = device_type == 'cuda' if compile == 'auto' else compile
-torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
-autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-device_name = torch.cuda.get_device_name() if device_type == 'cuda' else platform.processor() or platform.machine()
-
-
-def say(*words):
-    if rank == 0:
-        print(*words, flush=True)
-
-
+    raise UserError(f'compile is {compile!r}; choose from auto, True, False')
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log needs a package: pip install wandb') from None
+machine = Machine(device, dtype)
+device, rank, world_size, say = machine.device, machine.rank, machine.world_size, machine.say
+if gradient_accumulation_steps % world_size:
+    raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts those of all processes: '
+                    f'make it a multiple of their number, {world_size}')
+machine.join(backend)
+compile = machine.type == 'cuda' if compile == 'auto' else compile
 if compile:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as e:  # whatever keeps the compiler from working here, training works without it
         say(f'compile is off: {str(e).strip().splitlines()[0]}')
         compile = False
-say(f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} process(es), torch {torch.__version__}')
+say(f'{machine}, compile {compile}')
 
-# ---- Data and model ----------------------------------------------------------------------------------------------------
+# ---- Data and model --------------------------------------------------------------------------------------------------
 data = Dataset(dataset)
 train_tokens, train_mask, val_tokens = data.tokens('train'), data.mask('train'), data.tokens('val')
-ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-fields = [f.name for f in dataclasses.fields(GPTConfig)]
-shape = {k: config[k] for k in fields if k != 'vocab_size'} | {'vocab_size': data.vocab_size}
-checkpoint = None
-torch.manual_seed(seed)
-if init_from == 'resume' or init_from.endswith('.pt'):
-    checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from)
-if init_from == 'resume' or init_from == 'scratch' and rank == 0 and os.path.exists(ckpt_path):
-    # Attention's implementation and dropout may change on the way; what shapes or means a weight may not.
-    there = dataclasses.asdict(GPTConfig(**(checkpoint or load_checkpoint(ckpt_path))['model_args']))
-    differ = [f'{k} is {there[k]}, not {shape[k]}' for k in fields
-              if there[k] != shape[k] and k not in ('dropout', 'flash', 'gelu') and (k != 'bias' or arch == 'gpt2')]
-    if differ:
-        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): give its settings, or another '
-                        '--out_dir=…')
-if init_from == 'scratch':
-    model = GPT(GPTConfig(**shape))
-else:
-    source = checkpoint or init_from
-    vary = {'dropout': dropout, 'flash': flash} | ({} if init_from == 'resume' else {'block_size': block_size})
-    model = GPT.from_pretrained(source, **vary)
-    spec = (checkpoint or {}).get('tokenizer') or ({'kind': 'gpt2'} if init_from in OPENAI else data.spec)
-    if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
-        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
-                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}); {data.remedy} with its --tokenizer')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} tokens of training text): '
                     f'use at most --block_size={len(train_tokens) - 1}, or more text')
+ckpt_path, best_path, log_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl'))
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+torch.manual_seed(seed)
+model_config = GPTConfig(**{f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)})
+checkpoint = None
+if init_from == 'resume' or init_from.endswith('.pt'):
+    checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from)
+if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
+    here = dataclasses.asdict(model_config)
+    there = dataclasses.asdict(GPTConfig(**(checkpoint or load_checkpoint(ckpt_path))['model_args']))
+    differ = [f'{k} is {there[k]}, not {here[k]}' for k in here
+              if there[k] != here[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
+    if differ:
+        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): give its settings, or another'
+                        ' --out_dir')
+if init_from == 'scratch':
+    model = GPT(model_config)
+else:
+    model = GPT.from_pretrained(checkpoint or init_from, dropout=dropout, flash=flash, block_size=block_size)
+    spec = (checkpoint or {}).get('tokenizer') or ({'kind': 'gpt2'} if init_from in OPENAI else data.spec)
+    if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
+        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
+                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}): prepare it with that --tokenizer')
 model.to(device)
-n_parameters = sum(p.numel() for p in model.parameters())
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
+learning_rate_at(0, 1, 1.0, 1.0, schedule=schedule)  # refuses an unknown one before anything is written
+scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 first_iter, best_val_loss, evals_without_gain, train_seconds = 0, math.inf, 0, 0.0
 if init_from == 'resume':
-    states = checkpoint['optimizer'] if isinstance(checkpoint['optimizer'], list) else [checkpoint['optimizer']]
-    if len(states) != len(optimizers):
-        raise UserError(f'{ckpt_path} was trained with another optimizer than {optimizer}; give --optimizer=… as it was')
-    load_states(optimizers, states)
-    scaler.load_state_dict(checkpoint.get('scaler', {})) if checkpoint.get('scaler') else None
     first_iter, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-    evals_without_gain = checkpoint.get('evals_without_gain', 0)
-    train_seconds = checkpoint.get('train_seconds', 0.0)
+    evals_without_gain, train_seconds = (checkpoint.get(k, 0) for k in ('evals_without_gain', 'train_seconds'))
     if first_iter > max_iters:
         raise UserError(f'{ckpt_path} is at step {first_iter} already; to go on, give a higher --max_iters')
-checkpoint = None  # free its memory
+    load_states(optimizers, checkpoint['optimizer'])
+    if checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])
+del checkpoint  # and its memory
 if compile:
     model.compile()
 ddp_model = DistributedDataParallel(model) if world_size > 1 else model
+n_parameters = sum(p.numel() for p in model.parameters())
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 say(f'{arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens for training, '
     f'{tokens_per_step:,} a step, {len(train_tokens) / tokens_per_step:.1f} steps an epoch')
 
 
-# ---- Evaluation, checkpoints, log --------------------------------------------------------------------------------------
+# ---- Evaluation, checkpoints, log ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(split, n_windows):
     """{loss, perplexity and, where bytes were counted, bits_per_byte} over n_windows of a split (0 is all of it)."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # nats, targets
-    for idx_BT, targets_BT in eval_batches(data.tokens(split), data.mask(split), block_size, batch_size, n_windows, rank,
-                                           world_size):
-        with autocast:
+    nats, count = 0.0, 0
+    tokens, mask, bytes_per_token = data.tokens(split), data.mask(split), data.bytes_per_token(split)
+    for idx_BT, targets_BT in eval_batches(tokens, mask, block_size, batch_size, n_windows, rank, world_size):
+        with machine.autocast:
             _, loss = model(idx_BT.to(device), targets_BT.to(device))
-        count = (targets_BT != -1).sum()
-        total += torch.stack((loss.double().cpu() * count, count))
+        here = (targets_BT != -1).sum().item()
+        nats, count = nats + loss.item() * here, count + here
     model.train()
-    if world_size > 1:
-        total = total.to(device if device_type == 'cuda' else 'cpu')
-        dist.all_reduce(total)
-    loss = (total[0] / total[1].clamp(min=1)).item()
-    bytes_per_token = data.bytes_per_token(split)
-    figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700))}
-    return figures | ({'bits_per_byte': loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
+    nats, count = machine.sum(nats, count)
+    loss = nats / max(1, count)
+    bits = {'bits_per_byte': loss / math.log(2) / bytes_per_token} if bytes_per_token else {}
+    return {'loss': loss, 'perplexity': math.exp(min(loss, 700))} | bits
 
 
 def save(path, iter_num):
     if rank == 0:
         save_checkpoint(path, {
-            'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict(),
-            'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec, 'config': config,
+            'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec,
+            'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict(), 'config': config,
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
             'train_seconds': train_seconds})
 
 
-def log(entry, name='log.jsonl'):
+def log(entry):
     if rank == 0:
-        with open(os.path.join(out_dir, name), 'a', encoding='utf-8') as f:
+        with open(log_path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(entry) + '\n')
         if wandb_log and 'iter' in entry:
             wandb.log(entry, step=entry['iter'])
@@ -222,23 +196,19 @@ def log(entry, name='log.jsonl'):
 
 def forget_log_after(iter_num):
     """Drop what a killed run logged after its last checkpoint; the resumed run will log it again."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    if not os.path.exists(path):
-        return
-    with open(path, encoding='utf-8') as f:
-        lines = [line for line in f if line.endswith('\n')]  # the last may be cut short
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(line for line in lines if (entry := json.loads(line)).get('iter', -1) + ('loss' in entry) <= iter_num)
-    os.replace(path + '.tmp', path)
+    with open(log_path, encoding='utf-8') as f:
+        entries = [json.loads(line) for line in f if line.endswith('\n')]  # the last may be cut short
+    with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(e) + '\n' for e in entries if e.get('iter', -1) + ('loss' in e) <= iter_num)
+    os.replace(log_path + '.tmp', log_path)
 
 
 def sample_text():
     """200 tokens from the start of a document."""
     tokenizer = tokenizers.load(data.spec)
-    start = tokenizer.eot if tokenizer.eot is not None else max(0, tokenizer.spec['chars'].find('\n'))
-    with autocast:
-        ids = [next_B.item() for next_B in model.generate([[start]], 200, strategy='nucleus', seed=seed)]
-    return tokenizer.decode(ids)
+    with machine.autocast:
+        steps = model.generate([[tokenizer.start]], 200, strategy='nucleus', seed=seed)
+        return tokenizer.decode([next_B.item() for next_B in steps])
 
 
 if eval_only:
@@ -251,25 +221,21 @@ if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         if init_from != 'resume' and os.path.exists(ckpt_path):  # a run of the same shape: keep it, out of the way
             os.makedirs(os.path.join(out_dir, 'previous'), exist_ok=True)
-            for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
-                if os.path.exists(os.path.join(out_dir, name)):
-                    os.replace(os.path.join(out_dir, name), os.path.join(out_dir, 'previous', name))
+            for path in filter(os.path.exists, (ckpt_path, best_path, log_path)):
+                os.replace(path, os.path.join(out_dir, 'previous', os.path.basename(path)))
             say(f'the run that was in {out_dir} is now in {out_dir}/previous')
+        if os.path.exists(log_path):
+            forget_log_after(first_iter)
     except OSError as e:
-        raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir=…') from None
-    forget_log_after(first_iter)
+        raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir') from None
     if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('wandb_log needs the package: pip install wandb') from None
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
-    'device': device_name, 'dtype': dtype, 'compile': compile, 'processes': world_size, 'cpus': os.cpu_count(),
-    'torch': torch.__version__, 'python': platform.python_version(), 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+    'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size, 'cpus': os.cpu_count(),
+    'torch': torch.__version__, 'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 
-# ---- Training ----------------------------------------------------------------------------------------------------------
-caught = []
+# ---- Training --------------------------------------------------------------------------------------------------------
+caught = []  # signals
 
 
 def on_signal(number, frame):
@@ -277,9 +243,13 @@ def on_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
 
+def asked_to_stop(iter_num):
+    """Whether a signal came; several processes, of which only some may have got it, agree on that at log steps."""
+    return (world_size == 1 or iter_num % log_interval == 0) and machine.sum(len(caught))[0] > 0
+
+
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
-peak = peak_flops(device_name) if dtype != 'float32' else None
 clock, logged = time.perf_counter(), (first_iter, train_seconds)  # of the last log line
 for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: the last turn only validates and saves
 
@@ -302,13 +272,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         log({'iter': iter_num, 'sample': text})
 
     # Save, and stop when it is time to or somebody asked for it
-    stopping = bool(caught)
-    if world_size > 1 and iter_num % log_interval == 0:
-        flag = torch.tensor(int(stopping), device=device)
-        dist.all_reduce(flag)
-        stopping = flag.item() > 0
-    elif world_size > 1:
-        stopping = False
+    stopping = asked_to_stop(iter_num)
     if iter_num > first_iter and (stopping or validated and (improved or always_save_checkpoint)):
         save(ckpt_path, iter_num)
     if improved and iter_num > first_iter:
@@ -323,12 +287,12 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
     torch.manual_seed((seed * 1_000_003 + iter_num) * world_size + rank)  # dropout too is a function of the step
     loss_sum = torch.zeros((), device=device)
-    for micro_step in range(micro_steps):
-        idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps, seed,
-                                         iter_num, micro_step * world_size + rank)
+    for micro_step in range(micro_steps := gradient_accumulation_steps // world_size):
+        idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps,
+                                         seed, iter_num, micro_step * world_size + rank)
         if world_size > 1:
             ddp_model.require_backward_grad_sync = micro_step == micro_steps - 1
-        with autocast:
+        with machine.autocast:
             _, loss = ddp_model(idx_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
         loss_sum += loss.detach()
         scaler.scale(loss / micro_steps).backward()
@@ -342,28 +306,25 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
 
     # Log
     if iter_num % log_interval == 0:
-        loss_mean = loss_sum / gradient_accumulation_steps
-        if world_size > 1:
-            dist.all_reduce(loss_mean)
-        entry = {'iter': iter_num, 'loss': loss_mean.item(), 'lr': optimizers[0].param_groups[0]['lr'], 'grad_norm': norm.item(),
-                 'tokens': (iter_num + 1) * tokens_per_step}  # .item() waited for the device: now the clock may be read
+        loss = machine.sum(loss_sum.item())[0] / gradient_accumulation_steps  # .item() waits for the device
+        entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'], 'grad_norm': norm.item(),
+                 'tokens': (iter_num + 1) * tokens_per_step}
         seconds = train_seconds + time.perf_counter() - clock
-        step_seconds = (seconds - logged[1]) / (iter_num + 1 - logged[0])
-        logged = iter_num + 1, seconds
+        step_seconds, logged = (seconds - logged[1]) / (iter_num + 1 - logged[0]), (iter_num + 1, seconds)
         entry |= {'tokens_per_second': tokens_per_step / step_seconds, 'train_seconds': seconds}
-        if peak:
-            entry['mfu'] = model.flops_per_token() * entry['tokens_per_second'] / (peak * world_size)
+        if machine.peak_flops:
+            entry['mfu'] = model.flops_per_token() * entry['tokens_per_second'] / (machine.peak_flops * world_size)
         log(entry)
-        minutes, secs = divmod(int(step_seconds * (max_iters - iter_num - 1)), 60)
+        to_go = datetime.timedelta(seconds=int(step_seconds * (max_iters - iter_num - 1)))
         say(f'iter {iter_num}: loss {entry["loss"]:.4f}, lr {entry["lr"]:.2e}, norm {entry["grad_norm"]:.2f}, '
-            f'{entry["tokens_per_second"]:,.0f} tokens/s' + (f', MFU {entry["mfu"]:.1%}' if peak else '') +
-            f', {minutes // 60}:{minutes % 60:02}:{secs:02} to go')
+            f'{entry["tokens_per_second"]:,.0f} tokens/s' + (f', MFU {entry["mfu"]:.1%}' if 'mfu' in entry else '') +
+            f', {to_go} to go')
 
 if world_size > 1:
     dist.destroy_process_group()
 if stopping and not last:
-    say(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: python train.py '
-        + ' '.join(a for a in sys.argv[1:] if not a.startswith('--init_from=')) + ' --init_from=resume')
+    again = ' '.join([a for a in sys.argv[1:] if not a.startswith('--init_from=')] + ['--init_from=resume'])
+    say(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: python train.py {again}')
     sys.exit(128 + caught[0] if caught else 1)
 why = '' if iter_num == max_iters else f', no gain in {patience} evaluations'
 say(f'done at step {iter_num}{why}: best val loss {best_val_loss:.4f}, {train_seconds:.0f} s of training; '

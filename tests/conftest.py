@@ -13,15 +13,16 @@ SHARED = ROOT.parent / 'shared' / 'data'
 sys.path.insert(0, str(ROOT))
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
-        '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
-        '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
+TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
+        '--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2',
+        '--lr_decay_iters=30', '--max_iters=30', '--eval_interval=10', '--eval_iters=4', '--log_interval=5',
+        '--out_dir=out']
 
 
 def run(script, *args, cwd, status=0, **options):
     """Run a script with this Python in cwd; assert its exit status; return (standard output, standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          encoding='utf-8', timeout=300, **options)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, encoding='utf-8', timeout=300, **options)
     assert done.returncode == status, f'status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}'
     return done.stdout, done.stderr
 

@@ -7,7 +7,8 @@ from conftest import ROOT
 
 
 def settings(*argv):
-    namespace = dict(start='\n', seed=1, learning_rate=0.5, bias=True, compile='auto', device='cuda', _private=1, path=pathlib)
+    namespace = dict(start='\n', seed=1, learning_rate=0.5, bias=True, compile='auto', device='cuda', _private=1,
+                     path=pathlib)
     return configure(namespace, list(argv))
 
 
@@ -17,17 +18,17 @@ def write(tmp_path, text):
 
 
 @pytest.mark.parametrize('arg, key, value', [
-    ('--start=5', 'start', '5'), ('--start=a=b', 'start', 'a=b'), ('--start=', 'start', ''), ('--bias=false', 'bias', False),
-    ('--bias=True', 'bias', True), ('--compile=false', 'compile', False), ('--learning_rate=1', 'learning_rate', 1.0),
-    ('--learning_rate=1e-3', 'learning_rate', 1e-3), ('--seed=-3', 'seed', -3)])
+    ('--start=5', 'start', '5'), ('--start=a=b', 'start', 'a=b'), ('--start=', 'start', ''),
+    ('--bias=false', 'bias', False), ('--bias=True', 'bias', True), ('--compile=false', 'compile', False),
+    ('--learning_rate=1', 'learning_rate', 1.0), ('--learning_rate=1e-3', 'learning_rate', 1e-3), ('--seed=-3', 'seed', -3)])
 def test_values_take_the_type_of_their_setting(arg, key, value):
     got = settings(arg)[key]
     assert got == value and type(got) is type(value)
 
 
 @pytest.mark.parametrize('arg, message', [
-    ('--sed=1', 'did you mean seed'), ('--learning-rate=1', 'did you mean learning_rate'), ('--seed=1.5', 'type int'),
-    ('--seed=x', 'type int'), ('--bias=2', 'type bool'), ('--bias', '--bias=value'), ('-seed=1', '--seed=1=value'),
+    ('--sed=1', 'did you mean seed'), ('--learning-rate=1', 'did you mean learning_rate'), ('--seed=1.5', 'takes int'),
+    ('--seed=x', 'takes int'), ('--bias=2', 'takes bool'), ('--bias', '--bias=value'), ('-seed=1', '--seed=1=value'),
     ('seed=1', 'no config file'), ('--_private=2', 'unknown'), ('--path=x', 'unknown')])
 def test_mistakes_on_the_command_line_are_named(arg, message):
     with pytest.raises(UserError) as error:
@@ -53,8 +54,8 @@ def test_helpers_of_a_config_file_stay_its_own(tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('sed = 1', 'unknown setting sed in .*config.py: did you mean seed'), ('seed = 1.0', 'type int'), ('bias = 1', 'type bool'),
-    ('seed = True', 'type int'), ('start = None', 'type str'), ('seed = 1\nx y', 'line 2: SyntaxError'),
+    ('sed = 1', 'unknown setting sed in .*config.py: did you mean seed'), ('seed = 1.0', 'takes int'),
+    ('bias = 1', 'takes bool'), ('seed = True', 'takes int'), ('start = None', 'takes str'), ('seed = 1\nx y', 'line 2: SyntaxError'),
     ('seed = 1 / 0', 'line 1: ZeroDivisionError')])
 def test_mistakes_in_a_config_file_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
@@ -63,8 +64,7 @@ def test_mistakes_in_a_config_file_are_named(tmp_path, text, message):
 
 def test_every_setting_of_the_shipped_configs_exists():
     source = (ROOT / 'train.py').read_text().split('config = configure')[0]
-    import torch
-    namespace = {'torch': torch}
+    namespace = {'default_device': lambda: 'cpu'}
     exec('\n'.join(line for line in source.splitlines() if line[:1].isalpha() and ' = ' in line), namespace)
     for config in sorted((ROOT / 'config').glob('*.py')):
         configure(dict(namespace), [str(config)])

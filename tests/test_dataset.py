@@ -1,4 +1,3 @@
-import json
 import pickle
 
 import numpy as np
@@ -43,7 +42,8 @@ def test_targets_are_the_next_tokens_and_masked_ones_are_left_out():
 @pytest.mark.parametrize('n_windows', [0, 5])
 def test_evaluation_counts_each_token_once_whatever_the_batch(batch_size, world_size, n_windows):
     tokens = np.arange(99, dtype='<u2')
-    batches = [b for rank in range(world_size) for b in eval_batches(tokens, None, 8, batch_size, n_windows, rank, world_size)]
+    batches = [b for rank in range(world_size)
+               for b in eval_batches(tokens, None, 8, batch_size, n_windows, rank, world_size)]
     targets = torch.cat([targets_BT.flatten() for _, targets_BT in batches])
     assert sorted(targets[targets != -1].tolist()) == list(range(1, 99 if n_windows == 0 else 41))
     assert all(idx_BT.shape == (batch_size, 8) for idx_BT, _ in batches)

@@ -6,9 +6,9 @@ import pytest
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 330, 'optim.py': 150, 'tokenizer.py': 220, 'dataset.py': 170, 'configurator.py': 80, 'train.py': 330,
-          'sample.py': 90, 'download.py': 70}
-FILES = [path for path in subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True).stdout.split()]
+BUDGET = {'model.py': 330, 'optim.py': 150, 'tokenizer.py': 220, 'dataset.py': 170, 'configurator.py': 80,
+          'train.py': 330, 'sample.py': 90, 'download.py': 70, 'checkpoint.py': 120}
+FILES = subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True).stdout.split()
 FILES = FILES or [str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py')]  # an archive without git
 
 
@@ -24,8 +24,8 @@ def test_file_keeps_its_budget_of_lines(path):
 
 
 def test_lines_fit_in_120_columns():
-    long = [f'{path}:{i}' for path in FILES for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1)
-            if len(line) > 120]
+    long = [f'{path}:{i}' for path in FILES
+            for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
     assert not long
 
 

@@ -17,7 +17,7 @@ def refused(script, *args, cwd, **options):
 
 @pytest.mark.parametrize('args, says', [
     (['--n_lyer=2'], 'did you mean n_layer?'),
-    (['--n_layer=two'], 'type int'),
+    (['--n_layer=two'], 'takes int'),
     (['config/no.py'], 'no config file'),
     (['--dataset=novel'], 'prepare/novel/prepare.py'),
     (['--init_from=resume'], 'no checkpoint out/ckpt.pt'),
@@ -31,10 +31,11 @@ def refused(script, *args, cwd, **options):
     (['--arch=gpt5'], 'gpt2, modern'),
     (['--optimizer=sgd'], 'adamw, muon'),
     (['--schedule=linear'], 'cosine, trapezoid'),
+    (['--learning_rate=0'], 'learning_rate'),
     (['--dtype=int8'], 'bfloat16'),
     (['--device=tpu9'], '--device=cpu'),
     (['--dropout=1.5'], 'dropout'),
-    (['--out_dir=book.txt'], '--out_dir='),
+    (['--out_dir=book.txt'], 'another --out_dir'),
 ], ids=lambda x: x[0] if isinstance(x, list) else '')
 def test_training_settings_that_cannot_work(book_once, args, says):
     assert says in refused('train.py', *TINY, *args, cwd=book_once)

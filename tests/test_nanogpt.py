@@ -36,7 +36,8 @@ class PlainBlock(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.attn.c_attn(self.ln_1(x)).split(C, dim=2))
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2)
+                   for t in self.attn.c_attn(self.ln_1(x)).split(C, dim=2))
         scores = (q @ k.mT) * (C // self.n_head)**-0.5 + torch.full((T, T), -torch.inf).triu(1)
         x = x + self.attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
@@ -47,7 +48,8 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd),
-            h=nn.ModuleList([PlainBlock(n_embd, n_head, bias) for _ in range(n_layer)]), ln_f=nn.LayerNorm(n_embd, bias=bias)))
+            h=nn.ModuleList([PlainBlock(n_embd, n_head, bias) for _ in range(n_layer)]),
+            ln_f=nn.LayerNorm(n_embd, bias=bias)))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
 
@@ -112,7 +114,7 @@ def test_char_folder_with_meta_pkl_is_trained_on(tmp_path):
     out, _ = run('train.py', *TINY, '--dataset=shakespeare_char', '--learning_rate=1e-2', cwd=tmp_path)
     checkpoint = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
     assert checkpoint['model_args']['vocab_size'] == len(CHARS) and checkpoint['tokenizer']['chars'] == ''.join(CHARS)
-    assert checkpoint['best_val_loss'] < 2.5 and 'perplexity' in out and 'bits_per_byte' not in out  # nobody counted bytes
+    assert checkpoint['best_val_loss'] < 2.5 and 'perplexity' in out and 'bits_per_byte' not in out  # no byte counts
 
 
 def test_folder_without_meta_is_gpt2_bpe(tmp_path):

@@ -3,18 +3,18 @@ import threading
 
 import pytest
 
-from conftest import ROOT, run, shared
+from conftest import run, shared
 from dataset import Dataset
 import tokenizer as tokenizers
 
 BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
-GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n' + BODY
-             + '\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nlicence, licence\r\n').encode()
+GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n'
+             + BODY + '\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nlicence, licence\r\n').encode()
 
 
 @pytest.fixture
 def server():
-    """A server on 127.0.0.1 that answers as its `script` says, one entry a request: 'ok', a status, 'cut' or 'no-range'."""
+    """A server on 127.0.0.1 that answers as `script` says, one entry a request: 'ok', a status, 'cut', 'no-range'."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             how = self.server.script.pop(0) if self.server.script else 'ok'
@@ -48,7 +48,8 @@ def text_of(folder, name='book'):
 
 
 def gutenberg(server, folder, status=0, mirrors=None):
-    return run('prepare/book/prepare.py', '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder, status=status)
+    return run('prepare/book/prepare.py', '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder,
+               status=status)
 
 
 @pytest.mark.parametrize('script, requests', [
@@ -83,7 +84,8 @@ def test_a_book_that_cannot_be_had_is_one_line(server, tmp_path):
 
 
 def test_any_address_will_do(server, tmp_path):
-    run('prepare/book/prepare.py', f'--book={server.url}/some/book.txt', '--tokenizer=bpe', '--vocab_size=300', cwd=tmp_path)
+    run('prepare/book/prepare.py', f'--book={server.url}/some/book.txt', '--tokenizer=bpe', '--vocab_size=300',
+        cwd=tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
 
 

@@ -44,7 +44,8 @@ def test_prompt_comes_from_a_file(trained):
 
 
 def test_an_over_long_prompt_is_cut_with_a_notice(trained):
-    out, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', f'--start={"abc " * 20}', cwd=trained)
+    out, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', f'--start={"abc " * 20}',
+                   cwd=trained)
     assert out.startswith('abc ' * 20) and len(out) == 80 + 5 + 1 and err.startswith('notice: ')
 
 
@@ -60,7 +61,7 @@ def test_stop_ends_the_text_before_it(trained):
 def test_streamed_text_never_breaks_a_character(trained, tmp_path):
     """Bytes of a character come one a token; what is read from the pipe at any moment decodes."""
     tokenizer = tokenizers.train_bpe([], 257)
-    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=32, arch='modern'))
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32, arch='modern'))
     text = 'né 日本 👩‍👩‍👧 ok'
     idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(text) + [tokenizer.eot]])
     torch.manual_seed(0)
@@ -74,8 +75,8 @@ def test_streamed_text_never_breaks_a_character(trained, tmp_path):
     (tmp_path / 'run').mkdir()
     save_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                         'tokenizer': tokenizer.spec})
-    process = subprocess.Popen([sys.executable, str(ROOT / 'sample.py'), '--out_dir=run', '--device=cpu', '--strategy=greedy'],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    command = [sys.executable, str(ROOT / 'sample.py'), '--out_dir=run', '--device=cpu', '--strategy=greedy']
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     pieces = []
     while piece := process.stdout.read(4096):
         pieces.append(piece.decode('utf-8'))  # raises where a character is broken
@@ -85,7 +86,7 @@ def test_streamed_text_never_breaks_a_character(trained, tmp_path):
 def test_gpt2_weights_are_sampled_with_gpt2_tokens(tmp_path):
     transformers = pytest.importorskip('transformers')
     shared('tiktoken')
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path / 'gpt2')
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'gpt2')
     out, _ = run('sample.py', '--init_from=./gpt2', '--start=Hello', '--max_new_tokens=3', '--device=cpu', cwd=tmp_path)
     assert out.startswith('Hello') and len(out) > 6

@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -52,7 +51,8 @@ def test_resume_is_bitwise_identical(book, options):
     for name, weight in undisturbed['model'].items():
         assert torch.equal(weight, resumed['model'][name]), name
     for ours, theirs in zip(undisturbed['optimizer'], resumed['optimizer'], strict=True):
-        assert all(torch.equal(ours['state'][p][k], theirs['state'][p][k]) for p in ours['state'] for k in ours['state'][p])
+        assert all(torch.equal(ours['state'][p][k], theirs['state'][p][k])
+                   for p in ours['state'] for k in ours['state'][p])
     assert undisturbed['scaler'] == resumed['scaler'] and undisturbed['best_val_loss'] == resumed['best_val_loss']
     steps = [entry['iter'] for entry in figures(book) if 'loss' in entry]
     assert steps == list(range(30))  # nothing twice, nothing missing
@@ -85,7 +85,8 @@ def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(boo
     out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', cwd=book)
     last = [entry for entry in log_of(book) if 'val_loss' in entry][-1]
     assert last['iter'] == 15 == load_checkpoint(str(book / 'out' / 'ckpt.pt'))['iter_num']
-    out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', '--eval_only=True', '--init_from=resume', cwd=book)
+    out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', '--eval_only=True', '--init_from=resume',
+                 cwd=book)
     assert f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, ' \
            f'bits_per_byte {last["bits_per_byte"]:.4f}' in out
 
@@ -95,8 +96,8 @@ def test_two_processes_give_the_loss_of_one(book):
     run('train.py', *TINY, *options, cwd=book)
     one = figures(book)
     os.rename(book / 'out', book / 'one')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'),
-                    *TINY, *options], cwd=book, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                    str(ROOT / 'train.py'), *TINY, *options], cwd=book, check=True, capture_output=True, timeout=300)
     two = figures(book)
     assert len(one) == len(two)
     for a, b in zip(one, two):
@@ -115,7 +116,8 @@ def test_loss_falls_and_best_and_newest_checkpoints_are_kept(book):
 
 
 def test_patience_stops_a_run_that_no_longer_improves(book):
-    out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-12', '--min_lr=0', '--eval_interval=2', cwd=book)
+    out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-12', '--min_lr=0', '--eval_interval=2',
+                 cwd=book)
     assert 'no gain in 2 evaluations' in out and len([e for e in log_of(book) if 'val_loss' in e]) < 16
 
 

@@ -1,7 +1,7 @@
 """
 One book to train.bin, val.bin and test.bin: its first 90 %, the next 5 % and the last 5 %.
-    python prepare/book/prepare.py                                 # the Python Language Reference, which every Python has
-    python prepare/book/prepare.py --book=gutenberg:1342           # any number of Project Gutenberg
+    python prepare/book/prepare.py                             # the Python Language Reference, which every Python has
+    python prepare/book/prepare.py --book=gutenberg:1342       # any number of Project Gutenberg
     python prepare/book/prepare.py --book=my.txt --dataset=mine --tokenizer=bpe
 
 Prints what it wrote: characters, tokens, tokens a word (fertility) and bytes a token.
@@ -21,7 +21,7 @@ dataset = 'book'  # the folder under data/ to write
 encoding = 'utf-8'  # of the text
 tokenizer = 'char'  # char, bpe (trained on the training part) or gpt2
 vocab_size = 1024  # bpe only
-mirrors = 'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org'  # Project Gutenberg's, in order
+mirrors = 'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org'  # Gutenberg's, in order
 configure(globals())
 
 
@@ -89,6 +89,7 @@ else:
 folder = os.path.join('data', dataset)
 meta = write_dataset(folder, tok, {name: [part] for name, part in splits.items()}, source=book)
 counts = {name: split['tokens'] for name, split in meta['splits'].items()}
-print(f'{folder}: {len(text):,} characters as {sum(counts.values()):,} tokens of a {tokenizer} vocabulary of {tok.n_vocab:,}')
+print(f'{folder}: {len(text):,} characters as {sum(counts.values()):,} tokens '
+      f'of a {tokenizer} vocabulary of {tok.n_vocab:,}')
 print('    ' + ', '.join(f'{name} {n:,}' for name, n in counts.items()) + ' tokens; '
       + tokenizers.fertility(text, sum(counts.values())))

@@ -1,0 +1,21 @@
+# Fine-tunes OpenAI's GPT-2 (124 M) on a book, in GPT-2's own tokens, at a low constant learning rate.
+#     python prepare/book/prepare.py --book=gutenberg:1342 --dataset=pride_gpt2 --tokenizer=gpt2
+#     python train.py config/finetune_gpt2_book.py
+#     python sample.py --out_dir=out/gpt2_pride --start="It is a truth"
+# The weights (0.5 GB) come from the Hugging Face hub. Time and loss were not measured here: no hub within reach.
+out_dir = 'out/gpt2_pride'
+dataset = 'pride_gpt2'
+init_from = 'gpt2'
+block_size = 512
+batch_size = 4
+gradient_accumulation_steps = 4
+dropout = 0.1
+learning_rate = 3e-5
+decay_lr = False
+weight_decay = 0.0
+max_iters = 200
+eval_interval = 20
+eval_iters = 0  # the whole validation split
+log_interval = 5
+always_save_checkpoint = False  # a book is small: keep the checkpoint from before it was learned by heart
+patience = 3

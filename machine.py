@@ -1,0 +1,71 @@
+"""
+The machine a script runs on: device, number format, and the other processes that torchrun started.
+    python -c "from machine import *; print(Machine(default_device(), 'auto'))"
+"""
+import contextlib
+import os
+import platform
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}  # dense bfloat16
+
+
+def default_device():
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+class Machine:
+    def __init__(self, device, dtype):
+        """device: cpu, cuda, cuda:1, mps …; dtype: float32, bfloat16, float16 or auto. Raises UserError if not.
+
+        Attributes: device, type (cuda …), name, dtype (decided), autocast (a context), peak_flops (a second, in dtype,
+        by the data sheet; None if unknown), rank, world_size. Under torchrun each process gets a GPU of its own.
+        """
+        self.rank, self.world_size = int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))
+        if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+            raise UserError(f'dtype is {dtype!r}; choose from auto, float32, bfloat16, float16')
+        try:
+            self.type = torch.device(device).type
+            if self.world_size > 1 and self.type == 'cuda':
+                device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                torch.cuda.set_device(device)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as e:  # torch raises either for a device that is not there
+            raise UserError(f'device {device} cannot be used ({str(e).splitlines()[0]}); try --device=cpu') from None
+        self.device = device
+        if dtype == 'auto':
+            fast = 'bfloat16' if self.type == 'cuda' and torch.cuda.is_bf16_supported(False) else 'float16'
+            dtype = fast if self.type == 'cuda' else 'float32'
+        self.dtype = dtype
+        half = dtype != 'float32'
+        self.autocast = torch.autocast(self.type, getattr(torch, dtype)) if half else contextlib.nullcontext()
+        self.name = torch.cuda.get_device_name() if self.type == 'cuda' else platform.processor() or platform.machine()
+        known = [1e12 * tflops for name, tflops in PEAK_TFLOPS.items() if half and name in self.name]
+        self.peak_flops = known[0] if known else None
+        torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
+
+    def join(self, backend):
+        """Meet the other processes: NCCL (or `backend`) between GPUs, gloo between CPUs."""
+        if self.world_size > 1:
+            dist.init_process_group(backend if self.type == 'cuda' else 'gloo')
+
+    def sum(self, *numbers):
+        """Each number summed over all processes."""
+        if self.world_size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def say(self, *words):
+        """Print, on the first process only."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def __str__(self):
+        processes = f'{self.world_size} process' + 'es' * (self.world_size > 1)
+        return f'{processes} on {self.device} ({self.name}), dtype {self.dtype}, torch {torch.__version__}'
