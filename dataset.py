@@ -126,7 +126,7 @@ def window_starts(n_tokens, block_size, seed, first, count):
     a fresh order, each once: no token is seen twice in an epoch.
 
     >>> window_starts(n_tokens=12, block_size=4, seed=0, first=0, count=3).tolist()  # one epoch: three starts, 4 apart
-    XXX
+    [9, 5, 1]
     """
     n_windows = n_tokens // block_size
     starts = []

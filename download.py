@@ -7,6 +7,7 @@ import time
 import zlib
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 from configurator import UserError
@@ -33,7 +34,7 @@ def download(urls, path, tries=4, timeout=(10, 60)):
                 response = getattr(e, 'response', None)
                 status = None if response is None else response.status_code
                 why = f'{url}: {type(e).__name__ if status is None else "HTTP " + str(status)}'
-                if status is not None and 400 <= status < 500 and status not in (408, 429):
+                if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
                     break  # it is not there: asking again will not help, another mirror may
                 if attempt + 1 < tries:
                     time.sleep(2**attempt)
@@ -46,19 +47,21 @@ def download(urls, path, tries=4, timeout=(10, 60)):
 def fetch(url, part, timeout):
     """One attempt. Appends to the part of an earlier one if the server says that it continues there."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {'User-Agent': 'folio (a language-model code base)'} | ({'Range': f'bytes={have}-'} if have else {})
+    headers = {'User-Agent': 'folio (a language-model code base)', 'Accept-Encoding': 'identity'}
+    headers |= {'Range': f'bytes={have}-'} if have else {}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416:  # the part is longer than the file: begin again
             os.remove(part)
         response.raise_for_status()
         resumed = have if response.headers.get('Content-Range', '').startswith(f'bytes {have}-') and have else 0
-        size = int(response.headers.get('Content-Length', 0)) if 'Content-Encoding' not in response.headers else 0
-        got = resumed
+        size = int(response.headers.get('Content-Length', 0))
         with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=resumed + size or None, initial=resumed, unit='B',
                                                               unit_scale=True, desc=url.rsplit('/', 1)[-1]) as bar:
-            for chunk in response.iter_content(1 << 16):
-                f.write(chunk)
-                bar.update(len(chunk))
-                got += len(chunk)
-        if size and got != resumed + size:
-            raise requests.ConnectionError(f'{got} of {resumed + size} bytes arrived')
+            try:
+                while chunk := response.raw.read1(1 << 16):  # what has come, so that a broken transfer keeps it
+                    f.write(chunk)
+                    bar.update(len(chunk))
+            except urllib3.exceptions.HTTPError as e:
+                raise requests.ConnectionError(str(e)) from e
+        if size and os.path.getsize(part) != resumed + size:
+            raise requests.ConnectionError(f'{os.path.getsize(part)} of {resumed + size} bytes arrived')

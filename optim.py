@@ -18,7 +18,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     if kind not in ('adamw', 'muon'):
         raise UserError(f'optimizer is {kind!r}; choose from adamw, muon')
     if min(learning_rate, muon_learning_rate) <= 0:
-        raise UserError(f'learning_rate ({learning_rate}) and muon_learning_rate ({muon_learning_rate}) must be above 0')
+        raise UserError(f'learning_rate ({learning_rate}) and muon_learning_rate ({muon_learning_rate}) must exceed 0')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in params.items() if kind == 'muon' and p.ndim == 2 and '.h.' in name]
     rest = [p for p in params.values() if not any(p is h for h in hidden)]

@@ -92,8 +92,8 @@ def load(source):
     try:
         return BPETokenizer(tiktoken.get_encoding('gpt2'), {'kind': 'gpt2'})
     except OSError as e:  # requests' errors are OSErrors too
-        raise UserError("GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR to a folder "
-                        f'that has it ({type(e).__name__})') from e
+        raise UserError("GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR to a "
+                        f'folder that has it ({type(e).__name__})') from e
 
 
 def save(tokenizer, path):

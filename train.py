@@ -116,9 +116,8 @@ if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 torch.manual_seed(seed)
 model_config = GPTConfig(**{f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)})
-checkpoint = None
-if init_from == 'resume' or init_from.endswith('.pt'):
-    checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from)
+from_file = init_from == 'resume' or init_from.endswith('.pt')
+checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from) if from_file else None
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
     here = dataclasses.asdict(model_config)
     there = dataclasses.asdict(GPTConfig(**(checkpoint or load_checkpoint(ckpt_path))['model_args']))

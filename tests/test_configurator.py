@@ -20,7 +20,8 @@ def write(tmp_path, text):
 @pytest.mark.parametrize('arg, key, value', [
     ('--start=5', 'start', '5'), ('--start=a=b', 'start', 'a=b'), ('--start=', 'start', ''),
     ('--bias=false', 'bias', False), ('--bias=True', 'bias', True), ('--compile=false', 'compile', False),
-    ('--learning_rate=1', 'learning_rate', 1.0), ('--learning_rate=1e-3', 'learning_rate', 1e-3), ('--seed=-3', 'seed', -3)])
+    ('--learning_rate=1', 'learning_rate', 1.0), ('--learning_rate=1e-3', 'learning_rate', 1e-3),
+    ('--seed=-3', 'seed', -3)])
 def test_values_take_the_type_of_their_setting(arg, key, value):
     got = settings(arg)[key]
     assert got == value and type(got) is type(value)
@@ -55,8 +56,8 @@ def test_helpers_of_a_config_file_stay_its_own(tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('sed = 1', 'unknown setting sed in .*config.py: did you mean seed'), ('seed = 1.0', 'takes int'),
-    ('bias = 1', 'takes bool'), ('seed = True', 'takes int'), ('start = None', 'takes str'), ('seed = 1\nx y', 'line 2: SyntaxError'),
-    ('seed = 1 / 0', 'line 1: ZeroDivisionError')])
+    ('bias = 1', 'takes bool'), ('seed = True', 'takes int'), ('start = None', 'takes str'),
+    ('seed = 1\nx y', 'line 2: SyntaxError'), ('seed = 1 / 0', 'line 1: ZeroDivisionError')])
 def test_mistakes_in_a_config_file_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         settings(write(tmp_path, text))
