@@ -64,10 +64,13 @@ class Dataset:
     def __init__(self, name):
         """name: of a folder under data/, or a path. Raises UserError, naming the prepare command, if it is missing."""
         self.folder = os.path.join('data', name)
-        self.meta = {}
-        self.remedy = f'prepare it with: python prepare/{os.path.basename(self.folder)}/prepare.py'
+        name = os.path.basename(self.folder)
+        own = os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare', name))
+        self.remedy = f'python prepare/{name}/prepare.py' if own else f'python prepare/book/prepare.py --dataset={name}'
+        self.remedy = f'prepare it with: {self.remedy}'
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
+        self.meta = {}
         try:
             if os.path.isfile(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:

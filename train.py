@@ -115,17 +115,17 @@ ckpt_path, best_path, log_path = (os.path.join(out_dir, name) for name in ('ckpt
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 torch.manual_seed(seed)
-model_config = GPTConfig(**{f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)})
+here = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}  # what was asked for
+model_config = GPTConfig(**here)
 from_file = init_from == 'resume' or init_from.endswith('.pt')
 checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from) if from_file else None
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
-    here = dataclasses.asdict(model_config)
-    there = dataclasses.asdict(GPTConfig(**(checkpoint or load_checkpoint(ckpt_path))['model_args']))
+    saved = checkpoint or load_checkpoint(ckpt_path)
+    there = dataclasses.asdict(GPTConfig(**saved['model_args'])) | saved.get('config', {})
     differ = [f'{k} is {there[k]}, not {here[k]}' for k in here
               if there[k] != here[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
     if differ:
-        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): give its settings, or another'
-                        ' --out_dir')
+        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): another --out_dir?')
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
@@ -153,7 +153,7 @@ if compile:
 ddp_model = DistributedDataParallel(model) if world_size > 1 else model
 n_parameters = sum(p.numel() for p in model.parameters())
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-say(f'{arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens for training, '
+say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens, '
     f'{tokens_per_step:,} a step, {len(train_tokens) / tokens_per_step:.1f} steps an epoch')
 
 

@@ -19,7 +19,7 @@ def refused(script, *args, cwd, **options):
     (['--n_lyer=2'], 'did you mean n_layer?'),
     (['--n_layer=two'], 'takes int'),
     (['config/no.py'], 'no config file'),
-    (['--dataset=novel'], 'prepare/novel/prepare.py'),
+    (['--dataset=novel'], 'prepare/book/prepare.py --dataset=novel'),
     (['--init_from=resume'], 'no checkpoint out/ckpt.pt'),
     (['--init_from=missing.pt'], 'no checkpoint missing.pt'),
     (['--init_from=missing'], 'no Hugging Face folder'),

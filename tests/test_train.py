@@ -150,6 +150,8 @@ def test_training_goes_on_from_a_checkpoint_file(book):
     tuned = load_checkpoint(str(book / 'tuned' / 'ckpt.pt'))
     assert (tuned['model_args']['n_layer'], tuned['model_args']['block_size'], tuned['iter_num']) == (2, 16, 30)
     assert tuned['best_val_loss'] < reached + 0.3
+    run('train.py', *TINY, '--init_from=resume', '--out_dir=tuned', '--block_size=16', '--n_layer=7', '--max_iters=32',
+        cwd=book)  # the same settings resume it, though n_layer came from the file
 
 
 def test_masked_tokens_are_no_targets(book):
