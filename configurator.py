@@ -73,8 +73,8 @@ def print_help(namespace, defaults):
 
 
 def report(kind, error, traceback):
-    """sys.excepthook: one line and status 2 for a user's mistake; for a bug of ours, the traceback."""
-    if kind not in (UserError, KeyboardInterrupt):
+    """sys.excepthook: one line and status 2 for a user's mistake or a full disk; for a bug of ours, the traceback."""
+    if not issubclass(kind, (UserError, OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, traceback)
-    print(f'error: {error}' if kind is UserError else 'interrupted', file=sys.stderr)
-    sys.exit(2 if kind is UserError else 130)
+    print('interrupted' if kind is KeyboardInterrupt else f'error: {error}', file=sys.stderr)
+    sys.exit(130 if kind is KeyboardInterrupt else 2)

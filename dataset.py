@@ -34,8 +34,7 @@ def write_dataset(folder, tokenizer, splits, source):
         os.makedirs(folder, exist_ok=True)
         for split, documents in splits.items():
             arrays = [np.array(start + tokenizer.encode(text), dtype=dtype) for text in documents]
-            with open(os.path.join(folder, f'{split}.bin.tmp'), 'wb') as f:
-                f.write(np.concatenate(arrays).tobytes())
+            np.concatenate(arrays).tofile(os.path.join(folder, f'{split}.bin.tmp'))
             meta['splits'][split] = {'tokens': sum(map(len, arrays)), 'documents': len(documents),
                                      'bytes': sum(len(text.encode('utf-8', 'surrogatepass')) for text in documents)}
         tokenizers.save(tokenizer, os.path.join(folder, 'tokenizer.json.tmp'))
@@ -47,7 +46,7 @@ def write_dataset(folder, tokenizer, splits, source):
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
             if name.endswith('.tmp'):
                 os.remove(os.path.join(folder, name))
-        raise UserError(f'could not write {folder}: {e.strerror}; make room and run this again') from e
+        raise UserError(f'could not write {folder} ({e.strerror or e}); make room and run this again') from e
     return meta
 
 
@@ -64,10 +63,10 @@ class Dataset:
     def __init__(self, name):
         """name: of a folder under data/, or a path. Raises UserError, naming the prepare command, if it is missing."""
         self.folder = os.path.join('data', name)
-        name = os.path.basename(self.folder)
-        own = os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare', name))
-        self.remedy = f'python prepare/{name}/prepare.py' if own else f'python prepare/book/prepare.py --dataset={name}'
-        self.remedy = f'prepare it with: {self.remedy}'
+        name, root = os.path.basename(self.folder), os.path.dirname(os.path.abspath(__file__))
+        own = os.path.isdir(os.path.join(root, 'prepare', name))
+        self.remedy = 'prepare it with: python prepare/' + (f'{name}/prepare.py' if own else
+                                                            f'book/prepare.py --dataset={name}')
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
         self.meta = {}

@@ -88,6 +88,11 @@ def test_no_space_left_keeps_the_previous_checkpoint(book):
     run('train.py', *TINY, '--init_from=resume', cwd=book)
 
 
+def test_no_space_left_for_the_log_is_one_line(book):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100,) * 2)
+    assert 'File too large' in refused('train.py', *TINY, cwd=book, preexec_fn=limit)
+
+
 def test_no_space_left_for_a_data_set_keeps_the_previous_one(book):
     kept = (book / 'data' / 'book' / 'train.bin').read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000,) * 2)
