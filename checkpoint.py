@@ -58,23 +58,25 @@ def load_checkpoint(path):
 def upgrade_nanogpt(checkpoint):
     """A nanoGPT checkpoint as one of ours: exact GELU, no mask buffers or torch.compile prefix, vocabulary padded."""
     args = {'gelu': 'none'} | checkpoint['model_args']
-    old_shape = (args['vocab_size'], args['n_embd'])
+    rows = args['vocab_size']
     args['vocab_size'] = 50257 if args['vocab_size'] == 50304 else args['vocab_size']  # GPT-2's, padded by hand
 
-    def pad(t):
-        has_rows = isinstance(t, torch.Tensor) and t.shape == old_shape
-        return F.pad(t, (0, 0, 0, padded(args['vocab_size']) - old_shape[0])) if has_rows else t
+    def pad(tensors, names):
+        for name in names & tensors.keys():
+            if tensors[name].ndim == 2:
+                tensors[name] = F.pad(tensors[name], (0, 0, 0, padded(args['vocab_size']) - rows))
 
-    weights = {k.removeprefix('_orig_mod.'): pad(v) for k, v in checkpoint['model'].items()}
-    optimizer = checkpoint.get('optimizer', {'state': {}})
-    for state in optimizer['state'].values():
-        state.update({k: pad(v) for k, v in state.items()})
+    weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    optimizer = checkpoint.get('optimizer', {'state': {}})
+    pad(weights, {'transformer.wte.weight', 'lm_head.weight'})
+    pad(optimizer['state'].get(0, {}), {'exp_avg', 'exp_avg_sq'})  # its first parameter is wte
     return checkpoint | {'model': weights, 'model_args': args, 'optimizer': [optimizer]}
 
 
 def load_hugging_face(source):
     """(fields of GPTConfig, state dict) of one of OpenAI's four models, downloaded once, or of a GPT-2 in a folder."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = download_openai(source) if source in OPENAI else source
     try:
@@ -86,10 +88,18 @@ def load_hugging_face(source):
     if hf.get('model_type') != 'gpt2' or not files:
         raise UserError(f'{folder} holds a {hf.get("model_type")} in {len(files)} .safetensors; '
                         'a gpt2 is needed, in 1 or more')
-    args = {k: hf[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')} | {'block_size': hf['n_positions']}
-    args['gelu'] = {'gelu_new': 'tanh', 'gelu': 'none'}[hf['activation_function']]
+    plain = {'scale_attn_by_inverse_layer_idx': [False], 'layer_norm_epsilon': [1e-5], 'tie_word_embeddings': [True],
+             'scale_attn_weights': [True], 'n_inner': [None, 4 * hf.get('n_embd', 0)]}
+    if odd := [k for k, allowed in plain.items() if hf.get(k, allowed[0]) not in allowed]:
+        raise UserError(f'{folder} holds a GPT-2 of another kind ({", ".join(odd)}), which cannot be loaded')
+    try:
+        args = {k: hf[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')} | {'block_size': hf['n_positions']}
+        args['gelu'] = {'gelu_new': 'tanh', 'gelu': 'none'}[hf['activation_function']]
+        tensors = [item for file in files for item in load_file(file).items()]
+    except (KeyError, SafetensorError, OSError) as e:
+        raise UserError(f'{folder} is damaged or of another kind ({type(e).__name__}: {e})') from e
     weights = {}
-    for k, v in (item for file in files for item in load_file(file).items()):
+    for k, v in tensors:
         if not k.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):  # masks, and the copy of a tied head
             conv1d = k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # stored (in, out)
             weights['transformer.' + k.removeprefix('transformer.')] = v.T if conv1d else v
@@ -105,4 +115,4 @@ def download_openai(name):
         hf_hub_download(f'openai-community/{name}', 'config.json')
         return os.path.dirname(hf_hub_download(f'openai-community/{name}', 'model.safetensors'))
     except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
-        raise UserError(f'could not download {name}: {str(e).splitlines()[0]}') from e
+        raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e

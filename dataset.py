@@ -18,13 +18,11 @@ from configurator import UserError
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
-
 def write_dataset(folder, tokenizer, splits, source):
     """Tokenize and write a data set whole or not at all; returns its meta.
 
     splits: {'train': [document, ...], ...}; each document, a str, starts with the end-of-text token where there is one.
-    source: where the text came from, for meta.json. The files are renamed into place, meta.json first, so that a set
-    that was only half renamed shows itself: its sizes do not fit its meta.
+    source: where it came from, for meta.json, which is renamed into place first: it shows a set only half renamed.
     """
     dtype = '<u2' if tokenizer.n_vocab <= 2**16 else '<u4'
     spec, start = tokenizer.spec, [] if tokenizer.eot is None else [tokenizer.eot]
@@ -40,6 +38,8 @@ def write_dataset(folder, tokenizer, splits, source):
         tokenizers.save(tokenizer, os.path.join(folder, 'tokenizer.json.tmp'))
         with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=2)
+        for name in (n for n in os.listdir(folder) if n.endswith('.bin')):
+            os.remove(os.path.join(folder, name))  # of the set that was here: its masks and splits are not this one's
         for name in ['meta.json', 'tokenizer.json'] + [f'{split}.bin' for split in splits]:
             os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
     except OSError as e:
@@ -51,7 +51,6 @@ def write_dataset(folder, tokenizer, splits, source):
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
-
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
 
@@ -61,12 +60,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 class Dataset:
     def __init__(self, name):
-        """name: of a folder under data/, or a path. Raises UserError, naming the prepare command, if it is missing."""
+        """name: of a folder under data/, or an absolute path. UserError, with the prepare command, if it is missing."""
         self.folder = os.path.join('data', name)
-        name, root = os.path.basename(self.folder), os.path.dirname(os.path.abspath(__file__))
+        name, root = os.path.basename(os.path.normpath(name)), os.path.dirname(os.path.abspath(__file__))
         own = os.path.isdir(os.path.join(root, 'prepare', name))
-        self.remedy = 'prepare it with: python prepare/' + (f'{name}/prepare.py' if own else
-                                                            f'book/prepare.py --dataset={name}')
+        script = f'{name}/prepare.py' if own else f'book/prepare.py --dataset={name}'
+        self.remedy = f'prepare it with: python prepare/{script}'
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
         self.meta = {}
@@ -86,7 +85,7 @@ class Dataset:
                 self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
             else:
                 self.vocab_size, self.spec = 50257, {'kind': 'gpt2'}
-        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
             raise UserError(f'the description of {self.folder} cannot be used ({e}); {self.remedy}') from e
 
     def splits(self):
@@ -104,7 +103,10 @@ class Dataset:
     def mask(self, split):
         """One byte a token, 1 where the token is a target; None where all of them are."""
         path = os.path.join(self.folder, f'{split}.mask.bin')
-        return np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
+        mask = np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
+        if mask is not None and len(mask) != len(self.tokens(split)):
+            raise UserError(f'{path} does not fit {split}.bin; {self.remedy}')
+        return mask
 
     def bytes_per_token(self, split):
         """UTF-8 bytes a token stands for on average, for bits per byte; None if nobody counted (nanoGPT's folders)."""
@@ -113,7 +115,6 @@ class Dataset:
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, block_size, seed, epoch):
     """(offset, permutation of the windows) of one epoch. RandomState, as NumPy promises never to change its draws."""

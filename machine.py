@@ -2,9 +2,11 @@
 The machine a script runs on: device, number format, and the other processes that torchrun started.
     python -c "from machine import *; print(Machine(default_device(), 'auto'))"
 """
+import atexit
 import contextlib
 import os
 import platform
+import re
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ def default_device():
 
 class Machine:
     def __init__(self, device, dtype):
-        """device: cpu, cuda, cuda:1, mps …; dtype: float32, bfloat16, float16 or auto. Raises UserError if not.
+        """device: cpu, cuda, cuda:1, mps …; dtype: float32, bfloat16, float16 or auto. UserError for others.
 
         Attributes: device, type (cuda …), name, dtype (decided), autocast (a context), peak_flops (a second, in dtype,
         by the data sheet; None if unknown), rank, world_size. Under torchrun each process gets a GPU of its own.
@@ -35,7 +37,7 @@ class Machine:
                 torch.cuda.set_device(device)
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch raises either for a device that is not there
-            raise UserError(f'device {device} cannot be used ({str(e).splitlines()[0]}); try --device=cpu') from None
+            raise UserError(f'device {device}: {str(e).partition(chr(10))[0]}; try --device=cpu') from None
         self.device = device
         if dtype == 'auto':
             fast = 'bfloat16' if self.type == 'cuda' and torch.cuda.is_bf16_supported(False) else 'float16'
@@ -43,8 +45,9 @@ class Machine:
         self.dtype = dtype
         half = dtype != 'float32'
         self.autocast = torch.autocast(self.type, getattr(torch, dtype)) if half else contextlib.nullcontext()
-        self.name = torch.cuda.get_device_name() if self.type == 'cuda' else platform.processor() or platform.machine()
-        known = [1e12 * tflops for name, tflops in PEAK_TFLOPS.items() if half and name in self.name]
+        cpu = platform.processor() or platform.machine()
+        self.name = torch.cuda.get_device_name(device) if self.type == 'cuda' else cpu
+        known = [1e12 * tflops for name, tflops in PEAK_TFLOPS.items() if half and re.search(rf'\b{name}\b', self.name)]
         self.peak_flops = known[0] if known else None
         torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
 
@@ -52,6 +55,7 @@ class Machine:
         """Meet the other processes: NCCL (or `backend`) between GPUs, gloo between CPUs."""
         if self.world_size > 1:
             dist.init_process_group(backend if self.type == 'cuda' else 'gloo')
+            atexit.register(dist.destroy_process_group)
 
     def sum(self, *numbers):
         """Each number summed over all processes."""

@@ -1,6 +1,6 @@
 """
 The model: GPT-2 and its modern successor in one file, with a key-value cache, sampling and checkpoints.
-    python -c "from model import *; print(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128)))"
+    python -c "from model import GPT, GPTConfig; print(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128)))"
 
 Letters in names: B batch, T time, S keys, C channels, H heads, D head size, V vocabulary; x is the residual stream.
 Papers: GPT-2 (Radford et al. 2019), rotary positions (Su et al. 2021), ReLU squared (So et al. 2021), QK-norm (Henry et
@@ -257,7 +257,8 @@ class GPT(nn.Module):
         when all rows have. seed: of the draws; None takes torch's own random state.
         """
         rows = idx_BT.tolist() if isinstance(idx_BT, torch.Tensor) else idx_BT
-        assert rows and all(rows), 'a prompt needs at least one token'
+        if not rows or not all(rows) or repetition_penalty <= 0:
+            raise UserError(f'a prompt needs a token, and repetition_penalty ({repetition_penalty}) must be above 0')
         B, limit, device = len(rows), self.config.block_size, self.lm_head.weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)

@@ -17,6 +17,8 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     """
     if kind not in ('adamw', 'muon'):
         raise UserError(f'optimizer is {kind!r}; choose from adamw, muon')
+    if weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f'weight_decay ({weight_decay}) must be at least 0, beta1 and beta2 {betas} in [0, 1)')
     if min(learning_rate, muon_learning_rate) <= 0:
         raise UserError(f'learning_rate ({learning_rate}) and muon_learning_rate ({muon_learning_rate}) must exceed 0')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -91,7 +91,7 @@ def load(source):
         raise UserError(f'unknown kind of tokenizer {source["kind"]!r}; choose from char, bpe, gpt2')
     try:
         return BPETokenizer(tiktoken.get_encoding('gpt2'), {'kind': 'gpt2'})
-    except OSError as e:  # requests' errors are OSErrors too
+    except (OSError, ValueError) as e:  # requests' errors are OSErrors; a damaged file is a ValueError
         raise UserError("GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR to a "
                         f'folder that has it ({type(e).__name__})') from e
 

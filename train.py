@@ -11,13 +11,13 @@ import datetime
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import tokenizer as tokenizers
 from checkpoint import OPENAI, load_checkpoint, save_checkpoint
@@ -80,9 +80,10 @@ compile = 'auto'  # True, False; auto: on a GPU
 config = configure(globals())
 
 # ---- Machine ---------------------------------------------------------------------------------------------------------
-for name in ('gradient_accumulation_steps', 'batch_size', 'block_size', 'eval_interval', 'log_interval'):
-    if config[name] < 1:
-        raise UserError(f'{name} is {config[name]}; it must be at least 1')
+least = dict(gradient_accumulation_steps=1, batch_size=1, block_size=1, eval_interval=1, log_interval=1, max_iters=0,
+             eval_iters=0, warmup_iters=0, cooldown_iters=0, patience=0, sample_interval=0)
+for name in (name for name in least if config[name] < least[name]):
+    raise UserError(f'{name} is {config[name]}; it must be at least {least[name]}')
 if compile not in ('auto', True, False):
     raise UserError(f'compile is {compile!r}; choose from auto, True, False')
 if wandb_log:
@@ -101,7 +102,7 @@ if compile:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as e:  # whatever keeps the compiler from working here, training works without it
-        say(f'compile is off: {str(e).strip().splitlines()[0]}')
+        say(f'compile is off: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
         compile = False
 say(f'{machine}, compile {compile}')
 
@@ -115,25 +116,27 @@ ckpt_path, best_path, log_path = (os.path.join(out_dir, name) for name in ('ckpt
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 torch.manual_seed(seed)
-here = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}  # what was asked for
-model_config = GPTConfig(**here)
+wanted = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}
+model_config = GPTConfig(**wanted)
 from_file = init_from == 'resume' or init_from.endswith('.pt')
 checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from) if from_file else None
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
     saved = checkpoint or load_checkpoint(ckpt_path)
-    there = dataclasses.asdict(GPTConfig(**saved['model_args'])) | saved.get('config', {})
-    differ = [f'{k} is {there[k]}, not {here[k]}' for k in here
-              if there[k] != here[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
+    there = saved['model_args'] | saved.get('config', {})
+    differ = [f'{k} is {there[k]}, not {wanted[k]}' for k in wanted
+              if there.get(k, wanted[k]) != wanted[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
+    del saved
     if differ:
         raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): another --out_dir?')
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
-    model = GPT.from_pretrained(checkpoint or init_from, dropout=dropout, flash=flash, block_size=block_size)
+    model = GPT.from_pretrained(checkpoint or init_from, dropout=dropout, flash=flash, window=window,
+                                block_size=block_size)
     spec = (checkpoint or {}).get('tokenizer') or ({'kind': 'gpt2'} if init_from in OPENAI else data.spec)
     if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
-                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}): prepare it with that --tokenizer')
+                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}): it can only go on with its own')
 model.to(device)
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 learning_rate_at(0, 1, 1.0, 1.0, schedule=schedule)  # refuses an unknown one before anything is written
@@ -145,12 +148,11 @@ if init_from == 'resume':
     if first_iter > max_iters:
         raise UserError(f'{ckpt_path} is at step {first_iter} already; to go on, give a higher --max_iters')
     load_states(optimizers, checkpoint['optimizer'])
-    if checkpoint.get('scaler'):
-        scaler.load_state_dict(checkpoint['scaler'])
+    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 del checkpoint  # and its memory
 if compile:
     model.compile()
-ddp_model = DistributedDataParallel(model) if world_size > 1 else model
+ddp_model = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 n_parameters = sum(p.numel() for p in model.parameters())
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens, '
@@ -167,8 +169,8 @@ def evaluate(split, n_windows):
     for idx_BT, targets_BT in eval_batches(tokens, mask, block_size, batch_size, n_windows, rank, world_size):
         with machine.autocast:
             _, loss = model(idx_BT.to(device), targets_BT.to(device))
-        here = (targets_BT != -1).sum().item()
-        nats, count = nats + loss.item() * here, count + here
+        n = (targets_BT != -1).sum().item()
+        nats, count = nats + loss.item() * n, count + n
     model.train()
     nats, count = machine.sum(nats, count)
     loss = nats / max(1, count)
@@ -196,7 +198,7 @@ def log(entry):
 def forget_log_after(iter_num):
     """Drop what a killed run logged after its last checkpoint; the resumed run will log it again."""
     with open(log_path, encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f if line.endswith('\n')]  # the last may be cut short
+        entries = [json.loads(line) for line in f if line.endswith('}\n')]  # the last may be cut short
     with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(e) + '\n' for e in entries if e.get('iter', -1) + ('loss' in e) <= iter_num)
     os.replace(log_path + '.tmp', log_path)
@@ -212,19 +214,20 @@ def sample_text():
 
 if eval_only:
     for split in data.splits():
-        n_windows = eval_iters * batch_size if split != 'train' else len(val_tokens) // block_size  # a fixed part
+        n_windows = eval_iters * batch_size if split != 'train' else -(-len(val_tokens) // block_size)  # a fixed part
         say(f'{split}: ' + ', '.join(f'{k} {v:.4f}' for k, v in evaluate(split, n_windows).items()))
     sys.exit()
 if rank == 0:
     try:
         os.makedirs(out_dir, exist_ok=True)
         if init_from != 'resume' and os.path.exists(ckpt_path):  # a run of the same shape: keep it, out of the way
-            os.makedirs(os.path.join(out_dir, 'previous'), exist_ok=True)
+            shutil.rmtree(os.path.join(out_dir, 'previous'), ignore_errors=True)
+            os.makedirs(os.path.join(out_dir, 'previous'))
             for path in filter(os.path.exists, (ckpt_path, best_path, log_path)):
                 os.replace(path, os.path.join(out_dir, 'previous', os.path.basename(path)))
             say(f'the run that was in {out_dir} is now in {out_dir}/previous')
-        if os.path.exists(log_path):
-            forget_log_after(first_iter)
+        if os.path.exists(log_path):  # a fresh run keeps none of it: it is of a run that was killed before it saved
+            forget_log_after(first_iter if init_from == 'resume' else -2)
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir') from None
     if wandb_log:
@@ -251,12 +254,10 @@ signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 clock, logged = time.perf_counter(), (first_iter, train_seconds)  # of the last log line
 for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: the last turn only validates and saves
-
     # Validate, with the clock stopped. A resumed run need not: it was saved after it had.
     train_seconds += time.perf_counter() - clock
-    last = iter_num == max_iters
-    improved = validated = False
-    if last or iter_num % eval_interval == 0 and (iter_num > first_iter or init_from != 'resume'):
+    last, validated, improved = iter_num == max_iters, False, False
+    if (last or iter_num % eval_interval == 0) and (iter_num > first_iter or init_from != 'resume'):
         figures = evaluate('val', eval_iters * batch_size)
         validated, improved = True, figures['loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['loss'])
@@ -272,10 +273,10 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
 
     # Save, and stop when it is time to or somebody asked for it
     stopping = asked_to_stop(iter_num)
-    if iter_num > first_iter and (stopping or validated and (improved or always_save_checkpoint)):
-        save(ckpt_path, iter_num)
-    if improved and iter_num > first_iter:
+    if improved and iter_num > first_iter:  # before ckpt.pt, so that a resumed run never misses its best
         save(best_path, iter_num)
+    if stopping or iter_num > first_iter and validated and (improved or always_save_checkpoint):
+        save(ckpt_path, iter_num)
     if last or stopping:
         break
 
@@ -284,7 +285,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     lr = learning_rate_at(iter_num, lr_decay_iters, learning_rate, min_lr, warmup_iters, schedule, cooldown_iters)
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
-    torch.manual_seed((seed * 1_000_003 + iter_num) * world_size + rank)  # dropout too is a function of the step
+    torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)  # dropout too depends on the step
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps := gradient_accumulation_steps // world_size):
         idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps,
@@ -299,7 +300,8 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     for o in optimizers:
-        scaler.step(o)
+        if machine.dtype != 'float16' or norm.isfinite():  # an overflow in one optimizer's part makes all skip
+            scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
 
@@ -319,12 +321,10 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
             f'{entry["tokens_per_second"]:,.0f} tokens/s' + (f', MFU {entry["mfu"]:.1%}' if 'mfu' in entry else '') +
             f', {to_go} to go')
 
-if world_size > 1:
-    dist.destroy_process_group()
 if stopping and not last:
-    again = ' '.join([a for a in sys.argv[1:] if not a.startswith('--init_from=')] + ['--init_from=resume'])
+    again = shlex.join([a for a in sys.argv[1:] if not a.startswith('--init_from=')] + ['--init_from=resume'])
     say(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: python train.py {again}')
     sys.exit(128 + caught[0] if caught else 1)
 why = '' if iter_num == max_iters else f', no gain in {patience} evaluations'
-say(f'done at step {iter_num}{why}: best val loss {best_val_loss:.4f}, {train_seconds:.0f} s of training; '
-    f'read it with: python sample.py --out_dir={out_dir}')
+then = f'read it with: python sample.py --out_dir={out_dir}' if os.path.exists(ckpt_path) else 'nothing to save'
+say(f'done at step {iter_num}{why}: best val loss {best_val_loss:.4f}, {train_seconds:.0f} s of training; {then}')

@@ -29,10 +29,10 @@ def test_lines_fit_in_120_columns():
     assert not long
 
 
-@pytest.mark.parametrize('name', ['model', 'optim', 'tokenizer', 'dataset', 'configurator'])
+@pytest.mark.parametrize('name', ['model', 'optim', 'dataset'])
 def test_examples_in_docstrings_are_true(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_readme_is_short():

@@ -32,6 +32,9 @@ def refused(script, *args, cwd, **options):
     (['--optimizer=sgd'], 'adamw, muon'),
     (['--schedule=linear'], 'cosine, trapezoid'),
     (['--learning_rate=0'], 'learning_rate'),
+    (['--max_iters=-1'], 'max_iters'),
+    (['--eval_iters=-1'], 'eval_iters'),
+    (['--beta2=1'], 'beta2'),
     (['--dtype=int8'], 'bfloat16'),
     (['--device=tpu9'], '--device=cpu'),
     (['--dropout=1.5'], 'dropout'),
@@ -125,6 +128,7 @@ def test_prompts_and_settings_that_cannot_be_sampled(book):
     run('train.py', *TINY, '--max_iters=2', cwd=book)
     for args, says in {('--start=日本',): "'日'", ('--strategy=beam',): 'greedy, sample, top_k, nucleus',
                        ('--start=FILE:no.txt',): 'no.txt', ('--top_p=0', '--strategy=nucleus'): 'top_p',
-                       ('--num_samples=0',): 'num_samples', ('--out_dir=empty',): 'no checkpoint empty/ckpt.pt',
+                       ('--num_samples=0',): 'num_samples', ('--repetition_penalty=0',): 'above 0',
+                       ('--out_dir=empty',): 'no checkpoint empty/ckpt.pt',
                        ('--temprature=1',): 'did you mean temperature'}.items():
         assert says in refused('sample.py', '--out_dir=out', '--device=cpu', *args, cwd=book)
