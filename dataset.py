@@ -61,14 +61,13 @@ class PlainUnpickler(pickle.Unpickler):
 class Dataset:
     def __init__(self, name):
         """name: of a folder under data/, or an absolute path. UserError, with the prepare command, if it is missing."""
-        self.folder = os.path.join('data', name)
+        self.folder, self.meta = os.path.join('data', name), {}
         name, root = os.path.basename(os.path.normpath(name)), os.path.dirname(os.path.abspath(__file__))
-        own = os.path.isdir(os.path.join(root, 'prepare', name))
+        own = os.path.isdir(f'{root}/prepare/{name}')
         script = f'{name}/prepare.py' if own else f'book/prepare.py --dataset={name}'
         self.remedy = f'prepare it with: python prepare/{script}'
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
-        self.meta = {}
         try:
             if os.path.isfile(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
@@ -117,7 +116,7 @@ class Dataset:
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, block_size, seed, epoch):
-    """(offset, permutation of the windows) of one epoch. RandomState, as NumPy promises never to change its draws."""
+    """(offset, order of the windows) of one epoch, by RandomState, whose draws NumPy promises never to change."""
     rng = np.random.RandomState([seed % 2**32, epoch])
     return rng.randint(n_tokens), rng.permutation(n_tokens // block_size)
 
