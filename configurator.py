@@ -4,7 +4,6 @@ Settings of a script: its bare globals, then config files (plain Python, which s
 """
 import difflib
 import sys
-import types
 
 
 class UserError(Exception):
@@ -22,12 +21,13 @@ def configure(namespace, argv=None):
     if '--help' in argv or '-h' in argv:
         sys.exit(print_help(namespace, defaults))
     settings, overrides = dict(defaults), {}
-    for arg in (a for a in argv if a.startswith('-')):
+    files = [a for a in argv if a.endswith('.py') and not a.startswith('-')]
+    for arg in (a for a in argv if a not in files):
         key, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
-            raise UserError(f'{arg}: write a setting as --{key.strip("-") or "seed"}=value; --help lists them')
+            raise UserError(f'{arg}: a setting is written --key=value (--help lists them), a config file name.py')
         overrides[key] = checked(key, parse(text, defaults.get(key, '')), defaults, 'on the command line')
-    for path in (a for a in argv if not a.startswith('-')):  # it sees the overrides, to branch on what was asked for
+    for path in files:  # it sees the overrides, to branch on what was asked for
         names = dict(before := namespace | settings | overrides)
         try:
             with open(path, encoding='utf-8') as f:
@@ -38,7 +38,7 @@ def configure(namespace, argv=None):
             line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno
             raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from e
         for key in (k for k in names if not k.startswith('_') and names[k] is not before.get(k, names)):
-            if key in defaults or not (callable(names[key]) or isinstance(names[key], types.ModuleType)):
+            if key in defaults or not (callable(names[key]) or isinstance(names[key], type(sys))):
                 settings[key] = checked(key, names[key], defaults, f'in {path}')
     namespace.update(settings | overrides)
     return settings | overrides
@@ -67,7 +67,7 @@ def parse(text, default):
 
 def print_help(namespace, defaults):
     with open(namespace['__file__'], encoding='utf-8') as f:
-        comments = {line.split(' = ')[0]: line.partition('  # ')[2].strip() for line in f if ' = ' in line}
+        comments = {s.split(' = ')[0]: s.partition('  # ')[2].strip() for s in reversed(f.readlines()) if ' = ' in s}
     lines = [f'  --{key}={value}'.ljust(40) + comments.get(key, '') for key, value in defaults.items()]
     print(namespace['__doc__'].strip(), '', *lines, sep='\n')
 

@@ -42,7 +42,7 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, H, C) < 1:
             raise UserError('block_size, vocab_size, n_layer, n_head and n_embd must be at least 1')
         if C % H:
-            raise UserError(f'n_embd ({C}) must be a multiple of n_head ({H}); try --n_embd={math.ceil(C / H) * H}')
+            raise UserError(f'n_embd ({C}) is no multiple of n_head ({H}); try --n_embd={math.ceil(C / H / 2) * H * 2}')
         if self.arch == 'modern' and C // H % 2:
             raise UserError(f'rotary positions need an even head size; n_embd / n_head is {C // H}')
         if not 0 <= self.dropout < 1 or self.window < 0:

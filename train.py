@@ -127,7 +127,7 @@ if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path)
               if there.get(k, wanted[k]) != wanted[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
     del saved
     if differ:
-        raise UserError(f'{ckpt_path} holds a run of another shape ({"; ".join(differ)}): another --out_dir?')
+        raise UserError(f'{ckpt_path} has another shape ({"; ".join(differ)}): give its settings, or another --out_dir')
 if init_from == 'scratch':
     model = GPT(model_config)
 else:

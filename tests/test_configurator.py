@@ -29,8 +29,9 @@ def test_values_take_the_type_of_their_setting(arg, key, value):
 
 @pytest.mark.parametrize('arg, message', [
     ('--sed=1', 'did you mean seed'), ('--learning-rate=1', 'did you mean learning_rate'), ('--seed=1.5', 'takes int'),
-    ('--seed=x', 'takes int'), ('--bias=2', 'takes bool'), ('--bias', '--bias=value'), ('-seed=1', '--seed=value'),
-    ('seed=1', 'no config file'), ('--_private=2', 'unknown'), ('--path=x', 'unknown')])
+    ('--seed=x', 'takes int'), ('--bias=2', 'takes bool'), ('--bias', '--key=value'), ('-seed=1', '--key=value'),
+    ('seed=1', '--key=value'), ('my.txt', 'name.py'), ('no.py', 'no config file'), ('--_private=2', 'unknown'),
+    ('--path=x', 'unknown')])
 def test_mistakes_on_the_command_line_are_named(arg, message):
     with pytest.raises(UserError) as error:
         settings(arg)

@@ -23,7 +23,7 @@ def refused(script, *args, cwd, **options):
     (['--init_from=resume'], 'no checkpoint out/ckpt.pt'),
     (['--init_from=missing.pt'], 'no checkpoint missing.pt'),
     (['--init_from=missing'], 'no Hugging Face folder'),
-    (['--n_embd=33'], '--n_embd=34'),
+    (['--n_embd=33'], '--n_embd=36'),
     (['--n_layer=0'], 'at least 1'),
     (['--block_size=100000'], '--block_size='),
     (['--batch_size=0'], 'batch_size'),
@@ -86,7 +86,7 @@ def test_no_space_left_keeps_the_previous_checkpoint(book):
     kept = (book / 'out' / 'ckpt.pt').read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2)
     line = refused('train.py', *TINY, '--init_from=resume', cwd=book, preexec_fn=limit)
-    assert 'could not write out/ckpt.pt' in line and 'intact' in line
+    assert 'could not write out/' in line and 'intact' in line
     assert (book / 'out' / 'ckpt.pt').read_bytes() == kept and not (book / 'out' / 'ckpt.pt.tmp').exists()
     run('train.py', *TINY, '--init_from=resume', cwd=book)
 
