@@ -1,5 +1,5 @@
 """
-Token files: written by a prepare script, read back as deterministic batches.
+Token files, as a prepare script writes them, read as deterministic batches.
     python -c "from dataset import Dataset; print(Dataset('book').tokens('train')[:20])"
 
 data/<name>/ holds {train,val,test}.bin, raw little-endian uint16 or uint32 tokens, and meta.json, which describes them.
@@ -15,39 +15,6 @@ import torch
 
 import tokenizer as tokenizers
 from configurator import UserError
-
-
-# ---- Writing ---------------------------------------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source):
-    """Tokenize and write a data set whole or not at all; returns its meta.
-
-    splits: {'train': [document, ...], ...}; each document, a str, starts with the end-of-text token where there is one.
-    source: where it came from, for meta.json, which is renamed into place first: it shows a set only half renamed.
-    """
-    dtype = '<u2' if tokenizer.n_vocab <= 2**16 else '<u4'
-    spec, start = tokenizer.spec, [] if tokenizer.eot is None else [tokenizer.eot]
-    meta = {'tokenizer': {'kind': spec['kind'], 'file': 'tokenizer.json', 'hash': tokenizers.spec_hash(spec)},
-            'vocab_size': tokenizer.n_vocab, 'eot': tokenizer.eot, 'dtype': dtype, 'source': source, 'splits': {}}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for split, documents in splits.items():
-            arrays = [np.array(start + tokenizer.encode(text), dtype=dtype) for text in documents]
-            np.concatenate(arrays).tofile(os.path.join(folder, f'{split}.bin.tmp'))
-            meta['splits'][split] = {'tokens': sum(map(len, arrays)), 'documents': len(documents),
-                                     'bytes': sum(len(text.encode('utf-8', 'surrogatepass')) for text in documents)}
-        tokenizers.save(tokenizer, os.path.join(folder, 'tokenizer.json.tmp'))
-        with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as f:
-            json.dump(meta, f, indent=2)
-        for name in (n for n in os.listdir(folder) if n.endswith('.bin')):
-            os.remove(os.path.join(folder, name))  # of the set that was here: its masks and splits are not this one's
-        for name in ['meta.json', 'tokenizer.json'] + [f'{split}.bin' for split in splits]:
-            os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
-    except OSError as e:
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if name.endswith('.tmp'):
-                os.remove(os.path.join(folder, name))
-        raise UserError(f'could not write {folder} ({e.strerror or e}); make room and run this again') from e
-    return meta
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -107,10 +74,22 @@ class Dataset:
             raise UserError(f'{path} does not fit {split}.bin; {self.remedy}')
         return mask
 
-    def bytes_per_token(self, split):
-        """UTF-8 bytes a token stands for on average, for bits per byte; None if nobody counted (nanoGPT's folders)."""
-        counts = self.meta.get('splits', {}).get(split)
-        return counts and counts['bytes'] / counts['tokens']
+    def per_token(self, split, what):
+        """'bytes' (of UTF-8) or 'words' that a token stands for on average; None where nobody counted them."""
+        counts = self.meta.get('splits', {}).get(split, {})
+        return counts[what] / counts['tokens'] if counts.get(what) else None
+
+
+def tokenizer_of(checkpoint):
+    """The tokenizer that a checkpoint carries; of a nanoGPT's, the one that its data folder has, or else GPT-2's."""
+    spec, trained_on = checkpoint.get('tokenizer', {'kind': 'gpt2'}), checkpoint.get('config', {}).get('dataset', '')
+    if 'tokenizer' not in checkpoint and os.path.exists(os.path.join('data', trained_on, 'meta.pkl')):
+        spec = Dataset(trained_on).spec
+    tokenizer, vocab_size = tokenizers.load(spec), checkpoint['model_args']['vocab_size']
+    if tokenizer.n_vocab != vocab_size:
+        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer ({spec["kind"]}) of '
+                        f'{tokenizer.n_vocab}')
+    return tokenizer
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -157,12 +136,13 @@ def train_batch(tokens, mask, block_size, batch_size, micro_steps, seed, step, m
 def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, world_size=1):
     """The first n_windows windows of a split (0: all of it), each token a target once, as equally shaped batches.
 
-    The last window is filled up with targets of -1, and so is the last batch. A rank takes every world_size-th batch.
+    The last window is filled up with targets of -1, and so is the last batch. A rank takes every world_size-th batch,
+    and all take equally many: a sharded model needs every process for each.
     """
     n_all = -(-(len(tokens) - 1) // block_size)
     n_windows = min(n_windows, n_all) if n_windows else n_all
-    for first in range(rank * batch_size, n_windows, world_size * batch_size):
-        windows = np.arange(first, first + batch_size)[:, None]
+    for first in range(0, n_windows, world_size * batch_size):
+        windows = np.arange(first, first + batch_size)[:, None] + rank * batch_size
         positions = windows * block_size + np.arange(block_size + 1)
         real = (positions < len(tokens)) & (windows < n_windows)
         idx_BT, targets_BT = to_batch(tokens, mask, np.where(real, positions, 0))

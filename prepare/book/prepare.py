@@ -13,7 +13,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import tokenizer as tokenizers
 from configurator import UserError, configure
-from dataset import write_dataset
+from corpus import write_dataset
 from download import download
 
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file

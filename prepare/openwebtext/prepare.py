@@ -1,0 +1,29 @@
+"""
+OpenWebText, the open copy of GPT-2's training data, to val.bin, the first 5 M tokens, and train.bin, 9 B tokens.
+    python prepare/openwebtext/prepare.py
+
+From the hub's parquet copy (24 GB), tokenized by all cores as it streams in; 18 GB are written. Killed at any moment,
+the same command goes on with the source file it was at.
+"""
+import functools
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import corpus
+import tokenizer as tokenizers
+from configurator import configure
+
+source = 'hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text/train/*.parquet'  # or files of yours
+dataset = 'openwebtext'  # the folder under data/ to write
+val_tokens = 5_000_000  # tokens of val.bin
+max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
+
+if __name__ == '__main__':  # each process that tokenizes reads this file too
+    configure(globals())
+    folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), corpus.source_files(source)
+    to_tokens = functools.partial(corpus.tokenize, pool=corpus.start_pool(tok))
+    origin = {'files': files, 'val_tokens': val_tokens, 'max_tokens': max_tokens}
+    meta = corpus.write_corpus(folder, tok, files, to_tokens, origin, val_tokens, max_tokens)
+    for split, counts in meta['splits'].items():
+        print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
