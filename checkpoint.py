@@ -1,12 +1,12 @@
 """
-Weights on disk: our checkpoints, nanoGPT's, and Hugging Face folders of GPT-2, read without running what they bring.
+Checkpoints, ours and nanoGPT's, read without running what they bring; and the folder of a run.
     python -c "from checkpoint import *; print(load_checkpoint('out/book/ckpt.pt')['model_args'])"
 """
-import glob
 import json
 import math
 import os
 import pickle
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from configurator import UserError
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
-OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 def padded(vocab_size):
@@ -74,45 +73,32 @@ def upgrade_nanogpt(checkpoint):
     return checkpoint | {'model': weights, 'model_args': args, 'optimizer': [optimizer]}
 
 
-def load_hugging_face(source):
-    """(fields of GPTConfig, state dict) of one of OpenAI's four models, downloaded once, or of a GPT-2 in a folder."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = download_openai(source) if source in OPENAI else source
-    try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f'{folder} is no Hugging Face folder: config.json could not be read ({e})') from None
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), '*.safetensors')))
-    if hf.get('model_type') != 'gpt2' or not files:
-        raise UserError(f'{folder} holds a {hf.get("model_type")} in {len(files)} .safetensors; '
-                        'a gpt2 is needed, in 1 or more')
-    plain = {'scale_attn_by_inverse_layer_idx': [False], 'layer_norm_epsilon': [1e-5], 'tie_word_embeddings': [True],
-             'scale_attn_weights': [True], 'n_inner': [None, 4 * hf.get('n_embd', 0)]}
-    if odd := [k for k, allowed in plain.items() if hf.get(k, allowed[0]) not in allowed]:
-        raise UserError(f'{folder} holds a GPT-2 of another kind ({", ".join(odd)}), which cannot be loaded')
-    try:
-        args = {k: hf[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')} | {'block_size': hf['n_positions']}
-        args['gelu'] = {'gelu_new': 'tanh', 'gelu': 'none'}[hf['activation_function']]
-        tensors = [item for file in files for item in load_file(file).items()]
-    except (KeyError, SafetensorError, OSError) as e:
-        raise UserError(f'{folder} is damaged or of another kind ({type(e).__name__}: {e})') from e
-    weights = {}
-    for k, v in tensors:
-        if not k.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):  # masks, and the copy of a tied head
-            conv1d = k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))  # stored (in, out)
-            weights['transformer.' + k.removeprefix('transformer.')] = v.T if conv1d else v
-    wte = weights['transformer.wte.weight']
-    weights['transformer.wte.weight'] = F.pad(wte, (0, 0, 0, padded(args['vocab_size']) - args['vocab_size']))
-    return args, weights | {'lm_head.weight': weights['transformer.wte.weight']}
+# ---- The folder of a run ---------------------------------------------------------------------------------------------
+def set_aside(out_dir):
+    """Move the run that is in a folder into its previous/, in place of what was there; whether there was one."""
+    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        return False
+    previous = os.path.join(out_dir, 'previous')
+    shutil.rmtree(previous, ignore_errors=True)
+    os.makedirs(previous)
+    for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+    return True
 
 
-def download_openai(name):
-    """The folder that one of OpenAI's four models lies in, downloaded once by huggingface_hub."""
-    from huggingface_hub import hf_hub_download
-    try:
-        hf_hub_download(f'openai-community/{name}', 'config.json')
-        return os.path.dirname(hf_hub_download(f'openai-community/{name}', 'model.safetensors'))
-    except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
-        raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e
+def read_log(path):
+    """The entries of a log.jsonl; the last is left out if it was cut short."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        return [json.loads(line) for line in f if line.endswith('}\n')]
+
+
+def forget_log_after(path, iter_num):
+    """Drop what a killed run logged after its last checkpoint, at iter_num; the resumed run will log it again."""
+    entries = [e for e in read_log(path) if e.get('iter', -1) + ('loss' in e) <= iter_num]
+    if os.path.exists(path):
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(e) + '\n' for e in entries)
+        os.replace(path + '.tmp', path)

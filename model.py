@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import load_checkpoint, load_hugging_face, padded
+from checkpoint import load_checkpoint, padded
 from configurator import UserError
+from hugging_face import load_hugging_face
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
 
@@ -179,11 +180,9 @@ class GPT(nn.Module):
 
         overrides: GPTConfig fields that need no other weights: dropout, flash, window, and a smaller block_size.
         """
-        if isinstance(source, dict) or source.endswith('.pt'):
-            checkpoint = source if isinstance(source, dict) else load_checkpoint(source)
-            args, weights = checkpoint['model_args'], dict(checkpoint['model'])
-        else:
-            args, weights = load_hugging_face(source)
+        if isinstance(source, str):
+            source = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
+        args, weights = source['model_args'], dict(source['model'])
         config = GPTConfig(**(args | overrides))
         if config.block_size > args['block_size']:
             raise UserError(f'block_size ({config.block_size}) exceeds that of the weights ({args["block_size"]})')

@@ -7,10 +7,10 @@ import codecs
 import os
 import sys
 
-import tokenizer as tokenizers
 from checkpoint import load_checkpoint
 from configurator import UserError, configure
-from dataset import Dataset
+from dataset import tokenizer_of
+from hugging_face import load_hugging_face
 from machine import Machine, default_device
 from model import GPT
 
@@ -36,17 +36,9 @@ if num_samples < 1 or max_new_tokens < 1:
 machine = Machine(device, dtype)
 
 # ---- Model and prompt ------------------------------------------------------------------------------------------------
-checkpoint = {}
-if init_from == 'resume' or init_from.endswith('.pt'):
-    checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
-model = GPT.from_pretrained(checkpoint or init_from).to(device)
-spec, trained_on = checkpoint.get('tokenizer', {'kind': 'gpt2'}), checkpoint.get('config', {}).get('dataset', '')
-if 'tokenizer' not in checkpoint and os.path.exists(os.path.join('data', trained_on, 'meta.pkl')):
-    spec = Dataset(trained_on).spec  # nanoGPT leaves a model's characters in its data folder
-tokenizer = tokenizers.load(spec)
-if tokenizer.n_vocab != model.config.vocab_size:
-    raise UserError(f'a model of {model.config.vocab_size} tokens cannot be read with a tokenizer ({spec["kind"]}) of '
-                    f'{tokenizer.n_vocab}')
+source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
+model, tokenizer = GPT.from_pretrained(checkpoint).to(device), tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
