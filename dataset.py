@@ -75,9 +75,10 @@ class Dataset:
         return mask
 
     def per_token(self, split, what):
-        """'bytes' (of UTF-8) or 'words' that a token stands for on average; None where nobody counted them."""
+        """'bytes' (of UTF-8) or 'words' that a target stands for on average; None where nobody counted them."""
         counts = self.meta.get('splits', {}).get(split, {})
-        return counts[what] / counts['tokens'] if counts.get(what) else None
+        targets = counts.get('tokens', 0) - (self.meta.get('eot') is not None)  # which comes first, so is never one
+        return counts[what] / targets if counts.get(what) else None
 
 
 def tokenizer_of(checkpoint):

@@ -1,0 +1,161 @@
+"""
+Speed of what a config trains: the training step, its data, and text from the model.
+    python bench.py config/train_fineweb.py --batch_size=32
+    python bench.py config/train_book.py --profile=True
+
+Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's settings (python train.py
+--help lists them) and config files, and runs in one process. Where the data set is missing, random tokens do.
+"""
+import dataclasses
+import os
+import resource
+import statistics
+import time
+import types
+from json import dump
+
+import numpy as np
+import torch
+
+from configurator import UserError, configure
+from dataset import Dataset, train_batch
+from machine import Machine
+from model import GPT, GPTConfig
+from optim import make_optimizers
+
+# ---- Settings: these and train.py's ----------------------------------------------------------------------------------
+steps = 20  # training steps to time
+prompt_tokens = 256  # of each prompt to continue
+new_tokens = 64  # of its continuation
+decode_batch = 1  # prompts that are continued at once
+profile = False  # show where the time of three steps goes, and write out_dir/trace.json for a trace viewer
+json = ''  # write the figures to this file as well
+own = {name: globals()[name] for name in ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch', 'profile', 'json')}
+trainer = {}
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
+    exec(f.read().partition('\nconfig = configure(')[0], trainer)  # its imports and settings, which stand first
+s = types.SimpleNamespace(**configure(own | trainer | {'__doc__': __doc__, '__file__': __file__}))
+
+# ---- Setup -----------------------------------------------------------------------------------------------------------
+if min(s.steps, s.prompt_tokens, s.new_tokens, s.decode_batch, s.batch_size, s.gradient_accumulation_steps) < 1:
+    raise UserError('steps, prompt_tokens, new_tokens, decode_batch, batch_size and gradient_accumulation_steps must '
+                    'be at least 1')
+machine = Machine(s.device, s.dtype)
+if machine.world_size > 1:
+    raise UserError('bench.py measures one process: python bench.py; for several, train.py logs their tokens a second')
+compiled = (machine.type == 'cuda' if s.compile == 'auto' else s.compile) and machine.can_compile()
+try:
+    data = Dataset(s.dataset)
+    tokens, vocab_size, where = data.tokens('train'), data.vocab_size, data.folder
+except UserError:
+    vocab_size, where = 50257, 'random tokens'
+    tokens = np.random.RandomState(0).randint(vocab_size, size=max(2**22, 2 * s.block_size)).astype('<u2')
+torch.manual_seed(s.seed)
+fields = {f.name: getattr(s, f.name, vocab_size) for f in dataclasses.fields(GPTConfig)}
+model = GPT(GPTConfig(**fields)).to(machine.device)
+optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.muon_learning_rate, s.weight_decay,
+                             (s.beta1, s.beta2))
+if compiled:
+    model.compile()
+step_tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+print(f'{machine}, compile {compiled}\n{s.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; '
+      f'{where}; {s.gradient_accumulation_steps} x {s.batch_size} x {s.block_size} = {step_tokens:,} tokens a step')
+figures = {}
+
+
+def wait():
+    if machine.type != 'cpu':
+        getattr(torch, machine.type).synchronize()
+
+
+def show(name, value, unit, comment=''):
+    figures[name] = value
+    print(f'{name:<34}{value:>14,.4g} {unit:<10} {comment}'.rstrip() if value < 100 else
+          f'{name:<34}{value:>14,.0f} {unit:<10} {comment}'.rstrip())
+
+
+def seconds(function, times):
+    """The median time of a call, each waited for."""
+    taken = []
+    for i in range(times):
+        wait()
+        clock = time.perf_counter()
+        function(i)
+        wait()
+        taken.append(time.perf_counter() - clock)
+    return statistics.median(taken)
+
+
+# ---- Training step ---------------------------------------------------------------------------------------------------
+def batch(step, micro_step):
+    return train_batch(tokens, None, s.block_size, s.batch_size, s.gradient_accumulation_steps, s.seed, step,
+                       micro_step)
+
+
+def train_step(step):
+    for micro_step in range(s.gradient_accumulation_steps):
+        idx_BT, targets_BT = (t.to(machine.device, non_blocking=True) for t in batch(step, micro_step))
+        with machine.autocast:
+            _, loss = model(idx_BT, targets_BT)
+        (loss / s.gradient_accumulation_steps).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip if s.grad_clip > 0 else float('inf'))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+clock = time.perf_counter()
+for i in range(3):  # the first compiles, the second meets the optimizer's new state
+    train_step(i)
+wait()
+show('warm-up, 3 steps', time.perf_counter() - clock, 's')
+if s.profile:
+    with torch.profiler.profile() as profiler:
+        for i in range(3):
+            train_step(i)
+        wait()
+    print(profiler.key_averages().table(sort_by=f'self_{machine.type}_time_total', row_limit=20))
+    os.makedirs(s.out_dir, exist_ok=True)
+    profiler.export_chrome_trace(os.path.join(s.out_dir, 'trace.json'))
+if machine.type == 'cuda':
+    torch.cuda.reset_peak_memory_stats()
+step_seconds = seconds(train_step, s.steps)
+show('training step', 1000 * step_seconds, 'ms', f'median of {s.steps}')
+show('training', step_tokens / step_seconds, 'tokens/s')
+if machine.peak_flops:
+    show('training, MFU', 100 * model.flops_per_token() * step_tokens / step_seconds / machine.peak_flops, '%',
+         f'of {machine.peak_flops / 1e12:.0f} TFLOP/s')
+if machine.type == 'cuda':
+    show('training, peak memory', torch.cuda.max_memory_allocated() / 2**20, 'MiB', 'of the GPU')
+else:
+    unit = 2**20 if os.uname().sysname == 'Darwin' else 2**10  # macOS counts bytes, Linux KiB
+    show('training, peak memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 'MiB', 'of the process')
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+batch_seconds = seconds(lambda i: batch(i, 0), 20)
+show('batches from token files', s.batch_size * s.block_size / batch_seconds, 'tokens/s',
+     f'{100 * batch_seconds * s.gradient_accumulation_steps / step_seconds:.2g} % of a step')
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+length = min(s.prompt_tokens, max(1, s.block_size - s.new_tokens))
+prompts = np.resize(tokens[:s.decode_batch * length], (s.decode_batch, length)).astype(np.int64).tolist()
+prefills, decodes = [], []
+for i in range(4):
+    wait()
+    clock = time.perf_counter()
+    with machine.autocast:
+        for n, next_B in enumerate(model.generate(prompts, s.new_tokens, strategy='greedy')):
+            if n == 0:
+                wait()
+                first = time.perf_counter() - clock
+    wait()
+    if i > 0:  # the first run warms up
+        prefills, decodes = prefills + [first], decodes + [time.perf_counter() - clock - first]
+of = f'{s.decode_batch} x {length} tokens of prompt'
+show('prefill', s.decode_batch * length / statistics.median(prefills), 'tokens/s', of)
+if s.new_tokens > 1:
+    show('decoding', s.decode_batch * (s.new_tokens - 1) / statistics.median(decodes), 'tokens/s', of)
+if s.json:
+    figures |= {'machine': str(machine), 'date': time.strftime('%Y-%m-%d'), 'compile': compiled}
+    with open(s.json, 'w', encoding='utf-8') as f:
+        dump(figures, f, indent=2)

@@ -1,0 +1,109 @@
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import run, shared
+from dataset import Dataset
+from hub import Hub
+from model import GPT
+import tokenizer as tokenizers
+
+WIKITEXT2, SMALL = 'prepare/wikitext2/prepare.py', ['--dataset=wikitext2', '--device=cpu', '--n_layer=1', '--n_head=2',
+                                                    '--n_embd=32', '--block_size=24', '--batch_size=8']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The first lines of the stand-in: a folder as --source takes it."""
+    for name, file, size in (('train', 'valid', 60000), ('valid', 'test', 9000), ('test', 'test', 20000)):
+        text = shared(f'wikitext-2/{file}.txt').read_text(encoding='utf-8')
+        (tmp_path / f'{name}.txt').write_text(text[:text.index('\n', size) + 1], encoding='utf-8')
+    return tmp_path
+
+
+def words_of(text):
+    return sum(len(line.split()) + 1 for line in text.splitlines())
+
+
+def test_words_are_counted_as_the_benchmark_counts_them():
+    assert words_of(shared('wikitext-2/valid.txt').read_text(encoding='utf-8')) == 217646
+    assert words_of(shared('wikitext-2/test.txt').read_text(encoding='utf-8')) == 245569
+
+
+def test_each_split_is_one_document_in_the_tokens_of_its_own_bpe(folder):
+    out, _ = run(WIKITEXT2, '--source=.', '--vocab_size=1000', cwd=folder)
+    data = Dataset(str(folder / 'data' / 'wikitext2'))
+    tokenizer = tokenizers.load(data.spec)
+    assert data.splits() == ['train', 'val', 'test'] and tokenizer.n_vocab == 1000 and 'test.bin' in out
+    for split, file in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
+        ids, text = data.tokens(split).tolist(), (folder / f'{file}.txt').read_text(encoding='utf-8')
+        assert ids[0] == tokenizer.eot and tokenizer.eot not in ids[1:] and tokenizer.decode(ids[1:]) == text
+        assert data.meta['splits'][split]['words'] == words_of(text)
+
+
+def test_perplexity_a_word_is_that_of_a_computation_by_hand(folder):
+    run(WIKITEXT2, '--source=.', '--vocab_size=500', cwd=folder)
+    run('train.py', *SMALL, '--gradient_accumulation_steps=1', '--learning_rate=3e-3', '--warmup_iters=0',
+        '--max_iters=20', '--eval_interval=20', '--eval_iters=0', cwd=folder)
+    out, _ = run('train.py', *SMALL, '--init_from=resume', '--gradient_accumulation_steps=1', '--max_iters=20',
+                 '--eval_only=True', '--eval_iters=0', cwd=folder)
+    model = GPT.from_pretrained(str(folder / 'out' / 'ckpt.pt')).eval()
+    data = Dataset(str(folder / 'data' / 'wikitext2'))
+    for split, file in (('val', 'valid'), ('test', 'test')):
+        ids, nats = data.tokens(split).tolist(), 0.0
+        with torch.no_grad():
+            for start in range(0, len(ids) - 1, 24):
+                window = torch.tensor([ids[start:start + 25]])
+                logp = F.log_softmax(model(window[:, :-1], all_logits=True)[0][0].double(), dim=-1)
+                nats -= logp.gather(1, window[0, 1:, None]).sum().item()
+        text = (folder / f'{file}.txt').read_text(encoding='utf-8')
+        line = next(line for line in out.splitlines() if line.startswith(split + ':'))
+        figures = dict(part.rsplit(' ', 1) for part in line.removeprefix(split + ': ').split(', '))
+        assert float(figures['loss']) == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+        assert float(figures['perplexity']) == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+        assert float(figures['word_perplexity']) == pytest.approx(math.exp(nats / words_of(text)), rel=1e-4)
+        assert float(figures['bits_per_byte']) == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4)
+
+
+@pytest.mark.parametrize('variant', ['raw', 'v1'])
+def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
+    import io
+    import pyarrow
+    import pyarrow.parquet
+    name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
+    files = {}
+    for split in ('train', 'validation', 'test'):
+        table = pyarrow.table({'text': ['', f' = {variant} {split} = \n', '', ' Some text , and more <unk> text . \n'] * 5})
+        pyarrow.parquet.write_table(table, buffer := io.BytesIO())
+        files[f'{name}/{split}-00000-of-00001.parquet'] = buffer.getvalue()
+    configs = ''.join(f'- config_name: {n}\n  data_files:\n' + ''.join(f'  - split: {s}\n    path: {n}/{s}-*\n' for s in (
+        'train', 'validation', 'test')) for n in (name,))
+    hub = Hub({'Salesforce/wikitext': files | {'README.md': f'---\nconfigs:\n{configs}---\n'.encode()}})
+    run(WIKITEXT2, f'--variant={variant}', '--tokenizer=gpt2', cwd=tmp_path,
+        env=os.environ | hub.environment(tmp_path / 'hub'))
+    hub.server.shutdown()
+    data = Dataset(str(tmp_path / 'data' / 'wikitext2'))
+    text = tokenizers.load('gpt2').decode(data.tokens('test')[1:].tolist())
+    assert text == f' \n = {variant} test = \n \n Some text , and more <unk> text . \n' * 5
+    assert json.loads((tmp_path / 'data/wikitext2/meta.json').read_text())['splits']['test']['words'] == words_of(text)
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--source=nowhere'], 'no file in nowhere is called train.txt'),
+    (['--variant=v2'], 'choose from raw, v1'),
+    (['--tokenizer=char'], 'bpe, gpt2'),
+])
+def test_mistakes_get_one_line(tmp_path, args, says):
+    _, error = run(WIKITEXT2, *args, cwd=tmp_path, status=2)
+    assert error.startswith('error: ') and says in error and error.count('\n') == 1
+
+
+def test_a_hub_out_of_reach_gets_one_line(tmp_path):
+    _, error = run(WIKITEXT2, cwd=tmp_path, status=2,
+                   env=os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'hub')})
+    last = error.strip().splitlines()[-1]
+    assert last.startswith('error: WikiText-2 could not be downloaded') and '--source=' in last
