@@ -34,6 +34,7 @@ own = {name: globals()[name] for name in ('steps', 'prompt_tokens', 'new_tokens'
 trainer = {}
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
     exec(f.read().partition('\nconfig = configure(')[0], trainer)  # its imports and settings, which stand first
+trainer = {k: v for k, v in trainer.items() if type(v) in (bool, int, float, str)}
 s = types.SimpleNamespace(**configure(own | trainer | {'__doc__': __doc__, '__file__': __file__}))
 
 # ---- Setup -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 Downloads one file, whole or not at all.
     python -c "from download import download; download(['https://example.org/a.txt'], 'data/downloads/a.txt')"
 """
+import hashlib
 import os
 import time
 import zlib
@@ -13,13 +14,14 @@ from tqdm import tqdm
 from configurator import UserError
 
 
-def download(urls, path, tries=4, timeout=(10, 60)):
+def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
     """Fetch the first of `urls` (mirrors of one file) that answers into path, unless it is there; returns path.
 
     A broken transfer goes on where it broke if the server can (HTTP ranges), else from the start; each address is tried
-    `tries` times, with waits of 1, 2, 4 … seconds. timeout: seconds to connect and between bytes. Raises UserError.
+    `tries` times, with waits of 1, 2, 4 … seconds. timeout: seconds to connect and between bytes. sha256: of the file,
+    in hexadecimal; one with another sum, there or newly come, is fetched again from the start. Raises UserError.
     """
-    if os.path.exists(path):
+    if os.path.exists(path) and sha256 in (None, sha256_of(path)):
         return path
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     why = ''
@@ -28,20 +30,31 @@ def download(urls, path, tries=4, timeout=(10, 60)):
         for attempt in range(tries):
             try:
                 fetch(url, part, timeout)
-                os.replace(part, path)
-                return path
+                if sha256 in (None, sha256_of(part)):
+                    os.replace(part, path)
+                    return path
+                os.remove(part)
+                why = f'{url}: what came is another file, by its SHA-256'
             except requests.RequestException as e:
                 response = getattr(e, 'response', None)
                 status = None if response is None else response.status_code
                 why = f'{url}: {type(e).__name__ if status is None else "HTTP " + str(status)}'
                 if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
                     break  # it is not there: asking again will not help, another mirror may
-                if attempt + 1 < tries:
-                    time.sleep(2**attempt)
             except OSError as e:
                 raise UserError(f'could not write {part}: {e.strerror}') from e
+            if attempt + 1 < tries:
+                time.sleep(2**attempt)
     raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or '
                     'save the file yourself and give its path')
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fetch(url, part, timeout):

@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import re
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,11 @@ class Machine:
     def join(self, backend):
         """Meet the other processes: NCCL (or `backend`) between GPUs, gloo between CPUs."""
         if self.world_size > 1:
-            dist.init_process_group(backend if self.type == 'cuda' else 'gloo')
+            store, rank, world_size = next(dist.rendezvous('env://'))
+            if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun's restarts share a store: do not read of the dead
+                store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+            dist.init_process_group(backend if self.type == 'cuda' else 'gloo', store=store, rank=rank,
+                                    world_size=world_size)
             atexit.register(dist.destroy_process_group)
 
     def sum(self, *numbers):
@@ -64,6 +69,44 @@ class Machine:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def can_compile(self):
+        """Whether torch.compile works here; says why if not."""
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
+            return True
+        except Exception as e:  # whatever keeps the compiler from working here, training works without it
+            self.say(f'compile is off: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
+            return False
+
+    def shard(self, model):
+        """Share out a model's parameters, a block at a time, over all processes (Zhao et al. 2023, PyTorch FSDP)."""
+        from torch.distributed.fsdp import fully_shard
+        warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # of in-place changes, of which there are none
+        mesh = dist.device_mesh.init_device_mesh(self.type, (self.world_size,))
+        for module in (*model.transformer.h, model):
+            fully_shard(module, mesh=mesh)
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def unsharded(self, model):
+        """Hold a sharded model's parameters outside its blocks, for model.forward skips the hook that gathers them."""
+        if hasattr(model, 'unshard'):
+            model.unshard()
+        yield
+        if hasattr(model, 'reshard'):
+            model.reshard()
+
+    def whole(self, state):
+        """Nested dictionaries and lists with each sharded tensor whole on the first process, None on the others."""
+        if isinstance(state, dict):
+            return {k: self.whole(v) for k, v in state.items()}
+        if isinstance(state, list):
+            return [self.whole(v) for v in state]
+        if not hasattr(state, 'full_tensor'):
+            return state
+        tensor = state.full_tensor()  # all processes must take part
+        return tensor.cpu() if self.rank == 0 else None
 
     def say(self, *words):
         """Print, on the first process only."""

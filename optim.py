@@ -41,7 +41,17 @@ def load_states(optimizers, states):
     if len(states) != len(optimizers):
         raise UserError('this run was trained with another optimizer; give --optimizer as it was')
     for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict({'state': state['state'], 'param_groups': optimizer.state_dict()['param_groups']})
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        learned = {i: {k: shard_like(params[i], v) for k, v in values.items()} for i, values in state['state'].items()}
+        optimizer.load_state_dict({'state': learned, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+def shard_like(param, value):
+    """Of a tensor that belongs to a sharded parameter this process's share, as a sharded tensor; any other as it is."""
+    if not hasattr(param, 'full_tensor') or not isinstance(value, torch.Tensor) or value.shape != param.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Optimizer):
@@ -57,18 +67,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = {}  # shape: [(matrix, its update)]
+            updates = {}  # shape: [matrix, ...]
             for p in group['params']:
                 momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(momentum, group['momentum'])
-                parts = 3 if p.size(0) == 3 * p.size(1) else 1
-                for matrix, update in zip(p.chunk(parts), nesterov.chunk(parts)):
-                    updates.setdefault(matrix.shape, []).append((matrix, update))
-            for (m, n), pairs in updates.items():
-                orthogonal = orthogonalize(torch.stack([update for _, update in pairs])) * max(1, m / n)**0.5
-                torch._foreach_mul_([matrix for matrix, _ in pairs], 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_([matrix for matrix, _ in pairs], list(orthogonal), alpha=-group['lr'])
+                nesterov = nesterov.full_tensor() if hasattr(p, 'full_tensor') else nesterov
+                for matrix in nesterov.chunk(parts(p)):
+                    updates.setdefault(matrix.shape, []).append(matrix)
+            orthogonal = {(m, n): iter(orthogonalize(torch.stack(matrices)) * max(1, m / n)**0.5)
+                          for (m, n), matrices in updates.items()}
+            for p in group['params']:
+                m, n = p.size(0) // parts(p), p.size(1)
+                update = torch.cat([next(orthogonal[m, n]) for _ in range(parts(p))])
+                p.mul_(1 - group['lr'] * group['weight_decay']).add_(shard_like(p, update), alpha=-group['lr'])
+
+
+def parts(p):
+    return 3 if p.size(0) == 3 * p.size(1) else 1
 
 
 def orthogonalize(G, steps=5):

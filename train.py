@@ -1,7 +1,7 @@
 """
 Trains a model: from scratch, from where a run stopped, or from somebody's weights.
     python train.py config/train_book.py
-    torchrun --nproc_per_node=2 train.py config/train_book.py --gradient_accumulation_steps=2
+    torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 
 Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. What each recipe costs and reaches
 stands in its config file. A run that is killed and resumed ends with the same weights, bit for bit, as one that is not.
@@ -12,17 +12,18 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
 
 import torch
 
+import hellaswag
 import tokenizer as tokenizers
-from checkpoint import OPENAI, load_checkpoint, save_checkpoint
+from checkpoint import forget_log_after, load_checkpoint, save_checkpoint, set_aside
 from configurator import UserError, configure
 from dataset import Dataset, eval_batches, train_batch
+from hugging_face import OPENAI, load_hugging_face
 from machine import Machine, default_device
 from model import GPT, GPTConfig
 from optim import learning_rate_at, load_states, make_optimizers
@@ -37,6 +38,8 @@ eval_only = False  # print the loss on every split and stop
 log_interval = 1  # steps between log lines
 always_save_checkpoint = True  # False: save only when validation improves
 sample_interval = 0  # steps between samples of 200 tokens; 0 is none
+hellaswag_interval = 0  # steps between scorings of HellaSwag; 0 is none
+hellaswag_source = ''  # a file in its format; empty: its validation split, downloaded once
 patience = 0  # stop after so many evaluations without improvement; 0 is never
 seed = 1337  # of initialisation, batches and dropout
 wandb_log = False  # log to Weights & Biases as well
@@ -74,6 +77,7 @@ cooldown_iters = 0  # trapezoid: the fall takes the last so many steps
 min_lr = 6e-5
 # Machine
 backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
+fsdp = False  # share out parameters and optimizer over the processes, for models that do not fit
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
@@ -81,7 +85,7 @@ config = configure(globals())
 
 # ---- Machine ---------------------------------------------------------------------------------------------------------
 least = dict(gradient_accumulation_steps=1, batch_size=1, block_size=1, eval_interval=1, log_interval=1, max_iters=0,
-             eval_iters=0, warmup_iters=0, cooldown_iters=0, patience=0, sample_interval=0)
+             eval_iters=0, warmup_iters=0, cooldown_iters=0, patience=0, sample_interval=0, hellaswag_interval=0)
 for name in (name for name in least if config[name] < least[name]):
     raise UserError(f'{name} is {config[name]}; it must be at least {least[name]}')
 if compile not in ('auto', True, False):
@@ -96,18 +100,16 @@ device, rank, world_size, say = machine.device, machine.rank, machine.world_size
 if gradient_accumulation_steps % world_size:
     raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts those of all processes: '
                     f'make it a multiple of their number, {world_size}')
+fsdp = fsdp and world_size > 1
+if fsdp and machine.dtype == 'float16':
+    raise UserError('float16 scales the loss by what each process sees; with fsdp give --dtype=bfloat16 or float32')
 machine.join(backend)
-compile = machine.type == 'cuda' if compile == 'auto' else compile
-if compile:
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as e:  # whatever keeps the compiler from working here, training works without it
-        say(f'compile is off: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}')
-        compile = False
-say(f'{machine}, compile {compile}')
+compile = (machine.type == 'cuda' if compile == 'auto' else compile) and machine.can_compile()
+say(f'{machine}, compile {compile}' + ', sharded' * fsdp)
 
 # ---- Data and model --------------------------------------------------------------------------------------------------
 data = Dataset(dataset)
+hellaswag_items = hellaswag.load(hellaswag_source, machine=machine) if hellaswag_interval else []
 train_tokens, train_mask, val_tokens = data.tokens('train'), data.mask('train'), data.tokens('val')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} tokens of training text): '
@@ -118,8 +120,8 @@ if init_from == 'auto':
 torch.manual_seed(seed)
 wanted = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}
 model_config = GPTConfig(**wanted)
-from_file = init_from == 'resume' or init_from.endswith('.pt')
-checkpoint = load_checkpoint(ckpt_path if init_from == 'resume' else init_from) if from_file else None
+source = ckpt_path if init_from == 'resume' else init_from
+checkpoint = None if source == 'scratch' else (load_checkpoint if source.endswith('.pt') else load_hugging_face)(source)
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
     saved = checkpoint or load_checkpoint(ckpt_path)
     there = saved['model_args'] | saved.get('config', {})
@@ -131,13 +133,12 @@ if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path)
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
-    model = GPT.from_pretrained(checkpoint or init_from, dropout=dropout, flash=flash, window=window,
-                                block_size=block_size)
-    spec = (checkpoint or {}).get('tokenizer') or ({'kind': 'gpt2'} if init_from in OPENAI else data.spec)
+    model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
+    spec = checkpoint.get('tokenizer', {'kind': 'gpt2'} if init_from in OPENAI else data.spec)
     if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
                         f'{init_from} ({spec["kind"]}, {model.config.vocab_size}): it can only go on with its own')
-model.to(device)
+machine.shard(model) if fsdp else model.to(device)
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 learning_rate_at(0, 1, 1.0, 1.0, schedule=schedule)  # refuses an unknown one before anything is written
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
@@ -152,7 +153,7 @@ if init_from == 'resume':
 del checkpoint  # and its memory
 if compile:
     model.compile()
-ddp_model = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+ddp_model = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 and not fsdp else model
 n_parameters = sum(p.numel() for p in model.parameters())
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, {len(train_tokens):,} tokens, '
@@ -162,11 +163,11 @@ say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder},
 # ---- Evaluation, checkpoints, log ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(split, n_windows):
-    """{loss, perplexity and, where bytes were counted, bits_per_byte} over n_windows of a split (0 is all of it)."""
+    """{loss, perplexity, bits_per_byte, word_perplexity} over n_windows of a split (0: all), as far as counted."""
     model.eval()
     nats, count = 0.0, 0
-    tokens, mask, bytes_per_token = data.tokens(split), data.mask(split), data.bytes_per_token(split)
-    for idx_BT, targets_BT in eval_batches(tokens, mask, block_size, batch_size, n_windows, rank, world_size):
+    for idx_BT, targets_BT in eval_batches(data.tokens(split), data.mask(split), block_size, batch_size, n_windows,
+                                           rank, world_size):
         with machine.autocast:
             _, loss = model(idx_BT.to(device), targets_BT.to(device))
         n = (targets_BT != -1).sum().item()
@@ -174,15 +175,20 @@ def evaluate(split, n_windows):
     model.train()
     nats, count = machine.sum(nats, count)
     loss = nats / max(1, count)
-    bits = {'bits_per_byte': loss / math.log(2) / bytes_per_token} if bytes_per_token else {}
-    return {'loss': loss, 'perplexity': math.exp(min(loss, 700))} | bits
+    figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700))}
+    if bytes_per_token := data.per_token(split, 'bytes'):
+        figures['bits_per_byte'] = loss / math.log(2) / bytes_per_token
+    if words_per_token := data.per_token(split, 'words'):
+        figures['word_perplexity'] = math.exp(min(loss / words_per_token, 700))
+    return figures
 
 
 def save(path, iter_num):
+    states = machine.whole([model.state_dict()] + [o.state_dict() for o in optimizers])
     if rank == 0:
         save_checkpoint(path, {
-            'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec,
-            'optimizer': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict(), 'config': config,
+            'model': states[0], 'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec,
+            'optimizer': states[1:], 'scaler': scaler.state_dict(), 'config': config,
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
             'train_seconds': train_seconds})
 
@@ -195,19 +201,10 @@ def log(entry):
             wandb.log(entry, step=entry['iter'])
 
 
-def forget_log_after(iter_num):
-    """Drop what a killed run logged after its last checkpoint; the resumed run will log it again."""
-    with open(log_path, encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f if line.endswith('}\n')]  # the last may be cut short
-    with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(e) + '\n' for e in entries if e.get('iter', -1) + ('loss' in e) <= iter_num)
-    os.replace(log_path + '.tmp', log_path)
-
-
 def sample_text():
     """200 tokens from the start of a document."""
     tokenizer = tokenizers.load(data.spec)
-    with machine.autocast:
+    with machine.autocast, machine.unsharded(model):
         steps = model.generate([[tokenizer.start]], 200, strategy='nucleus', seed=seed)
         return tokenizer.decode([next_B.item() for next_B in steps])
 
@@ -220,14 +217,9 @@ if eval_only:
 if rank == 0:
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and os.path.exists(ckpt_path):  # a run of the same shape: keep it, out of the way
-            shutil.rmtree(os.path.join(out_dir, 'previous'), ignore_errors=True)
-            os.makedirs(os.path.join(out_dir, 'previous'))
-            for path in filter(os.path.exists, (ckpt_path, best_path, log_path)):
-                os.replace(path, os.path.join(out_dir, 'previous', os.path.basename(path)))
+        if init_from != 'resume' and set_aside(out_dir):
             say(f'the run that was in {out_dir} is now in {out_dir}/previous')
-        if os.path.exists(log_path):  # a fresh run keeps none of it: it is of a run that was killed before it saved
-            forget_log_after(first_iter if init_from == 'resume' else -2)
+        forget_log_after(log_path, first_iter if init_from == 'resume' else -2)  # -2: of a run that never saved, all
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir') from None
     if wandb_log:
@@ -266,7 +258,12 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
              'val_loss': figures.pop('loss'), **figures})
     last |= 0 < patience <= evals_without_gain
-    if sample_interval and iter_num % sample_interval == 0 and iter_num > first_iter and rank == 0:
+    if hellaswag_interval and iter_num > first_iter and (last or iter_num % hellaswag_interval == 0):
+        with machine.unsharded(model):
+            figures = hellaswag.evaluate(model, hellaswag_items, tokenizers.load(data.spec), machine)
+        say(f'step {iter_num}: HellaSwag {figures["acc_mean"]:.4f} ± {figures["acc_mean_stderr"]:.4f}')
+        log({'iter': iter_num, 'hellaswag': figures.pop('acc_mean'), **figures})
+    if sample_interval and iter_num > first_iter and iter_num % sample_interval == 0:
         text = sample_text()
         say(f'---- sample at step {iter_num}\n{text}\n----')
         log({'iter': iter_num, 'sample': text})
@@ -290,8 +287,9 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     for micro_step in range(micro_steps := gradient_accumulation_steps // world_size):
         idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps,
                                          seed, iter_num, micro_step * world_size + rank)
-        if world_size > 1:
-            ddp_model.require_backward_grad_sync = micro_step == micro_steps - 1
+        if world_size > 1:  # gradients meet at the last micro-step only
+            sync = micro_step == micro_steps - 1
+            model.set_requires_gradient_sync(sync) if fsdp else setattr(ddp_model, 'require_backward_grad_sync', sync)
         with machine.autocast:
             _, loss = ddp_model(idx_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
         loss_sum += loss.detach()
@@ -299,6 +297,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     for o in optimizers:
         scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    norm = norm.full_tensor() if fsdp else norm
     for o in optimizers:
         if machine.dtype != 'float16' or norm.isfinite():  # an overflow in one optimizer's part makes all skip
             scaler.step(o)

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side, and threads that spin slow each other down
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
 TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
@@ -53,6 +53,7 @@ def book(book_once, tmp_path):
 @pytest.fixture(params=['gpt2', 'modern'])
 def model(request):
     """A tiny model of each architecture, in eval mode, its weights large enough for sharp predictions."""
+    import torch
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=request.param)).eval()

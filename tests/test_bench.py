@@ -11,7 +11,7 @@ def test_a_bench_measures_training_data_and_text(book):
     figures = json.loads((book / 'bench.json').read_text())
     names = ['training step', 'training', 'training, peak memory', 'batches from token files', 'prefill', 'decoding']
     assert all(figures[name] > 0 and f'\n{name} ' in out for name in names)
-    assert '2 x 4 x 32 = 256 tokens a step' in out and 'data/book' in out and 'MFU' not in out  # of an unknown processor
+    assert '2 x 4 x 32 = 256 tokens a step' in out and 'data/book' in out and 'MFU' not in out  # no known GPU
     assert figures['training'] == 256 / (figures['training step'] / 1000)
 
 

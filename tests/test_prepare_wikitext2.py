@@ -77,12 +77,13 @@ def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
     name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
     files = {}
     for split in ('train', 'validation', 'test'):
-        table = pyarrow.table({'text': ['', f' = {variant} {split} = \n', '', ' Some text , and more <unk> text . \n'] * 5})
+        lines = ['', f' = {variant} {split} = \n', '', ' Some text , and more <unk> text . \n']
+        table = pyarrow.table({'text': lines * 5})
         pyarrow.parquet.write_table(table, buffer := io.BytesIO())
         files[f'{name}/{split}-00000-of-00001.parquet'] = buffer.getvalue()
-    configs = ''.join(f'- config_name: {n}\n  data_files:\n' + ''.join(f'  - split: {s}\n    path: {n}/{s}-*\n' for s in (
-        'train', 'validation', 'test')) for n in (name,))
-    hub = Hub({'Salesforce/wikitext': files | {'README.md': f'---\nconfigs:\n{configs}---\n'.encode()}})
+    card = f'---\nconfigs:\n- config_name: {name}\n  data_files:\n' + ''.join(
+        f'  - split: {split}\n    path: {name}/{split}-*\n' for split in ('train', 'validation', 'test')) + '---\n'
+    hub = Hub({'Salesforce/wikitext': files | {'README.md': card.encode()}})
     run(WIKITEXT2, f'--variant={variant}', '--tokenizer=gpt2', cwd=tmp_path,
         env=os.environ | hub.environment(tmp_path / 'hub'))
     hub.server.shutdown()

@@ -92,19 +92,6 @@ def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(boo
            f'bits_per_byte {last["bits_per_byte"]:.4f}' in out
 
 
-def test_two_processes_give_the_loss_of_one(book):
-    options = ['--gradient_accumulation_steps=4', '--max_iters=12', '--log_interval=1']
-    run('train.py', *TINY, *options, cwd=book)
-    one = figures(book)
-    os.rename(book / 'out', book / 'one')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                    str(ROOT / 'train.py'), *TINY, *options], cwd=book, check=True, capture_output=True, timeout=300)
-    two = figures(book)
-    assert len(one) == len(two)
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a)
-
-
 def test_loss_falls_and_best_and_newest_checkpoints_are_kept(book):
     run('train.py', *TINY, '--learning_rate=1e-2', '--max_iters=60', '--lr_decay_iters=60', cwd=book)
     evals = [entry for entry in log_of(book) if 'val_loss' in entry]

@@ -1,0 +1,170 @@
+"""
+HellaSwag (Zellers et al. 2019): of four endings of a text, is the true one the likeliest to a model?
+    python hellaswag.py --init_from=gpt2
+    torchrun --nproc_per_node=2 hellaswag.py --out_dir=out/fineweb --scores=out/fineweb/hellaswag.jsonl
+
+The last line is JSON: acc, acc_norm, acc_mean, the standard error of each (acc_stderr …), and n. Guessing gives 0.25.
+    acc       the highest sum of the log-probabilities of an ending's tokens wins: lm-evaluation-harness's acc
+    acc_norm  the highest sum over the ending's number of characters: lm-evaluation-harness's acc_norm
+    acc_mean  the lowest loss a token: what build-nanogpt and llm.c call acc_norm (GPT-2 124M 0.2955, GPT-3 124M 0.337)
+A text is scored as it stands in the file: ctx, then ' ' + ending, nothing in front. The harness's own task cleans it
+(activity label in front, capitals, no [title]), so its figures are of another text: for GPT-2 124M acc 0.2892 and
+acc_norm 0.3114, where the text as it stands gives acc 0.2859. A text longer than the context loses its beginning.
+"""
+import dataclasses
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint
+from configurator import UserError, configure
+from dataset import tokenizer_of
+from download import download
+from hugging_face import load_hugging_face
+from machine import Machine, default_device
+from model import GPT, KVCache
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a Hugging Face folder
+out_dir = 'out'  # of the run to score
+source = ''  # a file like HellaSwag's, an item a line; empty: its validation split, downloaded once
+url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
+sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of the file at url; empty: any
+limit = 0  # items to score; 0 is all
+batch_tokens = 2048  # tokens in memory at a time, padding included
+scores = ''  # a file for the four scores of each item, an item a line
+device = default_device()  # cpu, cuda, cuda:1, mps …
+dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
+
+
+# ---- Items -----------------------------------------------------------------------------------------------------------
+def load(source='', machine=None):
+    """The items of a file like HellaSwag's, or of its validation split, which a machine's first process downloads."""
+    path = source or os.path.join('data', 'downloads', 'hellaswag_val.jsonl')
+    if not source and (machine is None or machine.rank == 0):
+        download([url], path, sha256=sha256 or None)
+    if machine is not None:
+        machine.sum(0)  # the others wait
+    try:
+        with open(path, 'rb') as f:
+            items = [read_item(line, f'{path}, line {i}') for i, line in enumerate(f, 1) if line.strip()]
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); --source= takes a file like HellaSwag's") from None
+    if not items:
+        raise UserError(f"{path} is empty; --source= takes a file like HellaSwag's, an item a line")
+    return items
+
+
+def read_item(line, where):
+    try:
+        item = json.loads(line)
+        texts, label = [item['ctx'], *item['endings']], ['0', '1', '2', '3'].index(str(item['label']))
+        if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError('a text is missing or empty')
+        return item | {'label': label, 'where': where}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{where}: an item has ctx, four endings and label, 0 to 3 ({type(e).__name__}: {e})') from None
+
+
+def render(item, tokenizer, block_size):
+    """Four (context ids, ending ids): the last block_size + 1 tokens, as the very last is scored but never read."""
+    try:
+        context, *endings = [tokenizer.encode(text) for text in (item['ctx'], *(' ' + e for e in item['endings']))]
+    except UserError as e:
+        raise UserError(f'{item["where"]}: {e}') from None
+    rows = [((context + ending)[-(block_size + 1):], min(len(ending), block_size)) for ending in endings]
+    return [(row[:-n], row[-n:]) for row, n in rows]
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+def make_batches(items, tokenizer, block_size, batch_tokens):
+    """Batches: lists of (context ids, [(item, choice, ending ids), …]), alike in length so that little is padding."""
+    groups = {}
+    for i, item in enumerate(items):
+        for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
+            groups.setdefault((i, *context), []).append((i, choice, ending))  # four, unless they cut the context apart
+    sized = [(max(len(ending) for *_, ending in rows), key[1:], rows) for key, rows in groups.items()]
+    batches, width, n_rows = [], 0, 0
+    for height, context, rows in sorted(sized, key=lambda group: (group[0], len(group[1]))):
+        width, n_rows = max(width, len(context)), n_rows + len(rows)
+        if not batches or max(width, height) * n_rows > batch_tokens or width + height > block_size + 1:
+            batches.append([])
+            width, n_rows = len(context), len(rows)
+        batches[-1].append((list(context), rows))
+    return batches
+
+
+def score_batch(model, batch, device):
+    """(B, T) log-probabilities of the tokens of a batch's endings; a context is read once, into the cache, for all."""
+    tensor = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device)
+    owner = [group for group, (_, rows) in enumerate(batch) for _ in rows]
+    endings_BT = tensor([ending for _, rows in batch for *_, ending in rows])
+    lengths = [len(context) - 1 for context, _ in batch]  # a context's last token is read with the ending it predicts
+    cache = KVCache(dataclasses.replace(model.config, block_size=max(lengths) + endings_BT.size(1)), len(batch))
+    model.forward(tensor([context[:-1] or context for context, _ in batch]), cache=cache, lengths=lengths)
+    cache.kv, cache.lengths = cache.kv[:, :, owner], [lengths[group] for group in owner]
+    idx_BT = torch.cat((tensor([batch[group][0][-1:] for group in owner]), endings_BT[:, :-1]), dim=1)
+    logits_BTV, _ = model.forward(idx_BT, all_logits=True, cache=cache)
+    rows = zip(logits_BTV, endings_BT)  # one at a time: what is copied stays small
+    return -torch.stack([F.cross_entropy(logits_TV, ending_T, reduction='none') for logits_TV, ending_T in rows])
+
+
+@torch.no_grad()
+def score(model, items, tokenizer, machine, batch_tokens=batch_tokens, progress=False):
+    """(sums, counts), both (n, 4): the log-probability of each ending, in nats, and its number of tokens."""
+    batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
+    both = torch.zeros(2, len(items), 4, dtype=torch.float64)
+    turns = range(machine.rank, -(-len(batches) // machine.world_size) * machine.world_size, machine.world_size)
+    was_training = model.training
+    model.eval()
+    for i in tqdm(turns, desc='HellaSwag', disable=not progress or machine.rank > 0):
+        batch = batches[min(i, len(batches) - 1)]  # with sharded parameters all must take part in each forward pass
+        with machine.autocast:
+            logp_BT = score_batch(model, batch, machine.device).tolist()
+        endings = [row for _, rows in batch for row in rows] if i < len(batches) else []
+        for (item, choice, ending), logp_T in zip(endings, logp_BT):
+            both[0, item, choice], both[1, item, choice] = sum(logp_T[:len(ending)]), len(ending)
+    model.train(was_training)
+    both = machine.sum(*both.flatten().tolist())  # what one process has scored is zero on the others
+    return torch.tensor(both, dtype=torch.float64).view(2, -1, 4)
+
+
+def figures(items, sums, counts):
+    """{acc, acc_norm, acc_mean, each one's _stderr, n} of what `score` gives; it is said above what they are."""
+    characters = torch.tensor([[len(ending) for ending in item['endings']] for item in items])
+    labels, n, result = torch.tensor([item['label'] for item in items]), len(items), {}
+    for name, of_endings in {'acc': sums, 'acc_norm': sums / characters, 'acc_mean': sums / counts}.items():
+        p = (of_endings.argmax(dim=1) == labels).double().mean().item()
+        result |= {name: p, f'{name}_stderr': (p * (1 - p) / max(1, n - 1))**0.5}
+    return result | {'n': n}
+
+
+def evaluate(model, items, tokenizer, machine, batch_tokens=batch_tokens):
+    """The figures of a model, which stays as it was, on items that `load` gave: the same on every process."""
+    return figures(items, *score(model, items, tokenizer, machine, batch_tokens))
+
+
+# ---- The script ------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    configure(globals())
+    if limit < 0 or batch_tokens < 1:
+        raise UserError(f'limit ({limit}) must be at least 0, batch_tokens ({batch_tokens}) at least 1')
+    machine = Machine(device, dtype)
+    machine.join('nccl')
+    items = load(source, machine)[:limit or None]
+    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+    checkpoint = load_checkpoint(path) if path.endswith('.pt') else load_hugging_face(path)
+    model, tokenizer = GPT.from_pretrained(checkpoint).to(machine.device), tokenizer_of(checkpoint)
+    sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
+    result = figures(items, sums, counts)
+    machine.say(f'{len(items):,} items: ' + ', '.join(f'{name} {result[name]:.4f} ± {result[name + "_stderr"]:.4f}'
+                                                      for name in ('acc', 'acc_norm', 'acc_mean')))
+    machine.say(json.dumps(result))
+    if scores and machine.rank == 0:
+        with open(scores + '.tmp', 'w', encoding='utf-8') as f:
+            for item, four in zip(items, sums.tolist()):
+                print(json.dumps({'ind': item.get('ind'), 'scores': four, 'label': item['label']}), file=f)
+        os.replace(scores + '.tmp', scores)
