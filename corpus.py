@@ -198,7 +198,7 @@ def join(folder, meta, path, room, val_tokens, token_bytes):
 
 # ---- Reading and tokenizing ------------------------------------------------------------------------------------------
 def source_files(pattern):
-    """The files that a pattern names, sorted: local ones, or the hub's ('hf://datasets/owner/name/folder/*.parquet')."""
+    """The files of a pattern, sorted: local ones, or the hub's ('hf://datasets/owner/name/folder/*.parquet')."""
     if not pattern.startswith('hf://'):
         files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     else:
