@@ -8,8 +8,8 @@ Prints a table: tokens a second, MFU where the GPU is known, peak memory. It tak
 """
 import dataclasses
 import os
-import resource
 import statistics
+import sys
 import time
 import types
 from json import dump
@@ -115,7 +115,8 @@ if s.profile:
         for i in range(3):
             train_step(i)
         wait()
-    print(profiler.key_averages().table(sort_by=f'self_{machine.type}_time_total', row_limit=20))
+    where_time_goes = f'self_{"cuda" if machine.type == "cuda" else "cpu"}_time_total'
+    print(profiler.key_averages().table(sort_by=where_time_goes, row_limit=20))
     os.makedirs(s.out_dir, exist_ok=True)
     profiler.export_chrome_trace(os.path.join(s.out_dir, 'trace.json'))
 if machine.type == 'cuda':
@@ -128,8 +129,9 @@ if machine.peak_flops:
          f'of {machine.peak_flops / 1e12:.0f} TFLOP/s')
 if machine.type == 'cuda':
     show('training, peak memory', torch.cuda.max_memory_allocated() / 2**20, 'MiB', 'of the GPU')
-else:
-    unit = 2**20 if os.uname().sysname == 'Darwin' else 2**10  # macOS counts bytes, Linux KiB
+elif sys.platform != 'win32':
+    import resource
+    unit = 2**20 if sys.platform == 'darwin' else 2**10  # macOS counts bytes, Linux KiB
     show('training, peak memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 'MiB', 'of the process')
 
 # ---- Data ------------------------------------------------------------------------------------------------------------

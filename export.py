@@ -123,9 +123,8 @@ texts = {'config.json': hf | {'dtype': dtype, 'exported_by': 'folio'}, 'tokenize
          'generation_config.json': {f'{name}_id': tokenizer.eot for name in ends}}
 texts = {name: json.dumps(settings, indent=2) + '\n' for name, settings in texts.items()}
 texts |= {'tokenizer.json': hf_tokenizer.to_str(), 'README.md': card, TOKENIZER: json.dumps(spec)}
-new, old = f'{to}.tmp', f'{to}.old'
+new, old = f'{to}.{os.getpid()}.new', f'{to}.{os.getpid()}.old'  # names that nobody else has
 try:
-    shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
     for name, text in texts.items():
         with open(os.path.join(new, name), 'w', encoding='utf-8') as f:
@@ -137,6 +136,8 @@ try:
     os.replace(new, to)
     shutil.rmtree(old, ignore_errors=True)
 except (OSError, SafetensorError) as e:
+    if os.path.exists(old) and not os.path.exists(to):
+        os.replace(old, to)
     raise UserError(f'could not write {to}; what was there before is intact ({e})') from e
 finally:
     shutil.rmtree(new, ignore_errors=True)

@@ -99,7 +99,8 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
 
 def score_batch(model, batch, device):
     """(B, T) log-probabilities of the tokens of a batch's endings; a context is read once, into the cache, for all."""
-    tensor = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device)
+    def tensor(rows):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device)
     owner = [group for group, (_, rows) in enumerate(batch) for _ in rows]
     endings_BT = tensor([ending for _, rows in batch for *_, ending in rows])
     lengths = [len(context) - 1 for context, _ in batch]  # a context's last token is read with the ending it predicts
@@ -150,19 +151,18 @@ def evaluate(model, items, tokenizer, machine, batch_tokens=batch_tokens):
 # ---- The script ------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     configure(globals())
-    if limit < 0 or batch_tokens < 1:
-        raise UserError(f'limit ({limit}) must be at least 0, batch_tokens ({batch_tokens}) at least 1')
+    if limit < 0:
+        raise UserError(f'limit is {limit}; it must be at least 0, which is all')
     machine = Machine(device, dtype)
     machine.join('nccl')
     items = load(source, machine)[:limit or None]
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
     checkpoint = load_checkpoint(path) if path.endswith('.pt') else load_hugging_face(path)
-    model, tokenizer = GPT.from_pretrained(checkpoint).to(machine.device), tokenizer_of(checkpoint)
-    sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
+    model = GPT.from_pretrained(checkpoint).to(machine.device)
+    sums, counts = score(model, items, tokenizer_of(checkpoint), machine, batch_tokens, progress=True)
     result = figures(items, sums, counts)
-    machine.say(f'{len(items):,} items: ' + ', '.join(f'{name} {result[name]:.4f} ± {result[name + "_stderr"]:.4f}'
-                                                      for name in ('acc', 'acc_norm', 'acc_mean')))
-    machine.say(json.dumps(result))
+    shown = [f'{name} {result[name]:.4f} ± {result[name + "_stderr"]:.4f}' for name in ('acc', 'acc_norm', 'acc_mean')]
+    machine.say(f'{len(items):,} items: {", ".join(shown)}\n{json.dumps(result)}')
     if scores and machine.rank == 0:
         with open(scores + '.tmp', 'w', encoding='utf-8') as f:
             for item, four in zip(items, sums.tolist()):

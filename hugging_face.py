@@ -6,6 +6,7 @@ GPT2LMHeadModel is arch='gpt2', NanoChatForCausalLM is arch='modern'. A folder i
 """
 import json
 import os
+import time
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint import padded
 from configurator import UserError
+from download import sha256_of
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SIZES = {  # what a config.json calls vocab_size, block_size, n_layer, n_head, n_embd
@@ -97,13 +99,25 @@ def renamed(name, parts):
 
 
 def download_openai(name):
-    """The folder that one of OpenAI's four models lies in, downloaded once by huggingface_hub."""
-    from huggingface_hub import hf_hub_download
-    try:
-        hf_hub_download(f'openai-community/{name}', 'config.json')
-        return os.path.dirname(hf_hub_download(f'openai-community/{name}', 'model.safetensors'))
-    except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
-        raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e
+    """The folder that one of OpenAI's four models lies in, downloaded once by huggingface_hub, and then checked."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    repository, known = f'openai-community/{name}', True
+    for wait in (1, 2, 4, 0):  # seconds before another try, which goes on where the last broke off
+        try:
+            known = known and try_to_load_from_cache(repository, 'model.safetensors')
+            hf_hub_download(repository, 'config.json')
+            path = hf_hub_download(repository, 'model.safetensors')
+            break
+        except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
+            if not wait:
+                raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e
+            time.sleep(wait)
+    blob = os.path.realpath(path)  # which the hub's cache names by its SHA-256
+    if not known and len(os.path.basename(blob)) == 64 and sha256_of(blob) != os.path.basename(blob):
+        os.remove(path)
+        os.remove(blob)
+        raise UserError(f'{name} came damaged, by its SHA-256; run this again to download it again')
+    return os.path.dirname(path)
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import contextlib
 import os
 import platform
 import re
+import signal
+import time
 import warnings
 
 import torch
@@ -35,7 +37,8 @@ class Machine:
             self.type = torch.device(device).type
             if self.world_size > 1 and self.type == 'cuda':
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
-                torch.cuda.set_device(device)
+            if self.type == 'cuda' and ':' in device:
+                torch.cuda.set_device(device)  # for what asks about the current GPU
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as e:  # torch raises either for a device that is not there
             raise UserError(f'device {device}: {str(e).partition(chr(10))[0]}; try --device=cpu') from None
@@ -70,6 +73,21 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
+    def catch_signals(self):
+        """From now on Ctrl-C and SIGTERM only ask to stop; one that comes 2 seconds later ends the process at once."""
+        self.signals = []  # (number, time)
+
+        def on_signal(number, frame):
+            if self.signals and time.monotonic() > self.signals[0][1] + 2:  # torchrun and Slurm pass the first on twice
+                os._exit(128 + number)
+            self.signals.append((number, time.monotonic()))
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+
+    def asked_to_stop(self):
+        """Whether a signal came to any process: some may not have got it."""
+        return self.sum(len(self.signals))[0] > 0
+
     def can_compile(self):
         """Whether torch.compile works here; says why if not."""
         try:
@@ -82,20 +100,22 @@ class Machine:
     def shard(self, model):
         """Share out a model's parameters, a block at a time, over all processes (Zhao et al. 2023, PyTorch FSDP)."""
         from torch.distributed.fsdp import fully_shard
-        warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # of in-place changes, of which there are none
+        warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # not to change logits in place, which we never do
         mesh = dist.device_mesh.init_device_mesh(self.type, (self.world_size,))
         for module in (*model.transformer.h, model):
             fully_shard(module, mesh=mesh)
-        dist.barrier()
+        dist.barrier()  # before the first process puts a run aside, all have seen it
 
     @contextlib.contextmanager
     def unsharded(self, model):
         """Hold a sharded model's parameters outside its blocks, for model.forward skips the hook that gathers them."""
         if hasattr(model, 'unshard'):
             model.unshard()
-        yield
-        if hasattr(model, 'reshard'):
-            model.reshard()
+        try:
+            yield
+        finally:
+            if hasattr(model, 'reshard'):
+                model.reshard()
 
     def whole(self, state):
         """Nested dictionaries and lists with each sharded tensor whole on the first process, None on the others."""

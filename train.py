@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 
@@ -109,7 +108,7 @@ say(f'{machine}, compile {compile}' + ', sharded' * fsdp)
 
 # ---- Data and model --------------------------------------------------------------------------------------------------
 data = Dataset(dataset)
-hellaswag_items = hellaswag.load(hellaswag_source, machine=machine) if hellaswag_interval else []
+hellaswag_items = hellaswag.load(hellaswag_source, machine) if hellaswag_interval and not eval_only else []
 train_tokens, train_mask, val_tokens = data.tokens('train'), data.mask('train'), data.tokens('val')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} tokens of training text): '
@@ -151,6 +150,8 @@ if init_from == 'resume':
     load_states(optimizers, checkpoint['optimizer'])
     scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 del checkpoint  # and its memory
+if machine.sum(first_iter)[0] != first_iter * world_size:
+    raise UserError(f'the processes find different checkpoints in {out_dir}: it must be on a disk that all of them see')
 if compile:
     model.compile()
 ddp_model = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 and not fsdp else model
@@ -229,27 +230,14 @@ log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'ma
     'torch': torch.__version__, 'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-caught = []  # signals
-
-
-def on_signal(number, frame):
-    caught.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-
-def asked_to_stop(iter_num):
-    """Whether a signal came; several processes, of which only some may have got it, agree on that at log steps."""
-    return (world_size == 1 or iter_num % log_interval == 0) and machine.sum(len(caught))[0] > 0
-
-
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+machine.catch_signals()
 clock, logged = time.perf_counter(), (first_iter, train_seconds)  # of the last log line
 for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: the last turn only validates and saves
     # Validate, with the clock stopped. A resumed run need not: it was saved after it had.
     train_seconds += time.perf_counter() - clock
     last, validated, improved = iter_num == max_iters, False, False
-    if (last or iter_num % eval_interval == 0) and (iter_num > first_iter or init_from != 'resume'):
+    fresh = iter_num > first_iter or init_from != 'resume'
+    if fresh and (last or iter_num % eval_interval == 0):
         figures = evaluate('val', eval_iters * batch_size)
         validated, improved = True, figures['loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['loss'])
@@ -258,7 +246,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
              'val_loss': figures.pop('loss'), **figures})
     last |= 0 < patience <= evals_without_gain
-    if hellaswag_interval and iter_num > first_iter and (last or iter_num % hellaswag_interval == 0):
+    if hellaswag_items and fresh and (last or iter_num % hellaswag_interval == 0):
         with machine.unsharded(model):
             figures = hellaswag.evaluate(model, hellaswag_items, tokenizers.load(data.spec), machine)
         say(f'step {iter_num}: HellaSwag {figures["acc_mean"]:.4f} ± {figures["acc_mean_stderr"]:.4f}')
@@ -269,7 +257,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         log({'iter': iter_num, 'sample': text})
 
     # Save, and stop when it is time to or somebody asked for it
-    stopping = asked_to_stop(iter_num)
+    stopping = (world_size == 1 or iter_num % log_interval == 0) and machine.asked_to_stop()
     if improved and iter_num > first_iter:  # before ckpt.pt, so that a resumed run never misses its best
         save(best_path, iter_num)
     if stopping or iter_num > first_iter and validated and (improved or always_save_checkpoint):
@@ -323,7 +311,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
 if stopping and not last:
     again = shlex.join([a for a in sys.argv[1:] if not a.startswith('--init_from=')] + ['--init_from=resume'])
     say(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: python train.py {again}')
-    sys.exit(128 + caught[0] if caught else 1)
+    sys.exit(128 + machine.signals[0][0] if machine.signals else 1)
 why = '' if iter_num == max_iters else f', no gain in {patience} evaluations'
 then = f'read it with: python sample.py --out_dir={out_dir}' if os.path.exists(ckpt_path) else 'nothing to save'
 say(f'done at step {iter_num}{why}: best val loss {best_val_loss:.4f}, {train_seconds:.0f} s of training; {then}')

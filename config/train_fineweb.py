@@ -2,7 +2,7 @@
 #     python prepare/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 # Published runs: validation loss 3.1078, HellaSwag 0.2970, 940,000 tokens/s on 8 A100. Ours: not measured yet.
-# 64 sequences of 1,024 fit a GPU of 80 GB; on a smaller one halve batch_size and double gradient_accumulation_steps.
+# Meant for GPUs of 80 GB; on smaller ones halve batch_size, and double gradient_accumulation_steps and eval_iters.
 out_dir = 'out/fineweb'
 dataset = 'fineweb'
 batch_size = 64

@@ -50,8 +50,8 @@ class Hub:
                 body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
                 path = urllib.parse.unquote(urllib.parse.unquote(urllib.parse.urlparse(self.path).path)).strip('/')
                 parts = path.removeprefix('api/').split('/')
-                repository = '/'.join(parts[1:3])
-                if parts[0] != 'datasets' or repository not in hub.files:
+                repository = '/'.join(parts[1:3] if parts[0] in ('datasets', 'models') else parts[:2])
+                if repository not in hub.files:
                     self.answer(b'{}', 404, X_Error_Code='RepoNotFound')
                 elif path.startswith('api/'):
                     self.answer(json.dumps(self.api(repository, parts[3:], body)).encode(),

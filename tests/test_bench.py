@@ -1,6 +1,8 @@
 import json
 import os
 
+import pytest
+
 from conftest import TINY, run
 
 QUICK = [*TINY, '--steps=2', '--prompt_tokens=8', '--new_tokens=4']
@@ -12,7 +14,7 @@ def test_a_bench_measures_training_data_and_text(book):
     names = ['training step', 'training', 'training, peak memory', 'batches from token files', 'prefill', 'decoding']
     assert all(figures[name] > 0 and f'\n{name} ' in out for name in names)
     assert '2 x 4 x 32 = 256 tokens a step' in out and 'data/book' in out and 'MFU' not in out  # no known GPU
-    assert figures['training'] == 256 / (figures['training step'] / 1000)
+    assert figures['training'] == pytest.approx(256 / (figures['training step'] / 1000))
 
 
 def test_a_bench_needs_no_data_set_and_takes_a_config_file(tmp_path):

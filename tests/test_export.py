@@ -4,6 +4,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 import tokenizer as tokenizers
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
-from conftest import SHARED, TINY, run, shared
+from conftest import ROOT, SHARED, TINY, run, shared
+from hub import Hub
 from hugging_face import to_hugging_face
 from model import GPT, GPTConfig
 from test_mistakes import refused
@@ -304,11 +307,47 @@ def test_interrupted_export_leaves_what_was_there(trained, number, status):
                                               'os.kill(os.getpid(), int(os.environ["KILL"]))\n')
     killed = os.environ | {'PYTHONPATH': str(trained), 'KILL': str(int(number))}
     run('export.py', '--out_dir=out', '--to=hf', cwd=trained, status=status, env=killed)
-    assert not (trained / 'hf').exists() and (trained / 'hf.tmp').exists() == (number == signal.SIGKILL)
+    assert not (trained / 'hf').exists() and len(list(trained.glob('hf.*.new'))) == (number == signal.SIGKILL)
     run('export.py', '--out_dir=out', '--to=hf', cwd=trained)
     kept = {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()}
     run('export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained, status=status, env=killed)
     assert {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()} == kept
+
+
+def test_a_backup_beside_the_export_is_left_alone(trained):
+    run('export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    for name in ('hf.old', 'hf.tmp'):
+        shutil.copytree(trained / 'hf', trained / name)
+    before = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
+    run('export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained)
+    assert before and {path: path.read_bytes() for path in trained.glob('hf.*/*')} == before
+
+
+def test_an_export_samples_as_its_checkpoint_does(trained):
+    run('export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    texts = [run('sample.py', f'--init_from={source}', '--start=The ', '--max_new_tokens=20', '--device=cpu',
+                 cwd=trained)[0] for source in ('hf', 'out/ckpt.pt')]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
+
+
+@pytest.mark.parametrize('trouble', [[], [500, 'ok', 'cut', 429, 'ok'], ['ok', 'wrong']], ids=len)
+def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
+    gpt2_of_transformers(n_layer=1).save_pretrained(tmp_path / 'theirs')
+    files = {name: (tmp_path / 'theirs' / name).read_bytes() for name in ('config.json', 'model.safetensors')}
+    hub = Hub({'openai-community/gpt2-medium': files})
+    hub.trouble = list(trouble)
+    command = [sys.executable, '-c', 'import sys; from configurator import report; sys.excepthook = report; '
+               'from model import GPT; model = GPT.from_pretrained("gpt2-medium"); '
+               'print(sum(p.double().sum().item() for p in model.parameters()))']
+    environment = os.environ | hub.environment(tmp_path / 'hub') | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    if trouble and trouble[-1] == 'wrong':
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    hub.server.shutdown()
+    model = GPT.from_pretrained(str(tmp_path / 'theirs'))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == sum(p.double().sum().item() for p in model.parameters()) and not hub.trouble
 
 
 def test_no_space_left_keeps_the_earlier_export(trained):
@@ -317,7 +356,7 @@ def test_no_space_left_keeps_the_earlier_export(trained):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2)
     assert 'could not write hf' in refused('export.py', '--out_dir=out', '--to=hf', cwd=trained, preexec_fn=limit)
     assert (trained / 'hf' / 'model.safetensors').read_bytes() == kept
-    assert not any((trained / name).exists() for name in ('hf.tmp', 'hf.old'))
+    assert not list(trained.glob('hf.*'))
 
 
 def test_exports_that_cannot_be(trained):

@@ -15,9 +15,10 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import corpus
+import documents
 import tokenizer as tokenizers
 from configurator import UserError, configure
+from corpus import write_corpus
 from download import download
 
 edition = 'fineweb-edu'  # or fineweb
@@ -27,7 +28,7 @@ column = 'text'  # the one of a .parquet or .jsonl that holds the documents
 pretokenized = False  # download tokens instead of text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
 tokenizer = 'gpt2'  # or a data folder or tokenizer.json with a BPE of yours
-val_tokens = 0  # tokens of val.bin; 0 is 100 M, and about a tenth of less data than a billion tokens
+val_tokens = 0  # tokens of val.bin; 0 is 100 M, or less where there seem to be less than a billion in all
 max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 worker = ''  # i/n: make only the parts of the i-th of n machines
 
@@ -44,7 +45,7 @@ def list_shards(repository):
         shards = {file.rfilename: file.lfs and file.lfs.sha256 for file in
                   HfApi().dataset_info(repository, files_metadata=True).siblings if file.rfilename.endswith('.bin')}
     except Exception as e:  # offline, refused, no such data set: the hub's errors have no common class
-        raise UserError(f'{repository} could not be listed ({corpus.first_line(e)}); check the network') from e
+        raise UserError(f'{repository} could not be listed ({documents.first_line(e)}); check the network') from e
     names = sorted(shards, key=lambda name: ('_val_' not in name, name))
     return {hf_hub_url(repository, name, repo_type='dataset'): shards[name] for name in names}
 
@@ -68,20 +69,22 @@ def main():
                         'max_tokens are at least 0')
     if worker and max_tokens:
         raise UserError('no worker knows when all together have max_tokens: leave out --worker or --max_tokens')
-    if pretokenized and (source or (edition, sample) not in SHARDS):
-        raise UserError('of --pretokenized there are ' + ', '.join(f'--edition={e} --sample={s}' for e, s in SHARDS))
+    if pretokenized and (source or tokenizer != 'gpt2' or (edition, sample) not in SHARDS):
+        raise UserError("of --pretokenized there are, in GPT-2's tokens, "
+                        + ', '.join(f'--edition={e} --sample={s}' for e, s in SHARDS))
     if pretokenized:
         shards = list_shards(SHARDS[edition, sample])
         files, to_tokens = list(shards), functools.partial(shard_tokens, shards=shards, folder=folder)
     else:
         hub = f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet'
-        files = corpus.source_files(source or hub)
-        pool = corpus.start_pool(tok)
-        to_tokens = functools.partial(corpus.tokenize, pool=pool, column=column)
-    about = max_tokens or (sum(map(os.path.getsize, files)) // 4 if source else 10**10)  # tokens, by four bytes a token
-    origin = {'files': files, 'column': column, 'max_tokens': max_tokens,
+        files = documents.source_files(source or hub)
+        pool = documents.start_pool(tok)
+        to_tokens = functools.partial(documents.tokenize, pool=pool, column=column)
+    stamps = [[file, *documents.stamp(file)] for file in files] if source else files
+    about = max_tokens or (sum(size for _, size, _ in stamps) // 4 if source else 10**10)  # tokens, by 4 bytes a token
+    origin = {'files': stamps, 'column': column, 'max_tokens': max_tokens,
               'val_tokens': val_tokens or min(100_000_000, about // 10)}
-    meta = corpus.write_corpus(folder, tok, files, to_tokens, origin, origin['val_tokens'], max_tokens, worker)
+    meta = write_corpus(folder, tok, files, to_tokens, origin, origin['val_tokens'], max_tokens, worker)
     if meta is None:
         print(f'worker {worker} has made its parts; when all have, join them by the same command without --worker')
     for split, counts in (meta or {'splits': {}})['splits'].items():

@@ -10,9 +10,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import corpus
+import documents
 import tokenizer as tokenizers
 from configurator import configure
+from corpus import write_corpus
 
 source = 'hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text/train/*.parquet'  # or files of yours
 dataset = 'openwebtext'  # the folder under data/ to write
@@ -21,9 +22,9 @@ max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 
 if __name__ == '__main__':  # each process that tokenizes reads this file too
     configure(globals())
-    folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), corpus.source_files(source)
-    to_tokens = functools.partial(corpus.tokenize, pool=corpus.start_pool(tok))
+    folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
+    to_tokens = functools.partial(documents.tokenize, pool=documents.start_pool(tok))
     origin = {'files': files, 'val_tokens': val_tokens, 'max_tokens': max_tokens}
-    meta = corpus.write_corpus(folder, tok, files, to_tokens, origin, val_tokens, max_tokens)
+    meta = write_corpus(folder, tok, files, to_tokens, origin, val_tokens, max_tokens)
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')

@@ -13,7 +13,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 import tokenizer as tokenizers
 from configurator import UserError, configure
-from corpus import first_line, write_dataset
+from corpus import write_dataset
+from documents import first_line
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
 source = ''  # instead of the hub: a folder with train.txt, valid.txt and test.txt (or wiki.train.tokens …)

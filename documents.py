@@ -1,0 +1,125 @@
+"""
+Documents: found here or on the hub, streamed, and tokenized by all cores.
+    python -c "from documents import *; print(next(read_chunks('my.jsonl', 'text')))"
+"""
+import collections
+import concurrent.futures
+import glob
+import multiprocessing
+import os
+import signal
+import threading
+
+import numpy as np
+
+import tokenizer as tokenizers
+from configurator import UserError
+from tokenizer import EOT
+
+KINDS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}  # names that datasets has for them
+COMPRESSED = ('.gz', '.zst', '.xz', '.bz2')
+CHUNK = 1_000_000  # characters that a process tokenizes at a time
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+def source_files(pattern):
+    """The files of a pattern, sorted: local ones, or the hub's ('hf://datasets/owner/name/folder/*.parquet')."""
+    if not pattern.startswith('hf://'):
+        files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    else:
+        from huggingface_hub import HfFileSystem
+        try:
+            files = ['hf://' + path for path in sorted(HfFileSystem().glob(pattern))]
+        except Exception as e:  # offline, refused, no such data set: the hub's errors have no common class
+            raise UserError(f'{pattern} could not be listed ({first_line(e)}); check the network, or give --source='
+                            'files that you have') from e
+    if not files:
+        raise UserError(f"no file is called {pattern}; --source takes a pattern, for example --source='my/*.parquet'")
+    return files
+
+
+def stamp(file):
+    """(bytes, time of the last change or None) of a file, here or on the hub: another stamp is another file."""
+    import fsspec
+    fs, path = fsspec.url_to_fs(file)
+    return fs.size(path), os.path.getmtime(path) if os.path.exists(path) else None
+
+
+def first_line(error):
+    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+
+
+# ---- Text, then tokens -----------------------------------------------------------------------------------------------
+def read_chunks(file, column):
+    """(share of the file read, documents of about CHUNK characters) until it ends; streamed by datasets."""
+    import fsspec
+    import pyarrow.parquet
+    from datasets import load_dataset
+    name = file
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    kind = KINDS.get(name.rpartition('.')[2])
+    if kind is None:
+        raise UserError(f'{file} is none of {", ".join("." + k for k in KINDS)}, compressed or not')
+    options = {'parquet': {'columns': [column], 'batch_size': 64}, 'text': {'sample_by': 'document'}}.get(kind, {})
+    column = 'text' if kind == 'text' else column
+    try:
+        with fsspec.open(file) as f:
+            size = pyarrow.parquet.ParquetFile(f).metadata.num_rows if kind == 'parquet' else f.size
+        if size == 0:
+            return
+        read, texts, held, path = 0, [], 0, file if file.startswith('hf://') else glob.escape(file)
+        for table in load_dataset(kind, data_files=[path], split='train', streaming=True,
+                                  **options).with_format('arrow').iter(batch_size=64):
+            for text in filter(None, table[column].to_pylist()):
+                texts.append(text)
+                held += len(text)
+                if held >= CHUNK:
+                    yield min(1.0, read / size), texts
+                    texts, held = [], 0
+                read += 1 if kind == 'parquet' else len(text)
+        yield 1.0, texts
+    except Exception as e:  # a broken file, no such column, a hub out of reach: datasets' errors have no common class
+        again = '; what was done so far is kept, and the same command goes on' if file.startswith('hf://') else ''
+        raise UserError(f'{file} could not be read ({first_line(e)}){again}') from e
+
+
+def start_pool(tokenizer):
+    """A process for each core, ready to encode. A script that calls this does its work under __name__ == '__main__'."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if tokenizer.eot is None:
+        raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
+    return concurrent.futures.ProcessPoolExecutor(min(cores, 61), multiprocessing.get_context('spawn'), start_worker,
+                                                  (tokenizer.spec,))
+
+
+def start_worker(spec):
+    global encoding
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, without which no worker shall live on
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    encoding = tokenizers.load(spec).encoding
+
+
+def encode(texts):
+    """The documents as one array of uint32, each after an end-of-text token; runs in a process of the pool."""
+    if any(EOT in text for text in texts):  # there it is text, to be spelled
+        eot = np.array([encoding.eot_token], dtype=np.uint32)
+        return np.concatenate([a for t in texts for a in (eot, encoding.encode_to_numpy(t, disallowed_special=()))])
+    joined = ''.join(EOT + text for text in texts)
+    return encoding.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+
+
+def tokenize(file, pool, column='text'):
+    """(share of the file done, tokens) in order, while a bounded number of chunks is with the pool."""
+    pending = collections.deque()
+    try:
+        for share, texts in read_chunks(file, column):
+            pending.append((share, pool.submit(encode, texts)))
+            if len(pending) > 2 * pool._max_workers:
+                share, future = pending.popleft()
+                yield share, future.result()
+        for share, future in pending:
+            yield share, future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError('a process that tokenizes was killed, perhaps for want of memory; the same command goes on '
+                        'where it was') from None
