@@ -17,7 +17,7 @@ def configure(namespace, argv=None):
     """
     sys.excepthook = report
     argv = sys.argv[1:] if argv is None else argv
-    defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and type(v) in (bool, int, float, str)}
+    defaults = {k: v for k, v in namespace.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     if '--help' in argv or '-h' in argv:
         sys.exit(print_help(namespace, defaults))
     settings, overrides = dict(defaults), {}
@@ -68,7 +68,7 @@ def parse(text, default):
 def print_help(namespace, defaults):
     with open(namespace['__file__'], encoding='utf-8') as f:
         comments = {s.split(' = ')[0]: s.partition('  # ')[2].strip() for s in reversed(f.readlines()) if ' = ' in s}
-    lines = [f'  --{key}={value}'.ljust(40) + comments.get(key, '') for key, value in defaults.items()]
+    lines = [f'  --{key}={value}  '.ljust(40) + comments.get(key, '') for key, value in defaults.items()]
     print(namespace['__doc__'].strip(), '', *lines, sep='\n')
 
 

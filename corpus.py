@@ -5,6 +5,7 @@ Token files, written whole or not at all: of a few documents in memory, or of a 
 A corpus goes through data/<name>/parts/, one part for each source file. A run that was killed goes on with the source
 file that it was at, and its result is the same to the byte as that of an undisturbed one.
 """
+import glob
 import json
 import math
 import os
@@ -98,16 +99,20 @@ def write_corpus(folder, tokenizer, files, to_tokens, source, val_tokens, max_to
     fresh['splits'] = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in ('val', 'train')}
     progress = os.path.join(parts, 'progress.json')
     done, meta = read_json(os.path.join(folder, 'meta.json')), read_json(progress)
-    if done and not meta and is_whole(folder, done) and all(done[k] == fresh[k] for k in ('source', 'tokenizer')):
+    if done and not meta and is_whole(folder, done):
+        if any(done.get(k) != fresh[k] for k in ('source', 'tokenizer')):
+            raise UserError(f'{folder} is there already, of other settings or files; remove it, or give another '
+                            '--dataset')
         print(f'{folder} is there already; remove it to make it anew')
         return done
-    meta = meta or fresh
+    if meta is None or meta['parts'] == 0 and not glob.glob(os.path.join(glob.escape(parts), '*.bin')):
+        meta = fresh  # nothing is done yet
     if any(meta[k] != fresh[k] for k in ('source', 'tokenizer')):
         raise UserError(f'{parts} is of an unfinished run with other settings or files: finish it with those, or '
                         'remove that folder to begin anew')
     os.makedirs(parts, exist_ok=True)
     lock = only_one(os.path.join(parts, f'{worker.replace("/", "of") or "join"}.lock'))
-    if not os.path.exists(progress):
+    if read_json(progress) != meta:
         write_json(progress, meta)
     token_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
     token_bytes[tokenizer.eot] = 0  # it stands for no text

@@ -5,6 +5,7 @@ Token files, as a prepare script writes them, read as deterministic batches.
 data/<name>/ holds {train,val,test}.bin, raw little-endian uint16 or uint32 tokens, and meta.json, which describes them.
 A folder without meta.json is nanoGPT's: characters if it has a meta.pkl, GPT-2's BPE if not.
 """
+import difflib
 import functools
 import json
 import os
@@ -34,7 +35,10 @@ class Dataset:
         script = f'{name}/prepare.py' if own else f'book/prepare.py --dataset={name}'
         self.remedy = f'prepare it with: python prepare/{script}'
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
-            raise UserError(f'no data set in {self.folder} (no train.bin); {self.remedy}')
+            known = [d for folder in ('data', f'{root}/prepare') if os.path.isdir(folder) for d in os.listdir(folder)]
+            near = [] if own else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            raise UserError(f'no data set in {self.folder} (no train.bin); '
+                            + (f'did you mean --dataset={near[0]}?' if near else self.remedy))
         try:
             if os.path.isfile(os.path.join(self.folder, 'meta.json')):
                 with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:

@@ -8,6 +8,7 @@ import glob
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -65,7 +66,10 @@ def read_chunks(file, column):
     column = 'text' if kind == 'text' else column
     try:
         with fsspec.open(file) as f:
-            size = pyarrow.parquet.ParquetFile(f).metadata.num_rows if kind == 'parquet' else f.size
+            parquet = pyarrow.parquet.ParquetFile(f) if kind == 'parquet' else None
+            size = parquet.metadata.num_rows if parquet else f.size
+            if parquet and column not in parquet.schema_arrow.names:
+                raise UserError(f'{file} has no column {column}; it has {", ".join(parquet.schema_arrow.names)}')
         if size == 0:
             return
         read, texts, held, path = 0, [], 0, file if file.startswith('hf://') else glob.escape(file)
@@ -79,6 +83,8 @@ def read_chunks(file, column):
                     texts, held = [], 0
                 read += 1 if kind == 'parquet' else len(text)
         yield 1.0, texts
+    except UserError:
+        raise
     except Exception as e:  # a broken file, no such column, a hub out of reach: datasets' errors have no common class
         again = '; what was done so far is kept, and the same command goes on' if file.startswith('hf://') else ''
         raise UserError(f'{file} could not be read ({first_line(e)}){again}') from e
@@ -120,6 +126,9 @@ def tokenize(file, pool, column='text'):
                 yield share, future.result()
         for share, future in pending:
             yield share, future.result()
+    except KeyboardInterrupt:
+        print('\nthe same command goes on where it was', file=sys.stderr)
+        raise
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError('a process that tokenizes was killed, perhaps for want of memory; the same command goes on '
                         'where it was') from None

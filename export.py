@@ -112,7 +112,7 @@ pipeline_tag: text-generation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained('{to}'), AutoModelForCausalLM.from_pretrained('{to}')
 inputs = tokenizer('The', return_tensors='pt')
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={min(100, c.block_size // 2)}, do_sample=True)[0]))
 ```
 
 With vLLM: `vllm serve {to}{' --model-impl transformers' * (c.arch == 'modern')}`. Exported by folio.

@@ -46,7 +46,8 @@ def load_hugging_face(source):
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf = dict(json.load(f))
     except (OSError, ValueError, TypeError) as e:
-        raise UserError(f'{folder} is no Hugging Face folder: config.json could not be read ({e})') from None
+        hint = f'; did you mean {folder}/best.pt?' if os.path.exists(os.path.join(folder, 'best.pt')) else ''
+        raise UserError(f'{folder} is no Hugging Face folder: config.json could not be read ({e}){hint}') from None
     if (kind := hf.get('model_type')) not in SIZES:
         raise UserError(f'{folder} holds a {kind}; a gpt2 or a nanochat is needed')
     try:
@@ -101,6 +102,9 @@ def renamed(name, parts):
 def download_openai(name):
     """The folder that one of OpenAI's four models lies in, downloaded once by huggingface_hub, and then checked."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # in place of a line for each of its own attempts
     repository, known = f'openai-community/{name}', True
     for wait in (1, 2, 4, 0):  # seconds before another try, which goes on where the last broke off
         try:
@@ -109,7 +113,7 @@ def download_openai(name):
             path = hf_hub_download(repository, 'model.safetensors')
             break
         except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
-            if not wait:
+            if not wait or isinstance(e, LocalEntryNotFoundError):  # which is: no connection, and it has tried for long
                 raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e
             time.sleep(wait)
     blob = os.path.realpath(path)  # which the hub's cache names by its SHA-256

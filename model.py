@@ -185,7 +185,7 @@ class GPT(nn.Module):
         args, weights = source['model_args'], dict(source['model'])
         config = GPTConfig(**(args | overrides))
         if config.block_size > args['block_size']:
-            raise UserError(f'block_size ({config.block_size}) exceeds that of the weights ({args["block_size"]})')
+            raise UserError(f"block_size {config.block_size} exceeds the weights': --block_size={args['block_size']}")
         if config.arch == 'gpt2':  # a shorter context forgets the later positions
             weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:config.block_size]
         model = cls(config)

@@ -5,6 +5,7 @@ Optimizers and learning-rate schedules.
 import math
 
 import torch
+import torch.distributed as dist
 
 from configurator import UserError
 
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices in the middle of a network (Jordan et al. 2024).
 
     An update of an (m, n) matrix is scaled by sqrt(max(1, m / n)); a c_attn, (3n, n), counts as three matrices.
-    Matrices of one shape are orthogonalised in one batch.
+    Matrices of one shape are orthogonalised in one batch, of which each process takes a share.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
@@ -67,24 +68,40 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = {}  # shape: [matrix, ...]
+            by_shape = {}
             for p in group['params']:
-                momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group['momentum'])
-                nesterov = p.grad.lerp(momentum, group['momentum'])
-                nesterov = nesterov.full_tensor() if hasattr(p, 'full_tensor') else nesterov
-                for matrix in nesterov.chunk(parts(p)):
-                    updates.setdefault(matrix.shape, []).append(matrix)
-            orthogonal = {(m, n): iter(orthogonalize(torch.stack(matrices)) * max(1, m / n)**0.5)
-                          for (m, n), matrices in updates.items()}
-            for p in group['params']:
-                m, n = p.size(0) // parts(p), p.size(1)
-                update = torch.cat([next(orthogonal[m, n]) for _ in range(parts(p))])
-                p.mul_(1 - group['lr'] * group['weight_decay']).add_(shard_like(p, update), alpha=-group['lr'])
+                by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                matrices = []
+                for p in params:
+                    if 'momentum' not in self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                    momentum = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
+                    nesterov = p.grad.lerp(momentum, group['momentum'])
+                    nesterov = nesterov.full_tensor() if hasattr(p, 'full_tensor') else nesterov
+                    matrices += nesterov.chunk(parts(p))
+                m, n = matrices[0].shape
+                orthogonal = iter(orthogonalize_shared(matrices) * max(1, m / n)**0.5)
+                for p in params:
+                    update = torch.cat([next(orthogonal) for _ in range(parts(p))])
+                    p.mul_(1 - group['lr'] * group['weight_decay']).add_(shard_like(p, update), alpha=-group['lr'])
 
 
 def parts(p):
     return 3 if p.size(0) == 3 * p.size(1) else 1
+
+
+def orthogonalize_shared(matrices):
+    """orthogonalize of a list of matrices of one shape: each process does its share, and all get all, (len, m, n)."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(torch.stack(matrices))
+    n = math.ceil(len(matrices) / world_size)
+    mine = matrices[dist.get_rank() * n:][:n]
+    mine = orthogonalize(torch.stack(mine + [torch.zeros_like(matrices[0])] * (n - len(mine))))
+    shares = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(shares, mine)
+    return torch.cat(shares)[:len(matrices)]
 
 
 def orthogonalize(G, steps=5):

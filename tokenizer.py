@@ -203,6 +203,8 @@ def fertility(text, n_tokens):
 
 if __name__ == '__main__':
     sys.excepthook = report
+    if '--help' in sys.argv:
+        sys.exit(print(__doc__.strip()))
     if len(sys.argv) < 3:
         raise UserError('usage: python tokenizer.py TEXT_FILE TOKENIZER [TOKENIZER …]; '
                         'a tokenizer is gpt2 or a data folder')

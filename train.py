@@ -108,7 +108,6 @@ say(f'{machine}, compile {compile}' + ', sharded' * fsdp)
 
 # ---- Data and model --------------------------------------------------------------------------------------------------
 data = Dataset(dataset)
-hellaswag_items = hellaswag.load(hellaswag_source, machine) if hellaswag_interval and not eval_only else []
 train_tokens, train_mask, val_tokens = data.tokens('train'), data.mask('train'), data.tokens('val')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} tokens of training text): '
@@ -132,11 +131,12 @@ if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path)
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
-    model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
     spec = checkpoint.get('tokenizer', {'kind': 'gpt2'} if init_from in OPENAI else data.spec)
-    if model.config.vocab_size != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
+    known = checkpoint['model_args']['vocab_size']
+    if known != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
-                        f'{init_from} ({spec["kind"]}, {model.config.vocab_size}): it can only go on with its own')
+                        f'{init_from} ({spec["kind"]}, {known}): it can only go on with its own')
+    model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
 machine.shard(model) if fsdp else model.to(device)
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 learning_rate_at(0, 1, 1.0, 1.0, schedule=schedule)  # refuses an unknown one before anything is written
@@ -152,6 +152,7 @@ if init_from == 'resume':
 del checkpoint  # and its memory
 if machine.sum(first_iter)[0] != first_iter * world_size:
     raise UserError(f'the processes find different checkpoints in {out_dir}: it must be on a disk that all of them see')
+hellaswag_items = hellaswag.load(hellaswag_source, machine) if hellaswag_interval and not eval_only else []
 if compile:
     model.compile()
 ddp_model = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 and not fsdp else model
@@ -212,7 +213,7 @@ def sample_text():
 
 if eval_only:
     for split in data.splits():
-        n_windows = eval_iters * batch_size if split != 'train' else -(-len(val_tokens) // block_size)  # a fixed part
+        n_windows = eval_iters * batch_size or (split == 'train') * -(-len(val_tokens) // block_size)  # as val's
         say(f'{split}: ' + ', '.join(f'{k} {v:.4f}' for k, v in evaluate(split, n_windows).items()))
     sys.exit()
 if rank == 0:

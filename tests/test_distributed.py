@@ -60,7 +60,8 @@ def one_process(book_once, tmp_path_factory):
 
 @pytest.mark.parametrize('options', [
     SINGLE, ACCUMULATED, [*SINGLE, '--fsdp=True'], [*ACCUMULATED, '--fsdp=True', '--arch=modern', '--optimizer=muon'],
-], ids=['ddp', 'ddp-accumulation', 'fsdp', 'fsdp-accumulation-muon'])
+    [*ACCUMULATED, '--arch=modern', '--optimizer=muon'],
+], ids=['ddp', 'ddp-accumulation', 'fsdp', 'fsdp-accumulation-muon', 'ddp-accumulation-muon'])
 def test_two_processes_give_the_losses_of_one(book, one_process, options):
     expected = one_process(*[o for o in options if not o.startswith('--fsdp')])
     output = torchrun(*options, cwd=book)

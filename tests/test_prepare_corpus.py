@@ -87,7 +87,7 @@ def test_workers_make_the_parts_that_a_last_run_joins(undisturbed, tmp_path):
     assert result(tmp_path) == result(undisturbed)
 
 
-def test_a_set_is_made_again_only_if_it_is_broken_or_its_files_have_changed(tmp_path):
+def test_a_finished_set_is_made_again_only_if_it_is_broken(tmp_path):
     path, (name, source) = tmp_path / 'data/fineweb/train.bin', ('a [1].jsonl', '--source=a*.jsonl')
     (tmp_path / name).write_text(json.dumps({'text': 'some text'}) * 1 + '\n' + '\n'.join(
         json.dumps({'text': f'text {i}'}) for i in range(90)))
@@ -100,8 +100,9 @@ def test_a_set_is_made_again_only_if_it_is_broken_or_its_files_have_changed(tmp_
     run(FINEWEB, source, cwd=tmp_path)
     assert result(tmp_path) == first
     (tmp_path / name).write_text((tmp_path / name).read_text().replace('some', 'any'))
-    run(FINEWEB, source, cwd=tmp_path)
-    assert result(tmp_path) != first
+    for args in ([source], [source, '--val_tokens=20']):
+        _, error = run(FINEWEB, *args, cwd=tmp_path, status=2)
+        assert 'is there already, of other settings or files' in error and result(tmp_path) == first
 
 
 def test_two_runs_do_not_work_on_one_set(tmp_path):
@@ -261,7 +262,7 @@ def test_a_header_of_another_format_is_refused(hub, tmp_path):
 
 @pytest.mark.parametrize('args, says', [
     (['--source=none/*.parquet'], 'no file is called none/*.parquet'),
-    (['--source=*.parquet', '--column=txet'], 'could not be read'),
+    (['--source=*.parquet', '--column=txet'], 'has no column txet; it has text, id'),
     (['--source=*.csv'], 'is none of .parquet'),
     (['--source=broken.*'], 'could not be read'),
     (['--source=*.parquet', '--val_tokens=100000'], 'are too few for 100,000 of validation: give --val_tokens='),

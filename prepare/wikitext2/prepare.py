@@ -27,6 +27,8 @@ configure(globals())
 def from_hub(split):
     """The text of a split. The hub has it by lines, and the blank ones, ' \\n', as ''."""
     import datasets
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()  # in place of a line for each attempt
     name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
     try:
         lines = datasets.load_dataset('Salesforce/wikitext', name, split=split)['text']
