@@ -86,15 +86,17 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
 
 
 # ---- A corpus --------------------------------------------------------------------------------------------------------
-def write_corpus(folder, tokenizer, files, to_tokens, source, val_tokens, max_tokens=0, worker=''):
+def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, worker='', column='text'):
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest up to max_tokens in all (0: no limit).
 
     files: the stream's source files, in order. to_tokens(file): a generator of (share of the file done, tokens), each
     document after an end-of-text token. worker: 'i/n' makes only parts i, i + n, i + 2n … of all, which a run without
-    it joins later. Returns the meta, or None for a worker. Raises UserError.
+    it joins later. column: that to_tokens reads, to tell sets apart. Returns the meta, None for a worker. UserError.
     """
     if 0 < max_tokens <= val_tokens:
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on beside val_tokens ({val_tokens:,})')
+    stamps = [[f, os.path.getsize(f), os.path.getmtime(f)] if os.path.exists(f) else f for f in files]
+    source = {'files': stamps, 'column': column, 'val_tokens': val_tokens, 'max_tokens': max_tokens}
     parts, fresh = os.path.join(folder, 'parts'), describe(tokenizer, source) | {'parts': 0}
     fresh['splits'] = {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in ('val', 'train')}
     progress = os.path.join(parts, 'progress.json')
@@ -143,6 +145,7 @@ def write_corpus(folder, tokenizer, files, to_tokens, source, val_tokens, max_to
                         f'give --val_tokens={total(meta) // 10}, or more text')
     del meta['parts']
     publish(folder, tokenizer, meta)
+    lock.close()  # Windows removes no open file
     shutil.rmtree(parts)
     return meta
 

@@ -39,11 +39,11 @@ def source_files(pattern):
     return files
 
 
-def stamp(file):
-    """(bytes, time of the last change or None) of a file, here or on the hub: another stamp is another file."""
+def size_of(file):
+    """Bytes of a file, here or on the hub."""
     import fsspec
     fs, path = fsspec.url_to_fs(file)
-    return fs.size(path), os.path.getmtime(path) if os.path.exists(path) else None
+    return fs.size(path)
 
 
 def first_line(error):
@@ -90,12 +90,16 @@ def read_chunks(file, column):
         raise UserError(f'{file} could not be read ({first_line(e)}){again}') from e
 
 
+def n_processes():
+    """One for each core that we may use, but at most the 61 that Windows allows."""
+    return min(61, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+
+
 def start_pool(tokenizer):
-    """A process for each core, ready to encode. A script that calls this does its work under __name__ == '__main__'."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    """Processes ready to encode. A script that calls this does its work under __name__ == '__main__'."""
     if tokenizer.eot is None:
         raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
-    return concurrent.futures.ProcessPoolExecutor(min(cores, 61), multiprocessing.get_context('spawn'), start_worker,
+    return concurrent.futures.ProcessPoolExecutor(n_processes(), multiprocessing.get_context('spawn'), start_worker,
                                                   (tokenizer.spec,))
 
 
@@ -121,7 +125,7 @@ def tokenize(file, pool, column='text'):
     try:
         for share, texts in read_chunks(file, column):
             pending.append((share, pool.submit(encode, texts)))
-            if len(pending) > 2 * pool._max_workers:
+            if len(pending) > 2 * n_processes():
                 share, future = pending.popleft()
                 yield share, future.result()
         for share, future in pending:

@@ -59,7 +59,7 @@ class Machine:
         """Meet the other processes: NCCL (or `backend`) between GPUs, gloo between CPUs."""
         if self.world_size > 1:
             store, rank, world_size = next(dist.rendezvous('env://'))
-            if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun's restarts share a store: do not read of the dead
+            if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun's restarts share a store, with old addresses in it
                 store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
             dist.init_process_group(backend if self.type == 'cuda' else 'gloo', store=store, rank=rank,
                                     world_size=world_size)

@@ -119,7 +119,9 @@ torch.manual_seed(seed)
 wanted = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}
 model_config = GPTConfig(**wanted)
 source = ckpt_path if init_from == 'resume' else init_from
-checkpoint = None if source == 'scratch' else (load_checkpoint if source.endswith('.pt') else load_hugging_face)(source)
+checkpoint = None
+if init_from != 'scratch':
+    checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
     saved = checkpoint or load_checkpoint(ckpt_path)
     there = saved['model_args'] | saved.get('config', {})
@@ -137,7 +139,10 @@ else:
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
                         f'{init_from} ({spec["kind"]}, {known}): it can only go on with its own')
     model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
-machine.shard(model) if fsdp else model.to(device)
+if fsdp:
+    machine.shard(model)  # and move its shares to the device
+else:
+    model.to(device)
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, (beta1, beta2))
 learning_rate_at(0, 1, 1.0, 1.0, schedule=schedule)  # refuses an unknown one before anything is written
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
@@ -276,9 +281,11 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     for micro_step in range(micro_steps := gradient_accumulation_steps // world_size):
         idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps,
                                          seed, iter_num, micro_step * world_size + rank)
-        if world_size > 1:  # gradients meet at the last micro-step only
-            sync = micro_step == micro_steps - 1
-            model.set_requires_gradient_sync(sync) if fsdp else setattr(ddp_model, 'require_backward_grad_sync', sync)
+        sync = micro_step == micro_steps - 1  # the gradients of all processes meet at the last one only
+        if fsdp:
+            model.set_requires_gradient_sync(sync)
+        elif world_size > 1:
+            ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT.to(device, non_blocking=True), targets_BT.to(device, non_blocking=True))
         loss_sum += loss.detach()

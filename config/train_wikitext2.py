@@ -1,4 +1,4 @@
-# A GPT of 23 M parameters on WikiText-2, in the tokens of its own BPE of 32,000; fits a GPU of 8 GB.
+# A GPT of 23 M parameters on WikiText-2, in the tokens of its own BPE of 32,000; meant for a GPU of 8 GB.
 #     python prepare/wikitext2/prepare.py && python train.py config/train_wikitext2.py
 #     python train.py config/train_wikitext2.py --init_from=out/wikitext2/best.pt --eval_only=True
 # The second line prints loss, perplexity a token and a word, and bits a byte, on all splits. Not measured yet on the

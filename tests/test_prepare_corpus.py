@@ -135,7 +135,7 @@ def test_a_large_vocabulary_and_an_empty_file_do_not_upset_the_count(tmp_path):
             return b'abc'
     arrays = {'a': np.array([70000, 1, 2, 69999] * 50, np.uint32), 'b': np.array([70000, 5] * 30, np.uint32), 'e': []}
     write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a', 'e', 'b', 'e'],
-                 lambda name: iter([(1.0, np.array(arrays[name], np.uint32))]), 'here', val_tokens=10)
+                 lambda name: iter([(1.0, np.array(arrays[name], np.uint32))]), val_tokens=10)
     tokens = np.concatenate([np.fromfile(tmp_path / 'set' / f'{split}.bin', '<u4') for split in ('val', 'train')])
     assert np.array_equal(tokens, np.concatenate([arrays['a'], arrays['b']]))
 
@@ -190,7 +190,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
         writes, limit = 0, limit + 1
         try:
             write_corpus(str(folder), tokenizer, files, lambda name: iter([(0.5, arrays[name][:20]),
-                         (1.0, arrays[name][20:])]), 'here', val_tokens=100)
+                         (1.0, arrays[name][20:])]), val_tokens=100)
             break
         except Killed:
             pass

@@ -1,7 +1,7 @@
 """
 FineWeb-Edu or FineWeb, or documents of yours, to val.bin, the first 100 M tokens, and train.bin, the rest.
     python prepare/fineweb/prepare.py                                  # FineWeb-Edu sample-10BT: 10 B tokens, 20 GB
-    python prepare/fineweb/prepare.py --pretokenized=True              # the same tokens, downloaded ready-made
+    python prepare/fineweb/prepare.py --pretokenized=True              # its tokens, downloaded ready-made
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine
 
 Tokenized by all cores as it streams in. Killed at any moment, the same command goes on with the source file it was at.
@@ -80,11 +80,9 @@ def main():
         files = documents.source_files(source or hub)
         pool = documents.start_pool(tok)
         to_tokens = functools.partial(documents.tokenize, pool=pool, column=column)
-    stamps = [[file, *documents.stamp(file)] for file in files] if source else files
-    about = max_tokens or (sum(size for _, size, _ in stamps) // 4 if source else 10**10)  # tokens, by 4 bytes a token
-    origin = {'files': stamps, 'column': column, 'max_tokens': max_tokens,
-              'val_tokens': val_tokens or min(100_000_000, about // 10)}
-    meta = write_corpus(folder, tok, files, to_tokens, origin, origin['val_tokens'], max_tokens, worker)
+    about = max_tokens or (sum(map(documents.size_of, files)) // 4 if source else 10**10)  # tokens, by 4 bytes a token
+    meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens, worker,
+                        column)
     if meta is None:
         print(f'worker {worker} has made its parts; when all have, join them by the same command without --worker')
     for split, counts in (meta or {'splits': {}})['splits'].items():

@@ -1,9 +1,9 @@
 """
-OpenWebText, the open copy of GPT-2's training data, to val.bin, the first 5 M tokens, and train.bin, 9 B tokens.
+OpenWebText, the open copy of GPT-2's training data, to val.bin, the first 5 M tokens, and train.bin, the rest.
     python prepare/openwebtext/prepare.py
 
-From the hub's parquet copy (24 GB), tokenized by all cores as it streams in; 18 GB are written. Killed at any moment,
-the same command goes on with the source file it was at.
+From the hub's parquet copy, tokenized by all cores as it streams in: about 9 B tokens by nanoGPT's count, so 18 GB (not
+measured here). Killed at any moment, the same command goes on with the source file it was at.
 """
 import functools
 import os
@@ -24,7 +24,6 @@ if __name__ == '__main__':  # each process that tokenizes reads this file too
     configure(globals())
     folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
     to_tokens = functools.partial(documents.tokenize, pool=documents.start_pool(tok))
-    origin = {'files': files, 'val_tokens': val_tokens, 'max_tokens': max_tokens}
-    meta = write_corpus(folder, tok, files, to_tokens, origin, val_tokens, max_tokens)
+    meta = write_corpus(folder, tok, files, to_tokens, val_tokens, max_tokens)
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')

@@ -4,7 +4,8 @@ WikiText-2 to train.bin, val.bin and test.bin, in the tokens of a BPE of 32,000 
     python prepare/wikitext2/prepare.py --source=folder      # one with train.txt, valid.txt and test.txt
 
 Each split is one document, as the benchmark has it. Its words are counted as there, so that a perplexity per word
-compares: what white space separates, and one end of line a line (217,646 in the validation split, 245,569 in the test).
+compares: what white space separates, and one end of line a line (of v1 217,646 in the validation split, 245,569 in the
+test).
 """
 import glob
 import os
