@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from checkpoint import load_checkpoint, padded
 from configurator import UserError
 from hugging_face import load_hugging_face
+from linear import Linear
+from loss import head_loss, logits_of
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
 
@@ -70,8 +72,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rotary, mask, append):
         B, T, C = x.shape
@@ -100,8 +102,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.config = config
 
     def forward(self, x):
@@ -155,7 +157,7 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, C) if config.arch == 'gpt2' else nn.Identity(),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=make_norm(config)))
-        self.lm_head = nn.Linear(C, V, bias=False)
+        self.lm_head = Linear(C, V, bias=False)
         if config.arch == 'gpt2':
             self.transformer.wte.weight = self.lm_head.weight  # tied: one matrix reads tokens and writes them
         self.init_weights()
@@ -216,13 +218,11 @@ class GPT(nn.Module):
             cache.lengths = [n + new for n, new in zip(past, lengths)]
         if targets_BT is None and not all_logits:
             x = x[range(B), [n - 1 for n in lengths]][:, None]
-        logits_BTV = self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size].float()
-        if self.config.arch == 'modern':
-            logits_BTV = LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
+        x, cap = self.transformer.ln_f(x), LOGIT_CAP if self.config.arch == 'modern' else 0.0
         if targets_BT is None:
-            return logits_BTV, None
-        total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction='sum')
-        return logits_BTV, total / (targets_BT != -1).sum().clamp(min=1)
+            return logits_of(x, self.lm_head.weight, cap)[..., :self.config.vocab_size], None
+        total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.vocab_size, cap)
+        return None, total / (targets_BT != -1).sum().clamp(min=1)
 
     def rotary(self, pos_BT):
         """Cosine and sine, (B, 1, T, D/2), of the angles pos / 10000^(2i/D)."""

@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import linear
+import loss
+from linear import Linear
+from loss import head_loss
+
+
+@pytest.mark.skipif(not linear.ONEDNN, reason='oneDNN is used on x86 CPUs only')
+@pytest.mark.parametrize('bias', [True, False])
+def test_products_by_onednn_are_float32_products(bias):
+    torch.manual_seed(0)
+    layer, x = Linear(300, 200, bias=bias), torch.randn(4, 50, 300, requires_grad=True)
+    upstream = torch.randn(4, 50, 200)
+    y = layer(x)
+    assert 'onednn' in str(y.grad_fn)
+    exact = [x.double().detach().requires_grad_()] + [p.double().detach().requires_grad_() for p in layer.parameters()]
+    for given in (upstream, upstream.mT.contiguous().mT, torch.tensor(0.5).expand(4, 50, 200)):
+        got = torch.autograd.grad(y, [x, *layer.parameters()], given, retain_graph=True)
+        wanted = torch.autograd.grad(F.linear(*exact), exact, given.double())
+        for a, b in zip(got, wanted):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert (y - F.linear(*exact)).abs().max() < 1e-5
+
+
+def test_autocast_and_small_products_take_torchs_way():
+    layer = Linear(300, 200)
+    assert 'Addmm' in str(layer(torch.randn(1, 300)).grad_fn)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(torch.randn(200, 300)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('cap', [0.0, 15.0])
+@pytest.mark.parametrize('chunk', [2**25, 128 * 11])
+def test_head_loss_is_the_cross_entropy(cap, chunk, monkeypatch):
+    monkeypatch.setattr(loss, 'CHUNK', chunk)
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 32, requires_grad=True) for n in (50, 128))
+    targets = torch.randint(0, 100, (50,))
+    targets[::7] = -1
+    logits = (x @ weight.T)[:, :100]
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    total = head_loss(x, weight, targets, 100, cap)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(torch.autograd.grad(total / 3, (x, weight)), torch.autograd.grad(expected / 3, (x, weight))):
+        assert (a - b).abs().max() < 1e-5
+    with torch.no_grad():
+        assert head_loss(x, weight, targets, 100, cap).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_head_loss_under_autocast_is_close_and_its_gradients_keep_their_type():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 32, requires_grad=True) for n in (50, 128))
+    targets = torch.arange(50)
+    exact = torch.autograd.grad(head_loss(x, weight, targets, 100), (x, weight))
+    with torch.autocast('cpu', torch.bfloat16):
+        total = head_loss(x, weight, targets, 100)
+    assert total.dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(total, (x, weight)), exact):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
