@@ -15,7 +15,6 @@ import numpy as np
 
 import tokenizer as tokenizers
 from configurator import UserError
-from tokenizer import EOT
 
 KINDS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}  # names that datasets has for them
 COMPRESSED = ('.gz', '.zst', '.xz', '.bz2')
@@ -95,44 +94,47 @@ def n_processes():
     return min(61, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
 
 
-def start_pool(tokenizer):
-    """Processes ready to encode. A script that calls this does its work under __name__ == '__main__'."""
-    if tokenizer.eot is None:
+def start_pool(tokenizer=None):
+    """Processes, ready to encode if given a tokenizer. A script that calls this works under __name__ == '__main__'."""
+    if tokenizer and tokenizer.eot is None:
         raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
     return concurrent.futures.ProcessPoolExecutor(n_processes(), multiprocessing.get_context('spawn'), start_worker,
-                                                  (tokenizer.spec,))
+                                                  (tokenizer and tokenizer.spec,))
 
 
 def start_worker(spec):
     global encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, without which no worker shall live on
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    encoding = tokenizers.load(spec).encoding
+    encoding = spec and tokenizers.load(spec).encoding
 
 
-def encode(texts):
-    """The documents as one array of uint32, each after an end-of-text token; runs in a process of the pool."""
-    if any(EOT in text for text in texts):  # there it is text, to be spelled
+def encode(chunk):
+    """(share, documents) with the documents as one array of uint32, each after an end-of-text token; in the pool."""
+    (share, texts), to_numpy = chunk, encoding.encode_to_numpy
+    if any(tokenizers.EOT in text for text in texts):  # there it is text, to be spelled
         eot = np.array([encoding.eot_token], dtype=np.uint32)
-        return np.concatenate([a for t in texts for a in (eot, encoding.encode_to_numpy(t, disallowed_special=()))])
-    joined = ''.join(EOT + text for text in texts)
-    return encoding.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+        return share, np.concatenate([a for t in texts for a in (eot, to_numpy(t, disallowed_special=()))])
+    joined = ''.join(tokenizers.EOT + text for text in texts)
+    return share, to_numpy(joined, allowed_special={tokenizers.EOT}, disallowed_special=())
 
 
 def tokenize(file, pool, column='text'):
-    """(share of the file done, tokens) in order, while a bounded number of chunks is with the pool."""
+    """(share of the file done, tokens) in order."""
+    return in_order(pool, encode, read_chunks(file, column))
+
+
+def in_order(pool, function, chunks):
+    """map(function, chunks) by the processes of a pool, while a bounded number of chunks is with them."""
     pending = collections.deque()
     try:
-        for share, texts in read_chunks(file, column):
-            pending.append((share, pool.submit(encode, texts)))
+        for chunk in chunks:
+            pending.append(pool.submit(function, chunk))
             if len(pending) > 2 * n_processes():
-                share, future = pending.popleft()
-                yield share, future.result()
-        for share, future in pending:
-            yield share, future.result()
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     except KeyboardInterrupt:
         print('\nthe same command goes on where it was', file=sys.stderr)
         raise
     except concurrent.futures.process.BrokenProcessPool:
-        raise UserError('a process that tokenizes was killed, perhaps for want of memory; the same command goes on '
-                        'where it was') from None
+        raise UserError('a process was killed, perhaps for want of memory; the same command goes on') from None

@@ -60,6 +60,17 @@ def char_tokenizer(chars):
     return theirs
 
 
+def encode_piece(piece, tokens, rank):
+    """What tiktoken makes of a piece: join the adjacent pair that spells the oldest token, until none spells any."""
+    while True:
+        spelled = [tokens[left] + tokens[right] for left, right in zip(piece, piece[1:])]
+        joins = [(rank[s], j) for j, s in enumerate(spelled) if s in rank]
+        if not joins:
+            return piece
+        new, j = min(joins)
+        piece[j:j + 2] = [new]
+
+
 def bpe_tokenizer(tokenizer):
     """tokenizers joins the pairs of a list, tiktoken any two tokens that spell a third; yet one pair a token is exact.
 
@@ -73,7 +84,7 @@ def bpe_tokenizer(tokenizer):
     merges = []
     for i, token in enumerate(tokens[256:], 256):
         del rank[token]
-        parts = tokenizers.encode_piece([rank[bytes([b])] for b in token], tokens, rank)
+        parts = encode_piece([rank[bytes([b])] for b in token], tokens, rank)
         rank[token] = i
         merges += [tuple(spelled[part] for part in parts)] * (len(parts) == 2)
     vocabulary = {s: i for i, s in enumerate(spelled)}

@@ -7,16 +7,14 @@ documents, or None), start (the id to begin a text with: eot or a line end) and 
 `load` turns into the same tokenizer again.
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the control token.
 """
-import collections
 import hashlib
-import heapq
 import json
 import os
 import sys
 
-import regex
 import tiktoken
 
+import bpe
 from configurator import UserError, report
 
 EOT = '<|endoftext|>'
@@ -109,88 +107,21 @@ def spec_hash(spec):
 
 # ---- Training a BPE --------------------------------------------------------------------------------------------------
 
-def train_bpe(texts, vocab_size):
+def train_bpe(texts, vocab_size, apply=map):
     """A byte-level BPE of at most vocab_size tokens (256 bytes, merges, EOT) learned from an iterable of str.
 
     Rule (Sennrich et al. 2016): cut the text into pieces, encode them with the vocabulary so far, make the most
     frequent adjacent pair a token, repeat, until the vocabulary is full or no pair occurs twice. Among equally frequent
-    pairs the one with the lower left id wins, then the lower right id. Because pieces are at any time what encoding
-    gives, a pair that spells a token which exists already is that token. Raises UserError for a vocab_size under 257.
+    pairs the one with the lower left id wins, then the lower right id. No two pairs spell one token: what stands
+    between two ends of tokens is encoded as it would be alone, so the same bytes there are always the same tokens.
+    Of texts with over a million distinct pieces the rarest do not count (see bpe.count_pieces). apply: a map that may
+    use many processes; the merges do not depend on it. Raises UserError for a vocab_size under 257.
     """
     if vocab_size < 257:
         raise UserError(f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
-    find_pieces = regex.compile(SPLIT_PATTERN).findall
-    piece_counts = collections.Counter()
-    for text in texts:
-        piece_counts.update(find_pieces(text))
-    pieces, counts = [list(p.encode('utf-8')) for p in piece_counts], list(piece_counts.values())
-    tokens = [bytes([i]) for i in range(256)]
-    rank = {token: i for i, token in enumerate(tokens)}
-    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
-    for i, piece in enumerate(pieces):
-        for pair in zip(piece, piece[1:]):
-            pair_counts[pair] += counts[i]
-            pieces_with[pair].add(i)
-    heap = [(-n, pair) for pair, n in pair_counts.items()]
-    heapq.heapify(heap)
-    merges = []
-    while len(tokens) < vocab_size - 1 and heap:
-        n, pair = heapq.heappop(heap)
-        if -n != pair_counts[pair]:  # out of date: counts fall without notice to the heap, and are put right here
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
-            continue
-        if -n < 2:
-            break
-        new, spelled = len(tokens), tokens[pair[0]] + tokens[pair[1]]
-        merges.append([tokens[i].decode('latin-1') for i in pair])
-        tokens.append(spelled)
-        rank[spelled] = new
-        spellings = {(rank.get(spelled[:k]), rank.get(spelled[k:]))
-                     for k in range(1, len(spelled))} & pieces_with.keys()
-        grown = set()
-        for i in set().union(*(pieces_with.pop(s) for s in spellings)):
-            old, pieces[i] = pieces[i], merge(pieces[i], pair, new)
-            joints = {k for j, token in enumerate(pieces[i]) if token == new for k in (j - 1, j)}
-            usual = len(spellings) == 1 and not any(spells(pieces[i], j, tokens) in rank for j in joints)
-            if not usual:
-                pieces[i] = encode_piece(old, tokens, rank)
-            before, after = list(zip(old, old[1:])), list(zip(pieces[i], pieces[i][1:]))
-            for p in before:
-                pair_counts[p] -= counts[i]
-            for p in after:
-                pair_counts[p] += counts[i]
-            for p in set(after).difference(before if usual else ()):
-                pieces_with[p].add(i)
-                grown.add(p)
-        for p in grown:
-            heapq.heappush(heap, (-pair_counts[p], p))
-    return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN, 'merges': merges})
-
-
-def merge(piece, pair, new):
-    """The ids of a piece, each occurrence of a pair, from the left, made one. merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
-    merged, i = [], 0
-    while i < len(piece):
-        found = piece[i] == pair[0] and i + 1 < len(piece) and piece[i + 1] == pair[1]
-        merged.append(new if found else piece[i])
-        i += 1 + found
-    return merged
-
-
-def spells(piece, j, tokens):
-    return tokens[piece[j]] + tokens[piece[j + 1]] if 0 <= j < len(piece) - 1 else None
-
-
-def encode_piece(piece, tokens, rank):
-    """What tiktoken makes of a piece: join the adjacent pair that spells the oldest token, until none spells any."""
-    piece = list(piece)
-    while True:
-        joins = [(rank[s], j) for j in range(len(piece) - 1) if (s := spells(piece, j, tokens)) in rank]
-        if not joins:
-            return piece
-        new, j = min(joins)
-        piece[j:j + 2] = [new]
+    merges = bpe.learn_merges(bpe.count_pieces(texts, SPLIT_PATTERN, apply), vocab_size - 257)
+    return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN,
+                 'merges': [[token.decode('latin-1') for token in pair] for pair in merges]})
 
 
 # ---- Fertility -------------------------------------------------------------------------------------------------------

@@ -157,6 +157,37 @@ def test_tokens_are_those_of_the_documents_one_by_one(tmp_path, ending):
     assert sum(split['bytes'] for split in counts.values()) == sum(len(text.encode()) for text in texts)
 
 
+def test_a_bpe_is_trained_on_the_documents_and_once(tmp_path):
+    texts = [f'document {i} of the {i % 7} documents, ' * 5 for i in range(200)] + HARD
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts[:150]))
+    (tmp_path / 'b.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts[150:]))
+    command = ['--source=*.jsonl', '--tokenizer=bpe', '--vocab_size=300', '--val_tokens=50']
+    _, notes = run(FINEWEB, *command, '--worker=0/1', cwd=tmp_path)  # like a run that was killed before its end
+    assert 'training a BPE of 300 tokens' in notes
+    for says in ('data/fineweb/val.bin: 50 tokens', 'is there already'):
+        out, notes = run(FINEWEB, *command, cwd=tmp_path)
+        assert says in out and 'training' not in notes
+    ours, stream = tokenizers.train_bpe(texts, 300), stream_of(tmp_path)[0]
+    assert tokenizers.load(str(tmp_path / 'data/fineweb')).spec == ours.spec and ours.n_vocab == 300
+    assert stream == [i for text in texts for i in [ours.eot] + ours.encode(text)]
+    with (tmp_path / 'a.jsonl').open('a') as f:
+        f.write(json.dumps({'text': 'and a zebra ' * 1000}) + '\n')
+    _, notes = run(FINEWEB, *command, '--dataset=more', cwd=tmp_path)
+    assert 'training' in notes and tokenizers.load(str(tmp_path / 'data/more')).spec != ours.spec
+    _, error = run(FINEWEB, *command[:2], '--vocab_size=256', '--dataset=less', cwd=tmp_path, status=2)
+    assert error.splitlines()[-1].startswith('error: vocab_size is 256') and 'Traceback' not in error
+
+
+def test_a_bpe_learns_from_so_many_characters(tmp_path):
+    texts = [f'document {i} of the {i % 7} documents, ' * 5 for i in range(50)]
+    (tmp_path / 'a.parquet').write_bytes(parquet(texts))
+    run(FINEWEB, '--source=*.parquet', '--tokenizer=bpe', '--vocab_size=300', '--tokenizer_chars=1000', cwd=tmp_path)
+    cut = ''.join(texts)[:1000]
+    ends = [sum(map(len, texts[:i])) for i in range(51) if sum(map(len, texts[:i])) < 1000] + [1000]
+    first = [cut[a:b] for a, b in zip(ends, ends[1:])]
+    assert tokenizers.load(str(tmp_path / 'data/fineweb')).spec == tokenizers.train_bpe(first, 300).spec
+
+
 def test_max_tokens_is_exact(tmp_path):
     for n in range(3):
         (tmp_path / f'{n}.parquet').write_bytes(parquet([f'text {i} of file {n}' for i in range(40)]))

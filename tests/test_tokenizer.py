@@ -1,12 +1,17 @@
 import collections
+import functools
+import subprocess
+import sys
 
 import pytest
 import regex
 from hypothesis import given, settings, strategies as st
 
+import bpe
+import documents
 import tokenizer as tokenizers
 from configurator import UserError
-from conftest import run, shared
+from conftest import ROOT, run, shared
 
 VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
 HARD = 'naïve café — 日本語 👩‍👩‍👧 \u0000 \u202e <|endoftext|> \r\n\t  x\u0301 ' + chr(0x10ffff)
@@ -81,6 +86,56 @@ def test_merges_equal_a_slow_reference(texts):
 def test_merges_equal_a_slow_reference_on_prose():
     text = shared('books/pride_and_prejudice.txt').read_text(encoding='utf-8')[:8000]
     assert tokenizers.train_bpe([text], 330).spec['merges'] == slow_bpe([text], 330)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text('aabé ', max_size=200), max_size=4))
+def test_no_token_is_spelled_twice(texts):
+    tokens = [left + right for left, right in tokenizers.train_bpe(texts, 400).spec['merges']]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
+    texts = [f'{HARD} text {i} of {i % 7} texts, {i * i}' for i in range(3000)]
+    one_chunk = tokenizers.train_bpe(texts, 400).spec
+    monkeypatch.setattr(bpe, 'CHUNK', 10_000)
+    assert len(list(bpe.chunks_of(texts))) > 4 * documents.n_processes()
+    with documents.start_pool() as pool:
+        assert tokenizers.train_bpe(texts, 400, functools.partial(documents.in_order, pool)).spec == one_chunk
+    assert tokenizers.train_bpe(texts, 400).spec == one_chunk
+
+
+@given(st.lists(st.text('ab ', max_size=30)))
+def test_chunks_are_whole_texts_in_their_order(texts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, 'CHUNK', 20)
+        chunks = list(bpe.chunks_of(iter(texts)))
+    assert [text for chunk in chunks for text in chunk] == texts
+    assert all(sum(map(len, chunk[:-1])) < 20 for chunk in chunks)
+
+
+def test_of_too_many_pieces_the_rarest_are_forgotten(monkeypatch):
+    texts = [f' the {i} cat' for i in range(1000)]
+    exact = bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN)
+    assert len(exact) == 1002 and exact[' the'] == exact[' cat'] == 1000
+    monkeypatch.setattr(bpe, 'CHUNK', 100)
+    monkeypatch.setattr(bpe, 'MAX_PIECES', 1002)
+    assert bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN) == exact
+    monkeypatch.setattr(bpe, 'MAX_PIECES', 50)
+    some = bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN)
+    assert len(some) <= 50 and some[' the'] == some[' cat'] == 1000
+
+
+def test_memory_of_training_does_not_grow_with_the_text():
+    """27 MB more of a stream of texts take at most 8 MB more."""
+    peaks = []
+    for n in (30, 300):
+        code = ("import resource, tokenizer; text = ' '.join(map(str, range(20000)))\n"
+                f'tokenizer.train_bpe((text[i:] for i in range({n})), 300)\n'
+                'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+        done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 8, peaks
 
 
 def test_bpe_compresses_like_hugging_face_tokenizers():

@@ -3,10 +3,11 @@ FineWeb-Edu or FineWeb, or documents of yours, to val.bin, the first 100 M token
     python prepare/fineweb/prepare.py                                  # FineWeb-Edu sample-10BT: 10 B tokens, 20 GB
     python prepare/fineweb/prepare.py --pretokenized=True              # its tokens, downloaded ready-made
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine
+    python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine --tokenizer=bpe --vocab_size=32000
 
 Tokenized by all cores as it streams in. Killed at any moment, the same command goes on with the source file it was at.
 Several machines on one file system share the work: --worker=0/4 on the first … --worker=3/4 on the fourth, and then
-once without --worker, to join the parts.
+once without --worker, to join the parts. A BPE is trained once for the same files, and kept in data/tokenizers/.
 """
 import functools
 import os
@@ -18,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import documents
 import tokenizer as tokenizers
 from configurator import UserError, configure
-from corpus import write_corpus
+from corpus import write_corpus, write_json
 from download import download
 
 edition = 'fineweb-edu'  # or fineweb
@@ -27,7 +28,9 @@ source = ''  # instead: your files, a pattern of .parquet, .jsonl or .txt (a fil
 column = 'text'  # the one of a .parquet or .jsonl that holds the documents
 pretokenized = False  # download tokens instead of text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
-tokenizer = 'gpt2'  # or a data folder or tokenizer.json with a BPE of yours
+tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json with a BPE of yours
+vocab_size = 32000  # bpe only
+tokenizer_chars = 1_000_000_000  # characters, from the first document on, to train the bpe on; 0 is all
 val_tokens = 0  # tokens of val.bin; 0 is 100 M, or less where there seem to be less than a billion in all
 max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 worker = ''  # i/n: make only the parts of the i-th of n machines
@@ -62,8 +65,31 @@ def shard_tokens(url, shards, folder):
     yield 1.0, tokens
 
 
+def first_documents(files, n_chars):
+    """The documents of the files, one by one, until they have n_chars characters."""
+    for text in (text for file in files for _, texts in documents.read_chunks(file, column) for text in texts):
+        yield text[:n_chars]
+        n_chars -= len(text)
+        if n_chars <= 0:
+            return
+
+
+def trained_bpe(files):
+    """A BPE of the documents of these files, trained by all cores, or else the one that an earlier run trained."""
+    stamps = [[f, os.path.getsize(f), os.path.getmtime(f)] if os.path.exists(f) else f for f in files]
+    path = f'data/tokenizers/{vocab_size}-{tokenizers.spec_hash([stamps, column, vocab_size, tokenizer_chars])}.json'
+    if not os.path.exists(path):
+        print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
+        with documents.start_pool() as pool:
+            texts = first_documents(files, tokenizer_chars if tokenizer_chars > 0 else 2**62)
+            tok = tokenizers.train_bpe(texts, vocab_size, functools.partial(documents.in_order, pool))
+        os.makedirs('data/tokenizers', exist_ok=True)
+        write_json(path, tok.spec)
+    return tokenizers.load(path)
+
+
 def main():
-    folder, tok = os.path.join('data', dataset), tokenizers.load('gpt2' if pretokenized else tokenizer)
+    folder = os.path.join('data', dataset)
     if edition not in ('fineweb-edu', 'fineweb') or sample not in SAMPLES or min(val_tokens, max_tokens) < 0:
         raise UserError('edition is fineweb-edu or fineweb, sample one of ' + ', '.join(SAMPLES) + '; val_tokens and '
                         'max_tokens are at least 0')
@@ -73,13 +99,12 @@ def main():
         raise UserError("of --pretokenized there are, in GPT-2's tokens, "
                         + ', '.join(f'--edition={e} --sample={s}' for e, s in SHARDS))
     if pretokenized:
-        shards = list_shards(SHARDS[edition, sample])
+        tok, shards = tokenizers.load('gpt2'), list_shards(SHARDS[edition, sample])
         files, to_tokens = list(shards), functools.partial(shard_tokens, shards=shards, folder=folder)
     else:
-        hub = f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet'
-        files = documents.source_files(source or hub)
-        pool = documents.start_pool(tok)
-        to_tokens = functools.partial(documents.tokenize, pool=pool, column=column)
+        files = documents.source_files(source or f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet')
+        tok = trained_bpe(files) if tokenizer == 'bpe' else tokenizers.load(tokenizer)
+        to_tokens = functools.partial(documents.tokenize, pool=documents.start_pool(tok), column=column)
     about = max_tokens or (sum(map(documents.size_of, files)) // 4 if source else 10**10)  # tokens, by 4 bytes a token
     meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens, worker,
                         column)
