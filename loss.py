@@ -18,10 +18,9 @@ def head_loss(x_NC, weight_VC, targets_N, vocab_size, cap=0.0):
     return HeadLoss.apply(x_NC, weight_VC, targets_N, vocab_size, cap)
 
 
-def logits_of(x, weight_VC, cap):
-    """(..., V) in float32, the padding's among them."""
-    logits = linear(x, weight_VC).float()
-    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+def soft_cap(logits, cap):
+    """cap tanh(logits / cap), in float32; as they are if cap is 0."""
+    return (logits.float() / cap).tanh_() * cap if cap else logits.float()
 
 
 class HeadLoss(torch.autograd.Function):
@@ -33,7 +32,7 @@ class HeadLoss(torch.autograd.Function):
         total, dx, dweight = torch.zeros((), device=x.device), [], 0.0
         n_chunks = -(-len(x) * len(weight) // CHUNK)
         for x_nC, target_n in zip(x.chunk(n_chunks), targets_N.chunk(n_chunks)):
-            logits_nV = logits_of(x_nC, weight, cap)
+            logits_nV = soft_cap(linear(x_nC, weight), cap)
             slope_nV = (logits_nV / cap).square_().neg_().add_(1) if cap and wants_gradients else None
             logits_nV[:, vocab_size:] = -torch.inf
             logits_nV -= logits_nV.amax(dim=1, keepdim=True)

@@ -18,9 +18,11 @@ from checkpoint import load_checkpoint, padded
 from configurator import UserError
 from hugging_face import load_hugging_face
 from linear import Linear
-from loss import head_loss, logits_of
+from loss import head_loss, soft_cap
+from sampling import draw, penalized
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
+MIN_BLOCK = 64  # a window's queries go in blocks of this many at least: smaller ones are many small products
 
 
 @dataclass
@@ -68,6 +70,12 @@ def rotate(x_BHTD, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BHTD)
 
 
+def can_see(query_pos, key_pos, window):
+    """Queries by keys: whether a key is among the last `window` tokens that a query, itself the last, may look at."""
+    distance = query_pos[..., None] - key_pos
+    return (distance >= 0) & (distance < window)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -86,9 +94,11 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
     def attend(self, q_BHTD, k_BHTD, v_BHTD, mask):
-        """softmax(q k' / sqrt(D)) v. mask: True where a query (row) may look at a key; None is plain causal."""
+        """softmax(q k' / sqrt(D)) v. mask: True where a query (row) may look at a key; None: causal, in the window."""
         dropout, (T, D) = self.config.dropout if self.training else 0.0, q_BHTD.shape[-2:]
         causal = mask is None and T > 1  # a single query is the newest token: it may see every key
+        if causal and 0 < self.config.window < T:
+            return self.attend_in_blocks(q_BHTD, k_BHTD, v_BHTD)
         if self.config.flash:
             return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, mask, dropout, is_causal=causal)
         scores_BHTS = q_BHTD @ k_BHTD.mT / math.sqrt(D)
@@ -97,6 +107,16 @@ class CausalSelfAttention(nn.Module):
         if mask is not None:
             scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
         return F.dropout(scores_BHTS.softmax(dim=-1), dropout) @ v_BHTD
+
+    def attend_in_blocks(self, q_BHTD, k_BHTD, v_BHTD):
+        """The same in a window, at a cost of T * window: blocks of queries see their own keys and the last block's."""
+        (B, H, T, D), size = q_BHTD.shape, max(self.config.window, MIN_BLOCK)
+        q, k, v = (F.pad(x, (0, 0, 0, -T % size)).reshape(B * H, -1, size, D) for x in (q_BHTD, k_BHTD, v_BHTD))
+        pos_S = torch.arange(2 * size, device=q.device)
+        mask = can_see(pos_S[size:], pos_S, self.config.window)
+        first = self.attend(q[:, :1], k[:, :1], v[:, :1], mask[:, size:])  # no block is before it
+        k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2) for x in (k, v))
+        return torch.cat((first, self.attend(q[:, 1:], k, v, mask)), dim=1).view(B, H, -1, D)[:, :, :T]
 
 
 class MLP(nn.Module):
@@ -132,18 +152,25 @@ class KVCache:
         self.shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.kv, self.lengths = None, [0] * batch_size
 
-    def append(self, layer, pos_BT, k_BHTD, v_BHTD):
+    def append(self, layer, pos_BT, end, k_BHTD, v_BHTD):
         """Write one layer's new keys and values at their positions; return that layer's from the first to the last."""
         if self.kv is None:  # now that device and type are known
             self.kv = k_BHTD.new_zeros(self.shape)
-        end = max(self.lengths) + k_BHTD.size(2)
-        rows = torch.arange(pos_BT.size(0), device=pos_BT.device)[:, None]
+        ragged = isinstance(self.lengths, torch.Tensor) or len(set(self.lengths)) > 1
         for whole_BHTD, new_BHTD in zip(self.kv[layer], (k_BHTD, v_BHTD)):
-            if len(set(self.lengths)) == 1:
-                whole_BHTD[:, :, end - new_BHTD.size(2):end] = new_BHTD
+            if ragged:
+                rows_B1 = torch.arange(pos_BT.size(0), device=pos_BT.device)[:, None]
+                whole_BHTD[rows_B1, :, pos_BT] = new_BHTD.transpose(1, 2)
             else:
-                whole_BHTD.transpose(1, 2)[rows, pos_BT] = new_BHTD.transpose(1, 2)
-        return self.kv[layer, :, :, :, :end]
+                whole_BHTD[:, :, end - new_BHTD.size(2):end] = new_BHTD
+        return [whole_BHTD[:, :, :end] for whole_BHTD in self.kv[layer]]
+
+    def make_static(self):
+        """For a compiled step, whose shapes stay: lengths is a tensor, which the caller counts up, and all is keys."""
+        self.lengths = torch.tensor(self.lengths, device=self.kv.device)
+        self.kv = [[part.clone() for part in layer] for layer in self.kv]  # compiled, a write copies the whole tensor
+        for part in sum(self.kv, []):
+            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph writes where they are
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -201,9 +228,9 @@ class GPT(nn.Module):
         read and extend. lengths: of the rows, where prompts of several lengths are padded on the right.
         """
         (B, T), past = idx_BT.shape, cache.lengths if cache else [0]
-        end = max(past) + T
+        end = max(past) + T if isinstance(past, list) else self.config.block_size
         assert end <= self.config.block_size, f'{end} tokens do not fit in a block_size of {self.config.block_size}'
-        pos_BT = torch.tensor(past, device=idx_BT.device)[:, None] + torch.arange(T, device=idx_BT.device)
+        pos_BT = torch.as_tensor(past, device=idx_BT.device)[:, None] + torch.arange(T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT)
         if self.config.arch == 'gpt2':
             x, rotary = x + self.transformer.wpe(pos_BT), None
@@ -212,15 +239,15 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         mask = self.attention_mask(pos_BT, end, past)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, mask, functools.partial(cache.append, layer, pos_BT) if cache else None)
+            x = block(x, rotary, mask, functools.partial(cache.append, layer, pos_BT, end) if cache else None)
         lengths = lengths or [T] * B
-        if cache:
+        if isinstance(past, list) and cache:
             cache.lengths = [n + new for n, new in zip(past, lengths)]
-        if targets_BT is None and not all_logits:
+        if targets_BT is None and not all_logits and T > 1:
             x = x[range(B), [n - 1 for n in lengths]][:, None]
         x, cap = self.transformer.ln_f(x), LOGIT_CAP if self.config.arch == 'modern' else 0.0
         if targets_BT is None:
-            return logits_of(x, self.lm_head.weight, cap)[..., :self.config.vocab_size], None
+            return soft_cap(self.lm_head(x), cap)[..., :self.config.vocab_size], None
         total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.vocab_size, cap)
         return None, total / (targets_BT != -1).sum().clamp(min=1)
 
@@ -232,12 +259,12 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def attention_mask(self, pos_BT, end, past):
-        """True where a query at pos_BT may look at a key of 0 … end - 1; None where plain causal attention is meant."""
-        uniform = len(set(past)) == 1 and (past[0] == 0 or pos_BT.size(1) == 1)
-        if uniform and not 0 < self.config.window < end:
+        """True where a query at pos_BT may look at a key of 0 … end - 1; None: causal, in the window."""
+        T, window = pos_BT.size(1), self.config.window or end
+        in_blocks = self.config.flash and T == end > 2 * max(window, MIN_BLOCK)
+        if isinstance(past, list) and len(set(past)) == 1 and (T in (1, end) and window >= end or in_blocks):
             return None
-        distance_BTS = pos_BT[..., None] - torch.arange(end, device=pos_BT.device)
-        return ((distance_BTS >= 0) & (distance_BTS < (self.config.window or end)))[:, None]
+        return can_see(pos_BT, torch.arange(end, device=pos_BT.device), window)[:, None]
 
     def flops_per_token(self):
         """Of a training step, forward and backward: 6 a weight in a matrix product, 12 LTC for attention (PaLM, B)."""
@@ -248,12 +275,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx_BT, max_new_tokens, strategy='sample', temperature=1.0, top_k=50, top_p=0.9, min_p=0.0,
-                 repetition_penalty=1.0, seed=None, stop=(), use_cache=True):
-        """Continue each row: a generator of one (B,) tensor of token ids a step, drawn by next_token_logits' rules.
+                 repetition_penalty=1.0, seed=None, stop=(), use_cache=True, compile=False):
+        """Continue each row: a generator of one (B,) tensor of token ids a step, drawn by sampling.py's rules.
 
         idx_BT: token ids, or a list of lists where prompts differ in length. A row longer than the context is cut to
         its newer half and goes on. stop: token ids that end a row, which then repeats its last id; the generator ends
-        when all rows have. seed: of the draws; None takes torch's own random state.
+        when all have. seed: of the draws; None takes torch's own random state. compile: steps of one token a row.
         """
         rows = idx_BT.tolist() if isinstance(idx_BT, torch.Tensor) else idx_BT
         if not rows or not all(rows) or repetition_penalty <= 0:
@@ -263,7 +290,10 @@ class GPT(nn.Module):
         stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         next_B = torch.zeros(B, dtype=torch.long, device=device)
         ended_B = next_B.bool()
+        mode = 'reduce-overhead' if device.type == 'cuda' else None
+        decode = torch.compile(self.forward, dynamic=False, mode=mode) if compile else self.forward
         lengths, starts, cache = [len(row) for row in rows], [0] * B, None  # of history, the context is [start:length]
+        ends_B1 = torch.tensor(lengths, device=device)[:, None]
         history_BN = torch.zeros(B, max(lengths) + max_new_tokens, dtype=torch.long, device=device)
         seen_BV = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         for b, row in enumerate(rows):
@@ -272,25 +302,25 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            for _ in range(max_new_tokens):
+            for new in range(max_new_tokens):
                 full = [n - start > limit for n, start in zip(lengths, starts)]
                 if cache is None or any(full):
                     starts = [n - max(1, limit // 2) if f else start for n, start, f in zip(lengths, starts, full)]
                     contexts = [history_BN[b, starts[b]:lengths[b]] for b in range(B)]
                     cache = KVCache(self.config, B) if use_cache else None
                     idx_BT, sizes = nn.utils.rnn.pad_sequence(contexts, batch_first=True), [len(c) for c in contexts]
+                    logits_BV = self.forward(idx_BT, cache=cache, lengths=sizes)[0][:, 0]
+                    if cache and compile:
+                        cache.make_static()
                 else:
-                    idx_BT, sizes = next_B[:, None], None
-                logits_BV = self.forward(idx_BT, cache=cache, lengths=sizes)[0][:, 0]
-                if repetition_penalty != 1:  # of CTRL (Keskar et al. 2019): what was seen gets less likely
-                    penalty_BV = torch.where(logits_BV > 0, 1 / repetition_penalty, repetition_penalty)
-                    logits_BV = torch.where(seen_BV, logits_BV * penalty_BV, logits_BV)
-                logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
-                noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
-                drawn_B = (logits_BV.softmax(dim=-1) / noise_BV).argmax(dim=-1)  # a draw that needs no host
+                    logits_BV = decode(next_B[:, None], cache=cache)[0][:, 0]
+                    if compile:
+                        cache.lengths = cache.lengths + 1
+                logits_BV = penalized(logits_BV, seen_BV, repetition_penalty)
+                drawn_B = draw(logits_BV, strategy, temperature, top_k, top_p, min_p, generator)
                 next_B = torch.where(ended_B, next_B, drawn_B)
-                history_BN[range(B), lengths] = next_B
-                seen_BV[range(B), next_B] = True
+                history_BN.scatter_(1, ends_B1 + new, next_B[:, None])
+                seen_BV.scatter_(1, next_B[:, None], True)
                 lengths = [n + 1 for n in lengths]
                 yield next_B
                 ended_B |= torch.isin(next_B, stop)
@@ -298,32 +328,3 @@ class GPT(nn.Module):
                     return
         finally:
             self.train(was_training)
-
-
-def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0):
-    """Logits whose softmax is to be drawn from: scaled by 1 / temperature, -inf where a token is ruled out.
-
-    strategy: greedy keeps the most likely token; sample all; top_k so many (Fan et al. 2018); nucleus the fewest whose
-    probabilities sum to top_p (Holtzman et al. 2019). min_p, with any: only tokens at least min_p times as likely as
-    the likeliest. Temperature 0 is greedy. Raises UserError for a value outside its range.
-
-    >>> next_token_logits(torch.tensor([[1., 2., 3.]]), 'top_k', top_k=2)
-    tensor([[-inf, 2., 3.]])
-    """
-    if strategy not in ('greedy', 'sample', 'top_k', 'nucleus'):
-        raise UserError(f'strategy is {strategy!r}; choose from greedy, sample, top_k, nucleus')
-    if temperature < 0 or top_k < 1 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        raise UserError(f'temperature ({temperature}) must be at least 0, top_k ({top_k}) at least 1, '
-                        f'top_p ({top_p}) in (0, 1], min_p ({min_p}) in [0, 1]')
-    if strategy == 'greedy' or temperature == 0:
-        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits_BV, -math.inf).scatter(1, best_B1, 0.0)
-    logits_BV = logits_BV / temperature
-    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    p_BV = sorted_BV.softmax(dim=-1)
-    out_BV = p_BV < min_p * p_BV[:, :1]
-    if strategy == 'top_k':
-        out_BV[:, top_k:] = True
-    elif strategy == 'nucleus':
-        out_BV |= p_BV.cumsum(dim=-1) - p_BV >= top_p  # what comes before a token already sums to top_p
-    return logits_BV.masked_fill(torch.zeros_like(out_BV).scatter(1, order_BV, out_BV), -math.inf)

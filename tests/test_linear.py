@@ -4,8 +4,9 @@ import torch.nn.functional as F
 
 import linear
 import loss
-from linear import Linear
+from linear import Int8Linear, Linear, quantize
 from loss import head_loss
+from model import GPT, GPTConfig
 
 
 @pytest.mark.skipif(not linear.ONEDNN, reason='oneDNN is used on x86 CPUs only')
@@ -61,3 +62,31 @@ def test_head_loss_under_autocast_is_close_and_its_gradients_keep_their_type():
     assert total.dtype == torch.float32
     for a, b in zip(torch.autograd.grad(total, (x, weight)), exact):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+
+
+def test_int8_weights_are_the_only_loss_of_precision():
+    torch.manual_seed(0)
+    layer, x = Linear(300, 200), torch.randn(2, 5, 300) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)
+    x[0, 0, 0], x[1, 4] = 30.0, 0.0  # an outlier, and a row of zeros
+    quantized = Int8Linear(layer)
+    rounded = quantized.weight.double() * quantized.scale.double()[:, None]
+    assert (rounded - layer.weight).abs().max() <= 0.501 * quantized.scale.max()
+    exact, y = F.linear(x.double(), rounded, layer.bias.double()), quantized(x)
+    assert y.shape == exact.shape and y.dtype == torch.float32
+    assert ((y - exact).abs() <= 2e-4 * x.abs().amax(dim=-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_quantized_model_has_int8_layers_and_nearly_the_same_loss(arch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=arch)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    idx_BT = torch.randint(50, (4, 32))
+    before = model(idx_BT, all_logits=True)[0]
+    assert quantize(model) is model
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 9 and not any(
+        isinstance(m, Linear) for m in model.modules())
+    after = model(idx_BT, all_logits=True)[0]
+    assert 0 < (after - before).std() < 0.02 * before.std()
+    tokens = torch.stack(list(model.generate(idx_BT[:, :4], 20, strategy='greedy')), dim=1)
+    assert tokens.shape == (4, 20)

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import functools
 import os
 import pickle
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 import checkpoint as checkpoint_module
 from configurator import UserError
 from checkpoint import load_checkpoint, save_checkpoint
-from model import GPT, GPTConfig, KVCache, next_token_logits
+from model import GPT, GPTConfig, KVCache
 from optim import make_optimizers
 
 
@@ -80,6 +81,30 @@ def test_window_hides_older_tokens(model):
         assert difference_T[4:7].min() > 0
 
 
+@pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
+def test_a_window_in_blocks_equals_written_out_attention_and_so_do_its_gradients(window):
+    config, results = GPTConfig(block_size=300, vocab_size=50, n_layer=2, n_head=2, n_embd=32, window=window), []
+    for flash in (True, False):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(config, flash=flash))
+        logits_BTV, _ = model(torch.randint(50, (2, 300)), all_logits=True)
+        logits_BTV.square().sum().backward()
+        results.append([logits_BTV, *(p.grad / p.grad.abs().max() for p in model.parameters())])
+    for ours, written_out in zip(*results):
+        torch.testing.assert_close(ours, written_out, atol=1e-5, rtol=0)
+
+
+def test_attention_in_a_window_costs_twice_the_window_a_token(monkeypatch):
+    costs, plain = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, *rest, **options: costs.append(
+        q[..., 0].numel() * k.size(-2)) or plain(q, k, v, *rest, **options))
+    for T in (1000, 2000):
+        config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=2, n_embd=32, window=100)
+        GPT(config)(torch.zeros(3, T, dtype=torch.long))
+        assert sum(costs) <= 3 * 2 * T * 2 * 100  # rows, heads, queries, keys
+        costs.clear()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('window', [0, 5])
 def test_cached_equals_uncached_logits(model, window):
@@ -106,6 +131,19 @@ def test_generation_with_cache_equals_without_past_a_full_context(model, prompts
         assert torch.equal(torch.cat(list(model.generate([prompt], 40, strategy='greedy'))), cached[:, row])
 
 
+@pytest.mark.parametrize('window', [0, 5])
+def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window, monkeypatch):
+    """Ragged rows, past a full context, twice; the backend here only counts."""
+    torch.compiler.reset()
+    graphs, model.config.window = [], window
+    monkeypatch.setattr(torch, 'compile', functools.partial(
+        torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True))
+    for _ in range(2):
+        steps = [torch.stack(list(model.generate([[1, 2, 3], [4], [5] * 16], 40, strategy='greedy', compile=compiled)))
+                 for compiled in (False, True)]
+        assert torch.equal(*steps) and len(graphs) == 1
+
+
 def test_full_context_is_cut_to_its_newer_half(model):
     ids = [7] * 16
     for next_B in model.generate([list(ids)], 10, strategy='greedy'):
@@ -128,41 +166,6 @@ def test_stop_ends_a_row_and_the_generator(model):
         hit = (free[:, row] == stop).nonzero()
         end = hit[0].item() if len(hit) else len(steps)
         assert torch.equal(steps[:end, row], free[:end, row]) and (steps[end:, row] == stop).all()
-
-
-def test_draws_follow_the_probabilities():
-    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8, arch='modern')).eval()
-    model.forward = lambda idx_BT, **options: (torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(len(idx_BT), 1, 4), None)
-    drawn = torch.cat(list(model.generate([[0]] * 2000, 5, seed=0, use_cache=False)))
-    torch.testing.assert_close(drawn.bincount() / len(drawn), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
-
-
-def test_strategies_keep_what_they_should():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
-    kept = lambda **options: next_token_logits(logits, **options).isfinite().tolist()
-    assert kept(strategy='greedy') == [[True, False, False, False], [False, False, False, True]]
-    assert kept(strategy='sample') == [[True] * 4] * 2
-    assert kept(strategy='top_k', top_k=3) == [[True, True, True, False], [False, True, True, True]]
-    assert kept(strategy='nucleus', top_p=0.79) == [[True, True, False, False], [False, False, True, True]]
-    assert kept(strategy='nucleus', top_p=0.81) == [[True, True, True, False], [False, True, True, True]]
-    assert kept(strategy='nucleus', top_p=1.0) == [[True] * 4] * 2
-    assert kept(strategy='sample', min_p=0.4) == [[True, True, False, False], [False, False, True, True]]
-    assert kept(strategy='sample', temperature=0.0) == kept(strategy='greedy')
-    torch.testing.assert_close(next_token_logits(logits, 'sample', temperature=0.5), logits * 2)
-
-
-def test_repetition_penalty_makes_what_was_said_less_likely():
-    model = GPT(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8)).eval()
-    for values in ([2.0, 1.9, 0.0], [-1.0, -1.1, -9.0]):  # whatever the sign
-        model.forward = lambda idx_BT, **options: (torch.tensor([[values]]), None)
-        ids = [n.item() for n in model.generate([[2]], 2, strategy='greedy', repetition_penalty=1.5, use_cache=False)]
-        assert ids == [0, 1]
-
-
-@pytest.mark.parametrize('options', [dict(strategy='beam'), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)])
-def test_bad_sampling_settings_are_refused(model, options):
-    with pytest.raises(UserError):
-        next(model.generate([[1]], 1, **options))
 
 
 def test_padding_of_the_vocabulary_is_never_seen(model):
