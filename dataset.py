@@ -5,6 +5,7 @@ Token files, as a prepare script writes them, read as deterministic batches.
 data/<name>/ holds {train,val,test}.bin, raw little-endian uint16 or uint32 tokens, and meta.json, which describes them.
 A folder without meta.json is nanoGPT's: characters if it has a meta.pkl, GPT-2's BPE if not.
 """
+import concurrent.futures
 import difflib
 import functools
 import json
@@ -136,6 +137,18 @@ def train_batch(tokens, mask, block_size, batch_size, micro_steps, seed, step, m
     first = (step * micro_steps + micro_step) * batch_size
     starts = window_starts(len(tokens), block_size, seed, first, batch_size)
     return to_batch(tokens, mask, (starts[:, None] + np.arange(block_size + 1)) % len(tokens))
+
+
+def ahead(batches, pin_memory):
+    """The same batches, each made by a thread while the one before is in use, in pinned memory if it is for a GPU."""
+    def fetch():
+        batch = next(batches, None)
+        return tuple(t.pin_memory() for t in batch) if batch and pin_memory else batch
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        future = thread.submit(fetch)
+        while batch := future.result():
+            future = thread.submit(fetch)
+            yield batch
 
 
 def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, world_size=1):

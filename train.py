@@ -21,7 +21,7 @@ import hellaswag
 import tokenizer as tokenizers
 from checkpoint import forget_log_after, load_checkpoint, save_checkpoint, set_aside
 from configurator import UserError, configure
-from dataset import Dataset, eval_batches, train_batch
+from dataset import Dataset, ahead, eval_batches, train_batch
 from hugging_face import OPENAI, load_hugging_face
 from machine import Machine, default_device
 from model import GPT, GPTConfig
@@ -236,6 +236,10 @@ log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'ma
     'torch': torch.__version__, 'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 
 # ---- Training --------------------------------------------------------------------------------------------------------
+micro_steps = gradient_accumulation_steps // world_size
+batches = ahead((train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps, seed, step,
+                             micro_step * world_size + rank)
+                 for step in range(first_iter, max_iters) for micro_step in range(micro_steps)), machine.type == 'cuda')
 machine.catch_signals()
 clock, logged = time.perf_counter(), (first_iter, train_seconds)  # of the last log line
 for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: the last turn only validates and saves
@@ -278,9 +282,8 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
         group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)  # dropout too depends on the step
     loss_sum = torch.zeros((), device=device)
-    for micro_step in range(micro_steps := gradient_accumulation_steps // world_size):
-        idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, gradient_accumulation_steps,
-                                         seed, iter_num, micro_step * world_size + rank)
+    for micro_step in range(micro_steps):
+        idx_BT, targets_BT = next(batches)
         sync = micro_step == micro_steps - 1  # the gradients of all processes meet at the last one only
         if fsdp:
             model.set_requires_gradient_sync(sync)

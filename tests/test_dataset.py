@@ -6,7 +6,7 @@ import torch
 
 from configurator import UserError
 from corpus import write_dataset
-from dataset import Dataset, eval_batches, train_batch, window_starts
+from dataset import Dataset, ahead, eval_batches, train_batch, window_starts
 from tokenizer import CharTokenizer, train_bpe
 
 
@@ -83,3 +83,16 @@ def test_pickled_meta_can_build_nothing_but_plain_values(tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'itos': print}))
     with pytest.raises(UserError, match='builtins.print'):
         Dataset(str(tmp_path))
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_in_one_is_raised():
+    def make(n):
+        for i in range(n):
+            yield torch.tensor([i]), torch.tensor([-i])
+        raise ValueError('of the batch')
+    taken = []
+    with pytest.raises(ValueError, match='of the batch'):
+        for idx, targets in ahead(make(3), pin_memory=False):
+            taken.append((idx.item(), targets.item()))
+    assert taken == [(0, 0), (1, -1), (2, -2)]
+    assert list(ahead(iter([]), pin_memory=False)) == []
