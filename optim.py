@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from configurator import UserError
 
+CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+
 
 def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
     """The list of optimizers that together step every parameter once; each group carries its highest rate as `peak_lr`.
@@ -79,12 +81,12 @@ class Muon(torch.optim.Optimizer):
                     momentum = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
                     nesterov = p.grad.lerp(momentum, group['momentum'])
                     nesterov = nesterov.full_tensor() if hasattr(p, 'full_tensor') else nesterov
-                    matrices += nesterov.chunk(parts(p))
-                m, n = matrices[0].shape
-                orthogonal = iter(orthogonalize_shared(matrices) * max(1, m / n)**0.5)
+                    matrices += nesterov.to(product_type(p)).chunk(parts(p))
+                (m, n), orthogonal = matrices[0].shape, iter(orthogonalize_shared(matrices))
                 for p in params:
-                    update = torch.cat([next(orthogonal) for _ in range(parts(p))])
-                    p.mul_(1 - group['lr'] * group['weight_decay']).add_(shard_like(p, update), alpha=-group['lr'])
+                    update = shard_like(p, torch.cat([next(orthogonal) for _ in range(parts(p))]).type_as(p))
+                    rate = group['lr'] * max(1, m / n)**0.5
+                    p.mul_(1 - group['lr'] * group['weight_decay']).add_(update, alpha=-rate)
 
 
 def parts(p):
@@ -107,15 +109,21 @@ def orthogonalize_shared(matrices):
 def orthogonalize(G, steps=5):
     """About U V' for each matrix G = U S V' of a batch (..., m, n): its singular values are brought near 1.
 
-    The quintic Newton–Schulz iteration of Jordan et al. 2024, in bfloat16 on a GPU.
+    The quintic Newton–Schulz iteration of Jordan et al. 2024, in bfloat16 where that is fast.
     """
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.reshape(-1, *G.shape[-2:]).to(product_type(G))
     X = X.mT if G.size(-2) > G.size(-1) else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return (X.mT if G.size(-2) > G.size(-1) else X).reshape(G.shape).to(G.dtype)
+
+
+def product_type(G):
+    """bfloat16 on GPUs, and on CPUs that multiply it."""
+    return torch.bfloat16 if G.is_cuda or G.is_cpu and CPU_HAS_BF16 else torch.float32
 
 
 def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0):

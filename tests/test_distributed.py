@@ -11,6 +11,7 @@ import torch
 
 from conftest import ROOT, TINY, run
 from checkpoint import load_checkpoint
+from optim import CPU_HAS_BF16
 
 ACCUMULATED = ['--gradient_accumulation_steps=4', '--batch_size=2', '--log_interval=1', '--max_iters=12']
 SINGLE = ['--gradient_accumulation_steps=2', '--batch_size=4', '--log_interval=1', '--max_iters=12']
@@ -31,6 +32,11 @@ def losses(folder):
     entries = [json.loads(line) for line in (folder / 'out' / 'log.jsonl').read_text().splitlines()]
     return [(e['iter'], e.get('loss', e.get('val_loss')), e.get('grad_norm', 0.0)) for e in entries
             if 'loss' in e or 'val_loss' in e]
+
+
+def tolerance(options):
+    """Muon's products may be in bfloat16, where a last digit of the gradient can turn one of the update."""
+    return 2e-4 if CPU_HAS_BF16 and '--optimizer=muon' in options else 1e-5
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -66,7 +72,7 @@ def test_two_processes_give_the_losses_of_one(book, one_process, options):
     expected = one_process(*[o for o in options if not o.startswith('--fsdp')])
     output = torchrun(*options, cwd=book)
     assert ('sharded' in output) == ('--fsdp=True' in options) and '2 processes' in output
-    assert_close(losses(book), expected)
+    assert_close(losses(book), expected, tolerance(options))
 
 
 def test_a_resume_may_change_the_number_of_processes_and_the_sharding(book, one_process):
@@ -75,7 +81,7 @@ def test_a_resume_may_change_the_number_of_processes_and_the_sharding(book, one_
     torchrun(*options, '--fsdp=True', '--max_iters=4', cwd=book)
     run('train.py', *TINY, *options, '--init_from=resume', '--max_iters=8', cwd=book)
     torchrun(*options, '--init_from=auto', cwd=book)
-    assert_close(losses(book), one_process(*options))
+    assert_close(losses(book), one_process(*options), tolerance(options))
 
 
 def test_a_sharded_checkpoint_is_an_ordinary_one(book):
