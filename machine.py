@@ -84,6 +84,11 @@ class Machine:
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
 
+    def wait(self):
+        """Until the device has done what it was given."""
+        if self.type != 'cpu':
+            getattr(torch, self.type).synchronize()
+
     def asked_to_stop(self):
         """Whether a signal came to any process: some may not have got it."""
         return self.sum(len(self.signals))[0] > 0
