@@ -1,0 +1,24 @@
+# 10 M parameters on 2 M tokens of textbooks (or of any documents of yours), on a CPU: modern, Muon, trapezoid.
+#     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=textbooks --tokenizer=bpe --vocab_size=4096
+#     python train.py config/train_textbooks.py
+# RESULT
+# config/train_textbooks_gpt2.py is what it is measured against.
+out_dir = 'out/textbooks'
+dataset = 'textbooks'
+arch = 'modern'
+optimizer = 'muon'
+schedule = 'trapezoid'
+n_layer, n_head, n_embd = 6, 5, 320
+block_size = 256
+batch_size = 16
+gradient_accumulation_steps = 1
+learning_rate = 4e-3
+min_lr = 0.0
+beta1 = 0.8
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = lr_decay_iters = 500
+cooldown_iters = 350
+eval_interval = 100
+eval_iters = 0  # the whole validation split
+log_interval = 10

@@ -1,0 +1,19 @@
+# The baseline of config/train_textbooks.py: gpt2 and AdamW with a cosine, as many parameters and tokens.
+#     python train.py config/train_textbooks_gpt2.py
+# RESULT
+out_dir = 'out/textbooks_gpt2'
+dataset = 'textbooks'
+arch = 'gpt2'
+bias = True
+n_layer, n_head, n_embd = 7, 5, 320  # 10.0 M, as the other, whose head is a matrix of its own
+block_size = 256
+batch_size = 16
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 0.0
+weight_decay = 0.1
+warmup_iters = 50
+max_iters = lr_decay_iters = 500
+eval_interval = 100
+eval_iters = 0  # the whole validation split
+log_interval = 10
