@@ -6,7 +6,7 @@ Speed of what a config trains: the training step, its data, text from the model;
     python bench.py --race=True
 
 Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's settings (python train.py
---help lists them) and config files, and runs in one process. Where the data set is missing, random tokens do.
+--help lists them) and config files, and measures one process. Where the data set is missing, random tokens do.
 """
 import dataclasses
 import os
@@ -39,7 +39,7 @@ profile = False  # show where the time of three steps goes, and write out_dir/tr
 peers = ''  # instead: all, or some of training, decoding, muon, tokenizing, hellaswag, beside who else does it
 texts = ''  # for --peers=tokenizing: documents, a pattern like 'my/*.parquet'
 race = False  # instead: the seconds until a loss of two runs, each in a process of its own, in turn
-race_ours = 'config/train_book.py --max_iters=160 --lr_decay_iters=160 --cooldown_iters=112 --eval_interval=160'
+race_ours = 'config/train_book.py --max_iters=210 --lr_decay_iters=210 --cooldown_iters=147 --eval_interval=210'
 race_theirs = 'config/train_book_nanogpt.py --eval_interval=2000'
 race_loss = 1.575  # validation loss to reach
 rounds = 3  # of the peers and the race
@@ -54,11 +54,16 @@ def read_settings():
         exec(f.read().partition('\nconfig = configure(')[0], trainer)  # its imports and settings, which stand first
     trainer = {k: v for k, v in trainer.items() if type(v) in (bool, int, float, str)}
     s = types.SimpleNamespace(**configure(own | trainer | {'__doc__': __doc__, '__file__': __file__}))
-    counts = ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size', 'gradient_accumulation_steps')
+    counts = ('steps', 'rounds', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size', 'block_size',
+              'gradient_accumulation_steps')
     if min(getattr(s, name) for name in counts) < 1:
         raise UserError(f'{", ".join(counts)} must be at least 1')
     if s.quantize not in ('', 'int8'):
         raise UserError(f'quantize is {s.quantize!r}; it may be int8')
+    if s.peers and s.new_tokens > 100:
+        raise UserError(f'new_tokens is {s.new_tokens}; --peers decodes at most 100, after 900 of a context of 1,024')
+    if s.json and not os.path.isdir(os.path.dirname(s.json) or '.'):
+        raise UserError(f'{s.json}: there is no such folder')
     return s
 
 

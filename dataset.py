@@ -144,7 +144,9 @@ def ahead(batches, pin_memory):
     def fetch():
         batch = next(batches, None)
         return tuple(t.pin_memory() for t in batch) if batch and pin_memory else batch
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    device = torch.cuda.current_device() if pin_memory else None  # a new thread would begin with the first GPU
+    start = functools.partial(torch.cuda.set_device, device) if pin_memory else None
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=start) as thread:
         future = thread.submit(fetch)
         while batch := future.result():
             future = thread.submit(fetch)

@@ -134,7 +134,7 @@ def in_order(pool, function, chunks):
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
     except KeyboardInterrupt:
-        print('\nthe same command goes on where it was', file=sys.stderr)
+        print('\nstopped; what was finished is kept, and the same command goes on', file=sys.stderr)
         raise
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError('a process was killed, perhaps for want of memory; the same command goes on') from None

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import UserError
+
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ('x86_64', 'AMD64')
 
 
@@ -37,7 +39,7 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
-def keep(ctx, inputs, output):
+def save_factors(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
 
 
@@ -50,7 +52,7 @@ def gradients(ctx, dy):
             dy_RN.sum(0) if need_bias else None)
 
 
-onednn_linear.register_autograd(gradients, setup_context=keep)
+onednn_linear.register_autograd(gradients, setup_context=save_factors)
 
 
 # ---- Weights of 8 bits -----------------------------------------------------------------------------------------------
@@ -81,7 +83,13 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model):
-    """Make each Linear of a model on the CPU an Int8Linear, for inference only; embeddings stay as they are."""
+    """Make each Linear of a model on the CPU an Int8Linear, for inference only; embeddings stay as they are.
+
+    Raises UserError where products of integers are not exact: without VNNI instructions oneDNN cuts sums off.
+    """
+    most = torch.full((256, 256), 127, dtype=torch.int8)
+    if not ONEDNN or not torch._int_mm(most, most).eq(256 * 127 * 127).all():
+        raise UserError('int8 weights need an x86 CPU with VNNI instructions; leave out --quantize')
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear):

@@ -83,12 +83,13 @@ def in_transformers(model):
 # ---- Models ----------------------------------------------------------------------------------------------------------
 def compare_training(s, machine, config, compiled, tokens):
     """A step with AdamW: transformers' with its own loss, compiled if it can be; ours compiled if settings say so."""
-    ours = GPT(config).to(machine.device)
+    ours = GPT(dataclasses.replace(config, dropout=0.0)).to(machine.device)
     theirs = in_transformers(ours)
     B, T = s.batch_size, s.block_size
     idx_BT = torch.from_numpy(np.resize(tokens[:B * T], (B, T)).astype(np.int64)).to(machine.device)
     targets_BT = F.pad(idx_BT[:, 1:], (0, 1), value=-1)
-    losses = {'ours': lambda: ours(idx_BT, targets_BT)[1], 'theirs': lambda: theirs(idx_BT, labels=idx_BT).loss}
+    losses = {'ours': lambda: ours(idx_BT, targets_BT)[1],
+              'theirs': lambda: theirs(idx_BT, labels=idx_BT, use_cache=False).loss}
     with torch.no_grad(), machine.autocast:
         a, b = (loss().item() for loss in losses.values())
     assert abs(a - b) < (1e-4 if machine.dtype == 'float32' else 0.02), f'not the same work: loss {a} and {b}'
@@ -118,7 +119,7 @@ def compare_decoding(s, machine, config):
     config = dataclasses.replace(config, block_size=1024)
     ours = GPT(config).to(machine.device).eval()
     theirs = in_transformers(ours)
-    eighth = quantize(copy.deepcopy(ours)) if machine.type == 'cpu' else None
+    int8 = quantize(copy.deepcopy(ours)) if machine.type == 'cpu' else None
     n = s.new_tokens
 
     def by_us(model, idx_BT, n):
@@ -130,12 +131,12 @@ def compare_decoding(s, machine, config):
     for B, T in ((1, 16), (1, 256), (1, 900), (8, 16)):
         idx_BT = torch.randint(config.vocab_size, (B, T), device=machine.device)
         works = [functools.partial(by_us, ours, idx_BT), functools.partial(by_them, idx_BT)]
-        works += [functools.partial(by_us, eighth, idx_BT)] if eighth else []
+        works += [functools.partial(by_us, int8, idx_BT)] if int8 else []
         with torch.no_grad(), machine.autocast:
             times = in_turn(machine.wait, s.rounds, *(functools.partial(work, k) for work in works for k in (1, 1 + n)))
         rates = [B * n / (long - short) for short, long in zip(times[::2], times[1::2])]
         yield row(f'decoding, {B} x {T} tokens', rates[0], rates[1], 'tokens/s', 'transformers')
-        if eighth:
+        if int8:
             yield row(f'decoding, {B} x {T} tokens, int8', rates[2], rates[1], 'tokens/s', 'transformers, float32')
 
 
@@ -205,12 +206,14 @@ def start_peer():
 
 
 def encode_document(text):
-    return np.array([encoding.eot_token, *encoding.encode_ordinary(text)])
+    return np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
 # ---- HellaSwag -------------------------------------------------------------------------------------------------------
 def compare_hellaswag(s, machine, config, limit=100):
     """Scoring items against transformers with an item, four rows, in each forward pass."""
+    if config.vocab_size < 50257:
+        raise UserError("hellaswag is compared with GPT-2's tokens; this vocabulary is smaller: give another config")
     items, config = hellaswag.load(s.hellaswag_source)[:limit], dataclasses.replace(config, block_size=1024)
     ours = GPT(config).to(machine.device).eval()
     theirs, gpt2, scores = in_transformers(ours), tokenizers.load('gpt2'), {}
@@ -226,12 +229,13 @@ def compare_hellaswag(s, machine, config, limit=100):
             rows_B = [torch.tensor(context + ending) for context, ending in rows]
             idx_BT = torch.nn.utils.rnn.pad_sequence(rows_B, batch_first=True).to(machine.device)
             with machine.autocast:
-                logits_BTV = theirs(idx_BT[:, :-1]).logits
-            loss_BT = F.cross_entropy(logits_BTV.mT, idx_BT[:, 1:], reduction='none')
+                logits_BTV = theirs(idx_BT[:, :-1], use_cache=False).logits
+            loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), idx_BT[:, 1:].flatten(), reduction='none')
+            loss_BT = loss_N.view(len(rows), -1)
             for choice, (context, ending) in enumerate(rows):
                 scores['theirs'][i, choice] = -loss_BT[choice, len(context) - 1:][:len(ending)].sum()
     a, b = in_turn(machine.wait, s.rounds, by_us, by_them)
-    name, ratio, unit, comment = row('HellaSwag', limit / a, limit / b, 'items/s', 'an item a forward pass')
+    name, ratio, unit, comment = row('HellaSwag', len(items) / a, len(items) / b, 'items/s', 'an item a forward pass')
     apart = (scores['ours'] - scores['theirs']).abs().max().item()
     yield name, ratio, unit, f'{comment}; the scores differ by {apart:.0e} at most'
 
@@ -250,18 +254,20 @@ def seconds_to(loss, arguments, out_dir):
                 taken = time.perf_counter() - clock
                 process.kill()
                 return taken, best
+    if process.returncode:
+        raise UserError(f'train.py {arguments} failed; what it says stands above')
     raise UserError(f'{arguments} ended with a loss of {best}, above {loss}: give it more steps, or raise --race_loss')
 
 
 def race(s):
     """Rows for the table: the seconds that two runs take to one loss, in turn."""
-    taken = {s.race_ours: [], s.race_theirs: []}
+    runs, taken = (s.race_ours, s.race_theirs), ([], [])
     for i in range(s.rounds):
-        for number, arguments in enumerate(taken):
+        for number, arguments in enumerate(runs):
             result, loss = seconds_to(s.race_loss, arguments, os.path.join(s.out_dir, 'race', str(number)))
-            taken[arguments].append(result)
+            taken[number].append(result)
             print(f'round {i + 1}: loss {loss:.4f} in {result:.1f} s: {arguments}', flush=True)
-    a, b = (statistics.median(results) for results in taken.values())
+    a, b = (statistics.median(results) for results in taken)
     yield f'race to {s.race_loss}', a, 's', s.race_ours
     yield f'race to {s.race_loss}, theirs', b, 's', s.race_theirs
     yield 'race, share of the time', a / b, '', 'ours / theirs'

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import linear
 import loss
+from configurator import UserError
 from linear import Int8Linear, Linear, quantize
 from loss import head_loss
 from model import GPT, GPTConfig
@@ -90,3 +91,31 @@ def test_a_quantized_model_has_int8_layers_and_nearly_the_same_loss(arch):
     assert 0 < (after - before).std() < 0.02 * before.std()
     tokens = torch.stack(list(model.generate(idx_BT[:, :4], 20, strategy='greedy')), dim=1)
     assert tokens.shape == (4, 20)
+
+
+def test_int8_products_that_are_not_exact_are_refused(monkeypatch):
+    exact = Int8Linear(Linear(256, 3))
+    exact.weight.fill_(127)
+    assert exact(torch.full((1, 256), 2.0)).allclose(2.0 * 127 * 256 * exact.scale + exact.bias, rtol=1e-4)
+    monkeypatch.setattr(torch, '_int_mm', lambda a, b: (a.int() @ b.int()).clamp(max=32640))
+    with pytest.raises(UserError, match='VNNI'):
+        quantize(Linear(4, 4))
+
+
+def test_without_gradients_the_head_is_multiplied_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(loss, 'linear', lambda *args: calls.append(args) or F.linear(*args))
+    x, weight, targets = torch.randn(5, 8), torch.randn(64, 8, requires_grad=True), torch.arange(5)
+    with torch.no_grad():
+        head_loss(x, weight, targets, 60)
+    assert len(calls) == 1
+    head_loss(x, weight, targets, 60)
+    assert len(calls) == 4
+    assert head_loss(x[:0], weight, targets[:0], 60).item() == 0
+
+
+def test_gradients_under_float16_stay_finite_however_many_tokens_there_are():
+    x, weight = torch.full((2**17, 8), 5.0), torch.zeros(64, 8, requires_grad=True)
+    with torch.autocast('cpu', torch.float16):
+        head_loss(x, weight, torch.zeros(2**17, dtype=torch.long), 64).div(2**17).backward()
+    assert weight.grad.isfinite().all() and weight.grad[0, 0].item() == pytest.approx(-5 * 63 / 64, rel=1e-3)

@@ -7,7 +7,7 @@ FineWeb-Edu or FineWeb, or documents of yours, to val.bin, the first 100 M token
 
 Tokenized by all cores as it streams in. Killed at any moment, the same command goes on with the source file it was at.
 Several machines on one file system share the work: --worker=0/4 on the first … --worker=3/4 on the fourth, and then
-once without --worker, to join the parts. A BPE is trained once for the same files, and kept in data/tokenizers/.
+once without --worker, to join the parts. A BPE is trained once and kept in data/tokenizers/: the first does that alone.
 """
 import functools
 import os
