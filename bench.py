@@ -39,7 +39,7 @@ profile = False  # show where the time of three steps goes, and write out_dir/tr
 peers = ''  # instead: all, or some of training, decoding, muon, tokenizing, hellaswag, beside who else does it
 texts = ''  # for --peers=tokenizing: documents, a pattern like 'my/*.parquet'
 race = False  # instead: the seconds until a loss of two runs, each in a process of its own, in turn
-race_ours = 'config/train_book.py --max_iters=210 --lr_decay_iters=210 --cooldown_iters=147 --eval_interval=210'
+race_ours = 'config/train_book.py --n_head=2 --block_size=128 --max_iters=260 --lr_decay_iters=260 --cooldown_iters=208'
 race_theirs = 'config/train_book_nanogpt.py --eval_interval=2000'
 race_loss = 1.575  # validation loss to reach
 rounds = 3  # of the peers and the race

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from configurator import UserError
 
@@ -97,7 +98,8 @@ def orthogonalize_shared(matrices):
     """orthogonalize of a list of matrices of one shape: each process does its share, and all get all, (len, m, n)."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return orthogonalize(torch.stack(matrices))
+        large = matrices[0].is_cpu and matrices[0].numel() > 2**16  # of these a CPU is faster at one after another
+        return [orthogonalize(m) for m in matrices] if large else orthogonalize(torch.stack(matrices))
     n = math.ceil(len(matrices) / world_size)
     mine = matrices[dist.get_rank() * n:][:n]
     mine = orthogonalize(torch.stack(mine + [torch.zeros_like(matrices[0])] * (n - len(mine))))
@@ -107,18 +109,19 @@ def orthogonalize_shared(matrices):
 
 
 def orthogonalize(G, steps=5):
-    """About U V' for each matrix G = U S V' of a batch (..., m, n): its singular values are brought near 1.
+    """About U V' for a matrix G = U S V', or each of a batch (b, m, n): its singular values are brought near 1.
 
     The quintic Newton–Schulz iteration of Jordan et al. 2024, in bfloat16 where that is fast.
     """
-    X = G.reshape(-1, *G.shape[-2:]).to(product_type(G))
+    add_product = torch.addmm if G.ndim == 2 else torch.baddbmm
+    X = G.to(product_type(G))
     X = X.mT if G.size(-2) > G.size(-1) else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return (X.mT if G.size(-2) > G.size(-1) else X).reshape(G.shape).to(G.dtype)
+        A = F.linear(X, X) if G.ndim == 2 else X @ X.mT  # the same; of one matrix linear is twice as fast on a CPU
+        B = add_product(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = add_product(X, B, X, beta=3.4445)
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
 def product_type(G):
