@@ -55,7 +55,8 @@ def publish(folder, tokenizer, meta):
     for name in os.listdir(folder):
         if name.endswith('.bin') and name.removesuffix('.bin') not in meta['splits']:
             os.remove(os.path.join(folder, name))  # of the set that was here: its masks and splits are not this one's
-    for path in (os.path.join(folder, name) for name in ['tokenizer.json'] + [f'{s}.bin' for s in meta['splits']]):
+    files = ['tokenizer.json'] + [f'{split}{kind}.bin' for split in meta['splits'] for kind in ('', '.mask')]
+    for path in (os.path.join(folder, name) for name in files):
         if os.path.exists(f'{path}.tmp'):
             os.replace(f'{path}.tmp', path)
 
@@ -65,16 +66,22 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
     """Tokenize and write a data set whole or not at all; returns its meta.
 
     splits: {'train': [document, ...], ...}; each document, a str, starts with the end-of-text token where there is one.
-    source: where it came from. words: {'train': n, ...}, where a loss per word is wanted.
+    A document may be a pair (prompt, answer): then only answers, and the token that ends them, are targets, as
+    <split>.mask.bin says. source: where it came from. words: {'train': n, ...}, where a loss per word is wanted.
     """
-    meta, start = describe(tokenizer, source), [] if tokenizer.eot is None else [tokenizer.eot]
+    meta = describe(tokenizer, source)
     try:
         os.makedirs(folder, exist_ok=True)
         for split, documents in splits.items():
-            arrays = [np.array(start + tokenizer.encode(text), dtype=meta['dtype']) for text in documents]
-            np.concatenate(arrays).tofile(os.path.join(folder, f'{split}.bin.tmp'))
-            meta['splits'][split] = {'tokens': sum(map(len, arrays)), 'documents': len(documents),
-                                     'bytes': sum(len(text.encode('utf-8', 'surrogatepass')) for text in documents)}
+            pairs = [('', d) if isinstance(d, str) else d for d in documents]
+            tokens, masks = (np.concatenate(a) for a in zip(*(encode_pair(tokenizer, *pair) for pair in pairs)))
+            tokens.astype(meta['dtype']).tofile(os.path.join(folder, f'{split}.bin.tmp'))
+            sizes = [[len(text.encode('utf-8', 'surrogatepass')) for text in pair] for pair in pairs]
+            meta['splits'][split] = {'tokens': len(tokens), 'documents': len(pairs), 'bytes': sum(map(sum, sizes))}
+            if not masks.all():
+                masks.tofile(os.path.join(folder, f'{split}.mask.bin.tmp'))
+                counts = {'targets': int(masks[1:].sum()), 'target_bytes': sum(answer for _, answer in sizes)}
+                meta['splits'][split] |= counts
             meta['splits'][split] |= {'words': words[split]} if words else {}
         publish(folder, tokenizer, meta)
     except OSError as e:
@@ -83,6 +90,14 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
                 os.remove(os.path.join(folder, name))
         raise UserError(f'could not write {folder} ({e.strerror or e}); make room and run this again') from e
     return meta
+
+
+def encode_pair(tokenizer, prompt, answer):
+    """(tokens, mask) of a document; the mask is 0 for the prompt's tokens, 1 for all others."""
+    start = [] if tokenizer.eot is None else [tokenizer.eot]  # it ends the document before, so it is a target
+    prompt, answer = tokenizer.encode(prompt), tokenizer.encode(answer)
+    mask = np.repeat(np.array([1, 0, 1], dtype=np.uint8), [len(start), len(prompt), len(answer)])
+    return np.array(start + prompt + answer, dtype=np.uint32), mask
 
 
 # ---- A corpus --------------------------------------------------------------------------------------------------------

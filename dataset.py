@@ -82,8 +82,8 @@ class Dataset:
     def per_token(self, split, what):
         """'bytes' (of UTF-8) or 'words' that a target stands for on average; None where nobody counted them."""
         counts = self.meta.get('splits', {}).get(split, {})
-        targets = counts.get('tokens', 0) - (self.meta.get('eot') is not None)  # which comes first, so is never one
-        return counts[what] / targets if counts.get(what) else None
+        targets = counts.get('targets', counts.get('tokens', 0) - (self.meta.get('eot') is not None))  # it comes first
+        return counts.get(f'target_{what}', counts.get(what, 0)) / max(1, targets) or None
 
 
 def tokenizer_of(checkpoint):

@@ -6,8 +6,9 @@ import torch
 
 from configurator import UserError
 from corpus import write_dataset
-from dataset import Dataset, ahead, eval_batches, train_batch, window_starts
-from tokenizer import CharTokenizer, train_bpe
+from dataset import Dataset, ahead, eval_batches, to_batch, train_batch, window_starts
+from model import GPT, GPTConfig
+from tokenizer import EOT, CharTokenizer, train_bpe
 
 
 @pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (1024, 16), (17, 16), (33, 16)])
@@ -96,3 +97,29 @@ def test_batches_made_ahead_are_the_same_and_an_error_in_one_is_raised():
             taken.append((idx.item(), targets.item()))
     assert taken == [(0, 0), (1, -1), (2, -2)]
     assert list(ahead(iter([]), pin_memory=False)) == []
+
+
+def test_of_a_prompt_and_its_answer_only_the_answer_and_its_end_are_targets(tmp_path):
+    tokenizer = train_bpe(['what is one and one? two or so. '], 270)
+    pairs = [('what is one?', ' one'), ('and two? ', 'two or so')]
+    meta = write_dataset(tmp_path, tokenizer, {'train': pairs, 'val': pairs[1:]}, source='here')
+    data = Dataset(tmp_path)
+    tokens, mask = data.tokens('train'), data.mask('train')
+    assert tokenizer.decode(tokens.tolist()) == ''.join(EOT + a + b for a, b in pairs)
+    assert tokenizer.decode(tokens[mask == 1].tolist()) == ''.join(EOT + b for _, b in pairs)
+    assert data.per_token('train', 'bytes') == sum(len(b) for _, b in pairs) / (mask.sum() - 1)
+    assert meta['splits']['train']['bytes'] == sum(len(a + b) for a, b in pairs)
+    write_dataset(tmp_path, tokenizer, {'train': ['no prompt, no mask'], 'val': ['here']}, source='here')
+    assert Dataset(tmp_path).mask('train') is None
+
+
+def test_the_gradient_of_what_the_mask_hides_is_zero():
+    torch.manual_seed(0)
+    tokens, mask = np.arange(12) % 5, np.array([1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1], dtype=np.uint8)
+    model = GPT(GPTConfig(block_size=11, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    idx_BT, targets_BT = to_batch(tokens, mask, np.arange(12)[None])
+    logits_BTV = model(idx_BT, all_logits=True)[0]
+    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1)
+    assert loss.item() == pytest.approx(model(idx_BT, targets_BT)[1].item(), rel=1e-5)
+    gradient_T = torch.autograd.grad(loss, logits_BTV)[0].abs().sum(dim=-1)[0]
+    assert (gradient_T > 0).tolist() == (mask[1:] == 1).tolist()
