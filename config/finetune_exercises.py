@@ -1,0 +1,24 @@
+# Fine-tunes what config/train_textbook.py trained on exercises; only their solutions are learned.
+#     python train.py config/finetune_exercises.py
+# textbook.py runs the whole study; its table is in the README.
+out_dir = 'out/exercises'
+dataset = 'textbook_exercises'
+init_from = 'out/textbook/ckpt.pt'
+arch = 'modern'
+optimizer = 'muon'
+schedule = 'trapezoid'
+n_layer, n_head, n_embd = 4, 4, 128
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 1
+learning_rate = 4e-3
+muon_learning_rate = 0.01
+min_lr = 0.0
+beta1 = 0.8
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = lr_decay_iters = 250
+cooldown_iters = 200
+eval_interval = 125
+eval_iters = 0  # the whole validation split
+log_interval = 20
