@@ -32,8 +32,8 @@ class Dataset:
         """name: of a folder under data/, or an absolute path. UserError, with the prepare command, if it is missing."""
         self.folder, self.meta = os.path.join('data', name), {}
         name, root = os.path.basename(os.path.normpath(name)), os.path.dirname(os.path.abspath(__file__))
-        own = os.path.isdir(f'{root}/prepare/{name}')
-        script = f'{name}/prepare.py' if own else f'book/prepare.py --dataset={name}'
+        own = [n for n in (name, name.partition('_')[0]) if os.path.isdir(f'{root}/prepare/{n}')]
+        script = f'{own[0]}/prepare.py' if own else f'book/prepare.py --dataset={name}'
         self.remedy = f'prepare it with: python prepare/{script}'
         if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
             known = [d for folder in ('data', f'{root}/prepare') if os.path.isdir(folder) for d in os.listdir(folder)]

@@ -55,8 +55,8 @@ def result_of(name, seed):
         run('train.py', os.path.join(ROOT, 'config', config), f'--out_dir={folder}', f'--seed={seed}', *start,
             *settings.split())
         printed = run('humaneval.py', f'--out_dir={folder}', f'--problems={problems}', '--allow_code_execution=True',
-                      f'--num_samples={num_samples}', f'--temperature={temperature}', f'--seed={seed}',
-                      f'--max_new_tokens={max_new_tokens}', '--batch_size=400')
+                      f'--num_samples={num_samples}', '--strategy=sample', f'--temperature={temperature}',
+                      f'--seed={seed}', f'--max_new_tokens={max_new_tokens}', '--batch_size=500')
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.write(printed.splitlines()[-1])
         os.replace(path + '.tmp', path)

@@ -34,11 +34,11 @@ source = 'builtin'  # builtin, hub (published sets) or api (a teacher that speak
 raw_chars = 8_000_000  # characters of raw code
 pages = 6000  # of the textbook
 exercises = 12000
-problems = 120  # of held-out compositions
+problems = 100  # of held-out compositions
 keep = 0.15  # share of the raw code that textbook_filtered keeps
 overlap = 13  # words in a row that a document may not share with a problem
 vocab_size = 2048
-val_share = 0.04  # of the documents of each set
+val_share = 0.02  # of the documents of each set
 seed = 1337
 teacher = 'gpt-4o-mini'  # api: the model's name; OPENAI_BASE_URL and OPENAI_API_KEY say where it is
 budget = 5.0  # api: dollars (answers, where both prices are 0), never exceeded; data/textbook_teacher/ keeps all
@@ -101,7 +101,7 @@ def hub_rows(name):
     return rows.shuffle(seed=seed, buffer_size=1000)
 
 
-def from_hub(rng):
+def from_hub():
     python = (row['response'] for row in hub_rows('raw') if row['programming_language'] == 'Python')
     raw = first_chars(python, raw_chars)
     textbook = [row['textbook'] for row in hub_rows('pages').take(pages)]
@@ -232,7 +232,7 @@ def main():
         textbook = list(generator.make(generator.page, pages, False, rng))
         pairs = list(generator.make(generator.exercise, exercises, False, rng))
     else:
-        raw, textbook, pairs, ratings = (from_hub if source == 'hub' else from_api)(rng)
+        raw, textbook, pairs, ratings = from_hub() if source == 'hub' else from_api(rng)
     raw, textbook, pairs = (decontaminated(d, against, name) for name, d in (
         ('raw code', raw), ('textbook', textbook), ('exercises', pairs)))
     pairs = [(a.rstrip(), a[len(a.rstrip()):] + b) for a, b in pairs]  # as the tokens of a whole program have it
