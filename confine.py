@@ -1,15 +1,15 @@
 """
 Runs a Python program apart, in an interpreter of its own with few rights and little room, and says how it ended.
     python -c "from confine import execute; print(execute('assert 1 + 1 == 2'))"
-    python confine.py      # this page, and how far it is so on this machine
+    python confine.py      # this page, and which level this machine reaches
 
 A program has nothing but the standard library, no environment, no further process or thread, and limits of time, memory
 and file sizes; if root started it, it runs as nobody. On Linux, where namespaces are permitted, it has no network and
 reaches no process but its own (level 1), sees none, and may write to nothing but an empty folder (level 2); elsewhere a
 notice says what is not so (nor does macOS limit memory). What this does NOT cover: it may read every file that you (or
-nobody) may, use the cores for its time, talk to programs that listen at a socket in the file system, use a gap of the
-kernel, and, if it sets out to, claim to have passed. It contains accidents, not attackers: run what you distrust in a
-virtual machine.
+nobody) may, use the cores for its time, hold more memory in files that the kernel keeps there (memfd, shared memory),
+talk to programs that listen at a socket in the file system, use a gap of the kernel, and, if it sets out to, claim to
+have passed. It contains accidents, not attackers: run what you distrust in a virtual machine.
 """
 import ctypes
 import contextlib

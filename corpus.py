@@ -72,6 +72,7 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
     meta = describe(tokenizer, source)
     try:
         os.makedirs(folder, exist_ok=True)
+        remove_unfinished(folder)  # a killed run's masks would be taken for ours
         for split, documents in splits.items():
             pairs = [('', d) if isinstance(d, str) else d for d in documents]
             tokens, masks = (np.concatenate(a) for a in zip(*(encode_pair(tokenizer, *pair) for pair in pairs)))
@@ -85,11 +86,15 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
             meta['splits'][split] |= {'words': words[split]} if words else {}
         publish(folder, tokenizer, meta)
     except OSError as e:
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if name.endswith('.tmp'):
-                os.remove(os.path.join(folder, name))
+        remove_unfinished(folder)
         raise UserError(f'could not write {folder} ({e.strerror or e}); make room and run this again') from e
     return meta
+
+
+def remove_unfinished(folder):
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name.endswith('.bin.tmp'):
+            os.remove(os.path.join(folder, name))
 
 
 def encode_pair(tokenizer, prompt, answer):

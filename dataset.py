@@ -73,10 +73,10 @@ class Dataset:
 
     def mask(self, split):
         """One byte a token, 1 where the token is a target; None where all of them are."""
-        path = os.path.join(self.folder, f'{split}.mask.bin')
+        path, counts = os.path.join(self.folder, f'{split}.mask.bin'), self.meta.get('splits', {}).get(split, {})
         mask = np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
-        if mask is not None and len(mask) != len(self.tokens(split)):
-            raise UserError(f'{path} does not fit {split}.bin; {self.remedy}')
+        if 'targets' in counts if mask is None else len(mask) != len(self.tokens(split)):
+            raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
         return mask
 
     def per_token(self, split, what):

@@ -73,7 +73,7 @@ def read_jsonl(path, keys, hint):
             rows.append(json.loads(line))
             if not all(isinstance(rows[-1][key], str) for key in keys):
                 raise TypeError('one of them is no text')
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f'{path}, line {i}: a line is an object with the texts {", ".join(keys)} '
                             f'({type(e).__name__}: {e}); {hint}') from None
     if not rows:
@@ -155,7 +155,7 @@ def draw_samples(model, tokenizer, tasks, machine, num_samples=num_samples, batc
     with tqdm(total=len(ids), desc='Samples', disable=not progress) as bar:
         for i in range(0, len(ids), batch_size):
             prompts = [tasks[task_id]['prompt'] for task_id in ids[i:i + batch_size]]
-            drawn += complete(model, tokenizer, prompts, machine, seed + i, **options)
+            drawn += complete(model, tokenizer, prompts, machine, seed * 1_000_003 + i, **options)
             bar.update(len(prompts))
     return [{'task_id': task_id, 'completion': completion} for task_id, completion in zip(ids, drawn)]
 
@@ -216,6 +216,8 @@ def main():
     wanted = [int(k) for k in ks.split(',') if k.strip().isdecimal() and int(k)]
     if len(wanted) < len(ks.split(',')):
         raise UserError(f'ks is {ks!r}; it takes numbers from 1, such as 1,10,100')
+    if not samples and min(wanted) > num_samples:
+        raise UserError(f'pass@{min(wanted)} takes as many samples of each problem: --num_samples={min(wanted)}')
     tasks = load(problems)
     path, rows = samples, load_samples(samples, tasks) if samples else []
     tasks = dict(list(tasks.items())[:limit or None])
@@ -225,6 +227,10 @@ def main():
         source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
         model, tokenizer = GPT.from_pretrained(checkpoint).to(machine.device), tokenizer_of(checkpoint)
+        cut = [t for t in tasks.values() if len(tokenizer.encode(t['prompt'].rstrip())) > model.config.block_size]
+        if cut:
+            print(f'notice: {len(cut)} of {len(tasks)} prompts are longer than the context of '
+                  f'{model.config.block_size} tokens; the model does not see how they begin', file=sys.stderr)
         rows = draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed, progress=True)
         os.makedirs(out_dir, exist_ok=True)
         write_jsonl(path, rows)

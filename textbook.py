@@ -5,8 +5,9 @@ The study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small: four
 Trains one model on raw code and one on the textbook with as many tokens, fine-tunes each on the exercises, and lets all
 four solve the held-out problems. What is done already is not done again: --out_dir says where it is kept. `val loss` is
 that of the solutions of exercises for validation; ± is the standard error of the mean over the seeds or, where that is
-larger, the mean of those over the problems.
+larger, the mean of those over the problems. The README has the table, with the machine and the time it took.
 """
+import hashlib
 import json
 import os
 import statistics
@@ -14,8 +15,10 @@ import subprocess
 import sys
 
 import confine
+from checkpoint import read_log
 from configurator import UserError, configure
 
+# ---- Settings --------------------------------------------------------------------------------------------------------
 out_dir = 'out/textbook_study'
 seeds = 3
 problems = 'builtin'  # or humaneval, or a file: see humaneval.py
@@ -31,6 +34,7 @@ STAGES = {'raw code': ('train_textbook_raw.py', None), 'textbook': ('train_textb
           'textbook, exercises': ('finetune_exercises.py', 'textbook')}
 
 
+# ---- One model -------------------------------------------------------------------------------------------------------
 def run(script, *arguments):
     """Run a script of ours, whose errors go to the screen; returns its standard output."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], stdout=subprocess.PIPE, text=True)
@@ -41,12 +45,24 @@ def run(script, *arguments):
 
 def evaluations(folder):
     """The validation losses of a run, the first at step 0."""
-    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
-        return [entry['val_loss'] for entry in map(json.loads, f) if 'val_loss' in entry]
+    return [entry['val_loss'] for entry in read_log(os.path.join(folder, 'log.jsonl')) if 'val_loss' in entry]
+
+
+def made_with():
+    """What a result depends on: the settings, and a hash of what describes the data. UserError if there is none."""
+    described = b''
+    for name in ('raw', 'filtered', 'exercises'):
+        try:
+            with open(f'data/textbook_{name}/meta.json', 'rb') as f:
+                described += f.read()
+        except FileNotFoundError:
+            raise UserError(f'data/textbook_{name} is not there: python prepare/textbook/prepare.py') from None
+    return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature, 'settings': settings,
+            'max_new_tokens': max_new_tokens, 'data': hashlib.sha256(described).hexdigest()}
 
 
 def result_of(name, seed):
-    """The figures of one model, trained and scored if that has not been done yet."""
+    """The figures of one model, trained and scored if that has not been done yet. UserError if done otherwise."""
     folder = folder_of(name, seed)
     path, (config, start) = os.path.join(folder, 'result.json'), STAGES[name]
     if not os.path.exists(path):
@@ -58,22 +74,30 @@ def result_of(name, seed):
                       f'--num_samples={num_samples}', '--strategy=sample', f'--temperature={temperature}',
                       f'--seed={seed}', f'--max_new_tokens={max_new_tokens}', '--batch_size=500')
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.write(printed.splitlines()[-1])
+            json.dump(json.loads(printed.splitlines()[-1]) | {'made_with': made_with()}, f)
         os.replace(path + '.tmp', path)
     with open(path, encoding='utf-8') as f:
-        return json.load(f)
+        result = json.load(f)
+    if result['made_with'] != made_with():
+        raise UserError(f'{folder} was made with other settings or data; give another --out_dir, or remove {out_dir}')
+    return result
 
 
 def folder_of(name, seed):
     return os.path.join(out_dir, f'{name.replace(", ", "_").replace(" ", "_")}_{seed}')
 
 
-def mean(figures, key):
+# ---- The table -------------------------------------------------------------------------------------------------------
+def error_of(values):
+    """The standard error of the mean."""
+    return statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+
+
+def share(figures, key):
     """'mean ± standard error' of one of the figures over the seeds."""
     values = [f[key] for f in figures]
-    over_seeds = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
-    over_problems = statistics.fmean(f[f'{key}_stderr'] for f in figures)
-    return f'{100 * statistics.fmean(values):5.1f} ± {100 * max(over_seeds, over_problems):.1f} %'
+    error = max(error_of(values), statistics.fmean(f[f'{key}_stderr'] for f in figures))
+    return f'{100 * statistics.fmean(values):.1f} ± {100 * error:.1f} %'
 
 
 if __name__ == '__main__':
@@ -86,7 +110,8 @@ if __name__ == '__main__':
     for name, figures in results.items():
         after = name if STAGES[name][1] else f'{name}, exercises'  # which begins with an evaluation of what it is given
         at = -1 if STAGES[name][1] else 0
-        loss = statistics.fmean(evaluations(folder_of(after, seed))[at] for seed in range(1, seeds + 1))
-        print(f'| {name} | {loss:.3f} | {mean(figures, "pass@1")} | {mean(figures, "pass@10")} |')
+        losses = [evaluations(folder_of(after, seed))[at] for seed in range(1, seeds + 1)]
+        print(f'| {name} | {statistics.fmean(losses):.3f} ± {error_of(losses):.3f} | {share(figures, "pass@1")} | '
+              f'{share(figures, "pass@10")} |')
     print(f'{seeds} seeds, {results["textbook"][0]["n"]} problems, {num_samples} samples each at temperature '
           f'{temperature}')

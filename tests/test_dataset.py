@@ -109,6 +109,9 @@ def test_of_a_prompt_and_its_answer_only_the_answer_and_its_end_are_targets(tmp_
     assert tokenizer.decode(tokens[mask == 1].tolist()) == ''.join(EOT + b for _, b in pairs)
     assert data.per_token('train', 'bytes') == sum(len(b) for _, b in pairs) / (mask.sum() - 1)
     assert meta['splits']['train']['bytes'] == sum(len(a + b) for a, b in pairs)
+    (tmp_path / 'val.mask.bin').rename(tmp_path / 'train.mask.bin.tmp')  # as a kill may leave it
+    with pytest.raises(UserError, match='val.mask.bin is missing'):
+        data.mask('val')
     write_dataset(tmp_path, tokenizer, {'train': ['no prompt, no mask'], 'val': ['here']}, source='here')
     assert Dataset(tmp_path).mask('train') is None
 

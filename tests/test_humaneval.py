@@ -386,7 +386,8 @@ def test_what_the_script_cannot_use_is_one_line(tmp_path):
     ({'init_from': 'no.pt'}, 'no checkpoint no.pt'), ({'problems': 'builtin'}, 'prepare/textbook/prepare.py'),
     ({'problems': 'twice.jsonl'}, 'a task_id twice'), ({'samples': 'no.jsonl'}, 'no.jsonl cannot be read'),
     ({'num_samples': 0}, 'num_samples'), ({'processes': -1}, 'processes'), ({'timeout': 0.0}, 'timeout'),
-    ({'ks': '1;10'}, "'1;10'"), ({'ks': '0,1'}, "'0,1'"), ({'device': 'tpu9'}, '--device=cpu'),
+    ({'ks': '1;10'}, "'1;10'"), ({'ks': '0,1'}, "'0,1'"), ({'ks': '11'}, '--num_samples=11'),
+    ({'device': 'tpu9'}, '--device=cpu'),
     ({'samples': 'second.jsonl', 'limit': 1}, 'first 1 problems'),
 ], ids=lambda x: ','.join(x) if isinstance(x, dict) else '')
 def test_settings_that_cannot_work(tmp_path, monkeypatch, settings, says):

@@ -64,6 +64,8 @@ class Endpoint:
                 if how == 'refused':
                     return
                 usage = {'prompt_tokens': len(prompt) // 3, 'completion_tokens': request['max_tokens'] * 2 // 3}
+                if how == 'no credit':
+                    how, text = 429, 'insufficient_quota'
                 if isinstance(how, str):
                     cost = (usage['prompt_tokens'] * 10 + usage['completion_tokens'] * 50) / 1e6
                     endpoint.served.append((prompt, cost))
@@ -203,6 +205,13 @@ def test_a_prompt_is_given_up_after_so_many_tries_and_tried_again_by_the_next_ru
     assert len(ask(QUESTIONS[:2])[0]) == 2
 
 
+def test_an_endpoint_that_never_answers_ends_the_run(endpoint, waits):
+    endpoint.trouble = [500] * 1000
+    with pytest.raises(UserError, match='24 requests on end had no answer, the last for HTTP 500'):
+        ask(QUESTIONS, concurrency=1, tries=3)
+    assert len(endpoint.asked) == 24
+
+
 # ---- Money -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('concurrency', [1, 8])
 @pytest.mark.parametrize('trouble', [[], TROUBLE * 10], ids=['calm', 'trouble'])
@@ -234,9 +243,10 @@ def test_what_was_under_way_at_a_kill_counts_as_spent(endpoint):
     ({'OPENAI_API_KEY': 'wrong'}, [], 'HTTP 401 .* check OPENAI_API_KEY'),
     ({}, [404] * 9, 'HTTP 404 .* check the name of the teacher'),
     ({}, [400] * 9, 'HTTP 400 for wise'),
+    ({}, ['no credit'] * 9, 'HTTP 429 .* check OPENAI_API_KEY and its credit'),
     ({'OPENAI_API_KEY': '', 'OPENAI_BASE_URL': ''}, [], 'set OPENAI_API_KEY'),
     ({'OPENAI_BASE_URL': 'localhost:8000'}, [], 'OPENAI_BASE_URL is localhost:8000'),
-], ids=['key', 'model', 'request', 'no key', 'address'])
+], ids=['key', 'model', 'request', 'no credit', 'no key', 'address'])
 def test_a_mistake_is_one_line_and_costs_nothing(endpoint, monkeypatch, variables, trouble, says):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -325,7 +335,7 @@ def test_the_tree_is_asked_of_the_teacher_once(endpoint, wise):
 def test_the_tree_is_read_from_a_file(wise, endpoint, tmp_path):
     (tmp_path / 'tree.json').write_text('{"lists": ["slices", "sorting"]}')
     assert {c['subtopic'] for c in teachers.topics(wise, 5, 'tree.json')} == {'slices', 'sorting'}
-    for wrong in ('[]', '{"a": 1}', '{', '{}'):
+    for wrong in ('[]', '{"a": 1}', '{', '{}', '{"a": "slices"}', '{"a": [1]}'):
         (tmp_path / 'tree.json').write_text(wrong)
         with pytest.raises(UserError, match='tree.json'):
             teachers.topics(wise, 5, 'tree.json')
@@ -337,6 +347,7 @@ def test_each_page_is_of_another_combination_of_a_seeded_shuffle(wise, endpoint,
     endpoint.say = lambda prompt: '  One page. ' if 'farmer' in prompt else f'A page on {prompt}'
     pages = teachers.write_textbook(wise, 30, 1, 'tree.json')
     assert pages == teachers.write_textbook(wise, 30, 1, 'tree.json')
+    assert set(teachers.write_textbook(wise, 20, 1, 'tree.json')) <= set(pages)
     assert len(set(endpoint.asked)) == len(endpoint.asked) == 30
     assert teachers.write_textbook(wise, 30, 2, 'tree.json') != pages
     all_pages = teachers.write_textbook(wise, 1000, 1, 'tree.json')
@@ -362,7 +373,8 @@ def test_an_exercise_is_cut_after_its_docstring():
     (GOOD.replace('    # by Archimedes\n    return math.pi * r**2\n', ''), 'no function documented'),
     ('```python\ndef f(): ">>> f()"; return 1\n```', 'no function documented'),
     ('I cannot help with that.', 'does not compile'),
-], ids=['syntax', 'return', 'examples', 'stub', 'line', 'prose'])
+    (GOOD.replace('r**2', ' + '.join(['r'] * 400)), 'too deeply nested|does not compile'),
+], ids=['syntax', 'return', 'examples', 'stub', 'line', 'prose', 'depth'])
 def test_an_exercise_that_is_none_says_why(answer, why):
     with pytest.raises(ValueError, match=why):
         teachers.parse_exercise(answer)

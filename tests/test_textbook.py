@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from checkpoint import read_log
 from conftest import ROOT, run, shared
 from dataset import Dataset
 from hub import Hub
@@ -19,6 +20,7 @@ import tokenizer as tokenizers
 
 sys.path.insert(0, str(ROOT / 'prepare' / 'textbook'))
 import generator
+import textbook
 
 PREPARE = 'prepare/textbook/prepare.py'
 SMALL = ['--raw_chars=200000', '--pages=120', '--exercises=150', '--problems=12', '--vocab_size=600', '--keep=0.3']
@@ -68,10 +70,27 @@ def test_held_out_compositions_are_in_no_page_and_no_exercise():
     texts = list(generator.make(record, 1500, False, random.Random(1)))
     assert len(set(texts)) == 1500 and not any(c in held_out for c in used) and len(known) <= 1500
     assert all(c in used for c in known)
-    body = {ast.dump(ast.parse('def f():\n' + generator.exercise(c, random.Random(seed))[1]))
-            for c in known for seed in range(2)}
-    plain = [generator.write_function(c, random.Random(9)) for c in held_out]
-    assert not any(ast.dump(ast.parse('def f():\n' + function['body'])) in body for function in plain)
+
+
+def meaning(function):
+    """Its code as one comprehension, whatever it calls its parameter and its element."""
+    tree = ast.parse(function['plain'])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            node.id = {function['v']: 'v', function['parameter']: 'p'}.get(node.id, node.id)
+        elif isinstance(node, ast.arg):
+            node.arg = 'p'
+    return ast.unparse(tree)
+
+
+def test_no_held_out_problem_has_the_code_of_a_known_composition():
+    """Not even with another name: what 2 divides is even."""
+    rng, found = random.Random(0), {}
+    for held_out in (True, False):
+        for composition in generator.compositions(held_out):
+            found.setdefault(held_out, set()).update(meaning(generator.write_function(composition, rng))
+                                                     for _ in range(60))  # so that each number and letter occurs
+    assert len(found[True]) > 1000 and not found[True] & found[False]
 
 
 # ---- Preparing -------------------------------------------------------------------------------------------------------
@@ -89,7 +108,7 @@ def test_three_sets_share_a_tokenizer_and_of_exercises_the_solutions_are_targets
         assert document.startswith('def ') and document.endswith('"""' + solution) and solution.startswith('\n    ')
         ast.parse(document)
     text = tokenizers.load(sets['filtered'].spec).decode(sets['filtered'].tokens('train').tolist())
-    assert text.count(tokenizers.EOT + '# ') > 100 and 'classifier: ' in out
+    assert text.count(tokenizers.EOT + '# ') > 100 and 'classifier, ' in out
 
 
 def test_problems_have_humanevals_schema(prepared_once):
@@ -129,10 +148,11 @@ def test_the_classifier_keeps_the_code_that_is_like_the_textbook(capsys):
     bad = [f'static int x{i} = 0x{i:x}; #define FOO_{i} bar->baz({i});' for i in range(90)]
     good = [f'# The sum of the numbers of list {i}, found by adding: sum(numbers)' for i in range(10)]
     prepare['keep'] = 0.1
-    chosen = prepare['best_of'](bad[:50] + good + bad[50:], textbook, None, rng)
-    assert chosen == good and 'classifier: ' in capsys.readouterr().out
-    ratings = [1.0 if 'static' in text else None if '3' in text else 9.0 for text in bad[:12] + good + good]
-    chosen = prepare['best_of'](bad[:12] + good + good + bad, textbook, ratings, rng)
+    chosen = prepare['best_of'](bad[:50] + good + bad[50:], textbook, {}, rng)
+    assert chosen == good and 'classifier, textbook against raw code: ' in capsys.readouterr().out
+    rated = bad[:12] + good + [f'{text}, found' for text in good]
+    ratings = {text: 1.0 if 'static' in text else None if '3' in text else 9.0 for text in ['removed since', *rated]}
+    chosen = prepare['best_of'](rated + bad, textbook, ratings, rng)
     assert not any('static' in text for text in chosen)
 
 
@@ -197,7 +217,7 @@ def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_p
 @pytest.mark.parametrize('args, says', [
     (['--source=web'], 'choose from builtin, hub, api'), (['--keep=0'], 'keep and val_share lie between'),
     (['--problems=0'], 'at least 1'), (['--pages=3', '--raw_chars=90000'], 'too few to learn from'),
-    (['--source=api', '--teacher=x'], 'OPENAI_API_KEY')])
+    (['--source=api'], 'OPENAI_API_KEY'), (['--source=api', '--teacher=x'], 'what does x cost?')])
 def test_mistakes_in_preparing_get_one_line(tmp_path, args, says):
     (tmp_path / 'data/downloads').mkdir(parents=True)
     if '--source=api' in args:
@@ -208,22 +228,37 @@ def test_mistakes_in_preparing_get_one_line(tmp_path, args, says):
 
 
 # ---- The study -------------------------------------------------------------------------------------------------------
-def test_the_study_trains_four_models_a_seed_and_goes_on_where_it_was(prepared_once, tmp_path):
+def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tmp_path):
     shutil.copytree(prepared_once[0] / 'data', tmp_path / 'data')
     tiny = ('--device=cpu --n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --max_iters=2 '
             '--lr_decay_iters=2 --cooldown_iters=1 --warmup_iters=0 --eval_iters=2 --eval_interval=1')
-    command = ['textbook.py', '--seeds=2', '--max_new_tokens=4', '--allow_code_execution=True', f'--settings={tiny}']
+    command = ['textbook.py', '--seeds=1', '--max_new_tokens=4', '--allow_code_execution=True', f'--settings={tiny}']
     out, _ = run(*command, cwd=tmp_path)
-    rows = re.findall(r'^\| ([a-z, ]+) \| ([\d.]+) \| +0\.0 ± 0\.0 % \| +0\.0 ± 0\.0 % \|$', out, re.MULTILINE)
+    rows = re.findall(r'^\| ([a-z, ]+) \| ([\d.]+) ± [\d.]+ \| 0\.0 ± 0\.0 % \| 0\.0 ± 0\.0 % \|$', out, re.MULTILINE)
     assert [name for name, _ in rows] == ['raw code', 'textbook', 'raw code, exercises', 'textbook, exercises']
     study = tmp_path / 'out/textbook_study'
-    assert len(list(study.glob('*/result.json'))) == 8
-    logs = [[json.loads(line) for line in open(study / f'textbook_exercises_{seed}/log.jsonl')] for seed in (1, 2)]
-    first, last = ([[e['val_loss'] for e in log if 'val_loss' in e][at] for log in logs] for at in (0, -1))
-    assert rows[1][1] == f'{sum(first) / 2:.3f}' and rows[3][1] == f'{sum(last) / 2:.3f}'
-    (study / 'textbook_exercises_2/result.json').unlink()
+    assert len(list(study.glob('*/result.json'))) == 4
+    losses = [e['val_loss'] for e in read_log(study / 'textbook_exercises_1/log.jsonl') if 'val_loss' in e]
+    assert rows[1][1] == f'{losses[0]:.3f}' and rows[3][1] == f'{losses[-1]:.3f}'
+    (study / 'textbook_exercises_1/result.json').unlink()
     again, error = run(*command, cwd=tmp_path)
-    assert again == out and re.findall('seed .*', error) == ['seed 2: textbook, exercises']
+    assert again == out and re.findall('seed .*', error) == ['seed 1: textbook, exercises']
+    _, error = run(*command, '--temperature=1.0', cwd=tmp_path, status=2)
+    assert 'was made with other settings' in error
+
+
+def test_errors_are_of_the_mean_over_seeds_or_over_problems_whichever_is_larger():
+    figures = [{'pass@1': p, 'pass@1_stderr': 0.01} for p in (0.1, 0.2, 0.6)]
+    assert textbook.share(figures, 'pass@1') == '30.0 ± 15.3 %' and textbook.error_of([0.5]) == 0
+    assert textbook.share([f | {'pass@1_stderr': 0.2} for f in figures], 'pass@1') == '30.0 ± 20.0 %'
+
+
+def test_both_pretrainings_are_of_one_model_and_one_number_of_tokens():
+    settings = [{}, {}]
+    for name, found in zip(('train_textbook', 'train_textbook_raw'), settings):
+        exec((ROOT / 'config' / f'{name}.py').read_text(encoding='utf-8'), found)
+    differ = {key for key in settings[0] if settings[0][key] != settings[1].get(key)} - {'__builtins__'}
+    assert differ == {'out_dir', 'dataset'} and settings[0].keys() == settings[1].keys()
 
 
 def test_the_study_asks_before_it_runs_what_a_model_wrote(tmp_path):

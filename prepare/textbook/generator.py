@@ -4,14 +4,15 @@ Python exercises and textbook pages made on the spot, by composing a predicate, 
 
 A composition such as (even, squares, sum) over the numbers of a list, the values of a dictionary or a range, or over
 the words of a text, is named, worded and coded in many ways. Every solution is executed: the examples in its docstring
-are what it returned, and what the plain functions of the tables here return. One in seven compositions is held out:
-it is in no page and no exercise, only in the problems.
+are what it returned, and what the same as a single comprehension returns. One in seven compositions is held out: it is
+in no page and no exercise, only in the problems.
 """
 import random
 import sys
 import zlib
 
-# Each has a name, wordings, and code. k is a small number, c a letter; x is the element.
+# Each has a name, wordings, and code, which is no other's: m is above 2, for what 2 divides is even. k and j are small
+# numbers too, c is a letter, v the element.
 PREDICATES = {
     'number': [
         ('all', ['{x}'], ''),
@@ -23,8 +24,8 @@ PREDICATES = {
         ('above', ['{x} greater than {k}', '{x} above {k}'], '{v} > {k}'),
         ('below', ['{x} less than {k}', '{x} below {k}'], '{v} < {k}'),
         ('at_least', ['{x} that are at least {k}', '{x} not less than {k}'], '{v} >= {k}'),
-        ('divisible', ['{x} divisible by {k}', 'multiples of {k} among the {x}'], '{v} % {k} == 0'),
-        ('indivisible', ['{x} not divisible by {k}', '{x} that {k} does not divide'], '{v} % {k} != 0')],
+        ('divisible', ['{x} divisible by {m}', 'multiples of {m} among the {x}'], '{v} % {m} == 0'),
+        ('indivisible', ['{x} not divisible by {m}', '{x} that {m} does not divide'], '{v} % {m} != 0')],
     'word': [
         ('all', ['{x}'], ''),
         ('long', ['{x} longer than {k} letters', '{x} with more than {k} letters'], 'len({v}) > {k}'),
@@ -97,7 +98,7 @@ def compositions(held_out):
         for predicate in PREDICATES[kind]:
             for transform in TRANSFORMS[kind]:
                 for aggregate in AGGREGATES[transform[3]]:
-                    name = ' '.join((kind, predicate[0], transform[0], aggregate[0]))
+                    name = ' '.join((predicate[0], transform[0], aggregate[0]))  # of both kinds, as code may be too
                     if (zlib.crc32(name.encode()) % 7 == 0) == held_out:
                         yield kind, predicate, transform, aggregate
 
@@ -108,8 +109,8 @@ def write_function(composition, rng):
     parameters, things, iterable, variables = rng.choice(SOURCES[kind])
     p = rng.choice(parameters)
     v = rng.choice([v for v in variables if v != p])
-    fill = {'v': v, 'p': p, 'k': rng.randint(2, 6), 'j': rng.randint(2, 9), 'c': rng.choice('aeinrst'),
-            'x': things.format(p=p)}
+    fill = {'v': v, 'p': p, 'k': rng.randint(2, 6), 'm': rng.randint(3, 7), 'j': rng.randint(2, 9),
+            'c': rng.choice('aeinrst'), 'x': things.format(p=p)}
     things = rng.choice(p_words).format(**fill)
     changed = rng.choice(t_words).format(y=things, **fill)
     task = rng.choice(a_words).format(z=changed)
@@ -224,7 +225,7 @@ def make(write, n, held_out, rng):
 
 
 if __name__ == '__main__':
-    rng, n = random.Random(1), int(sys.argv[1])
+    rng, n = random.Random(1), int(sys.argv[1]) if sys.argv[1:] and sys.argv[1].isdigit() else 3
     for prompt, solution in make(exercise, n, False, rng):
         print(prompt + solution)
     print(*make(page, n, False, rng), sep='\n')

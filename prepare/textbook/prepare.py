@@ -9,7 +9,7 @@ classifier likes best, and textbook pages; data/textbook_exercises, signature an
 the solution is learned; there also problems.jsonl, problems of held-out compositions for humaneval.py. What shares
 `overlap` words in a row with these problems or with HumanEval's is removed. textbook.py runs the study.
 """
-import collections
+import itertools
 import os
 import random
 import re
@@ -29,6 +29,7 @@ import teacher as teachers
 import tokenizer as tokenizers
 from configurator import UserError, configure
 from corpus import write_dataset
+from documents import first_line
 
 source = 'builtin'  # builtin, hub (published sets) or api (a teacher that speaks OpenAI's protocol)
 raw_chars = 8_000_000  # characters of raw code
@@ -41,8 +42,8 @@ vocab_size = 2048
 val_share = 0.02  # of the documents of each set
 seed = 1337
 teacher = 'gpt-4o-mini'  # api: the model's name; OPENAI_BASE_URL and OPENAI_API_KEY say where it is
-budget = 5.0  # api: dollars (answers, where both prices are 0), never exceeded; data/textbook_teacher/ keeps all
-price_in = 0.15  # api: dollars for a million tokens of questions
+budget = 5.0  # api: dollars to spend at most; a number of answers, if both prices are 0
+price_in = 0.15  # api: dollars for a million tokens of questions, as gpt-4o-mini costs
 price_out = 0.6  # api: dollars for a million tokens of answers
 concurrency = 8  # api: questions at a time
 topics = ''  # api: a JSON file {topic: [subtopic, …]}; empty: the teacher is asked for it
@@ -87,41 +88,53 @@ def first_chars(texts, n_chars):
 
 
 def hub_rows(name):
-    """The rows of one of the published sets, streamed; UserError if it cannot be had or has other columns."""
+    """The rows of one of the published sets, streamed, those with text; UserError if it cannot be had or has others."""
     from datasets import load_dataset
     repository, columns = HUB[name]
     try:
         rows = load_dataset(repository, split='train', streaming=True)
-        first = next(iter(rows))
-    except Exception as e:  # offline, refused, gated: the hub's errors have no common class
-        raise UserError(f'{repository} could not be read ({type(e).__name__}: {str(e).strip().splitlines()[0]}); check '
-                        'the network, and whether it asks you to accept its terms (then: hf auth login)') from e
-    if not set(columns) <= first.keys():
-        raise UserError(f'{repository} has the columns {", ".join(first)}; {", ".join(columns)} are expected')
-    return rows.shuffle(seed=seed, buffer_size=1000)
+        for row in rows.shuffle(seed=seed, buffer_size=1000):
+            if not set(columns) <= row.keys():
+                raise UserError(f'{repository} has the columns {", ".join(row)}; {", ".join(columns)} are expected')
+            if all(isinstance(row[column], str) for column in columns):
+                yield row
+    except UserError:
+        raise
+    except Exception as e:  # offline, refused, gated, cut short: the hub's errors have no common class
+        raise UserError(f'{repository} could not be read ({first_line(e)}); check the network, and whether it asks you '
+                        'to accept its terms (then: hf auth login)') from e
 
 
 def from_hub():
+    """(raw code, pages, exercises, no ratings) of the published sets."""
     python = (row['response'] for row in hub_rows('raw') if row['programming_language'] == 'Python')
     raw = first_chars(python, raw_chars)
-    textbook = [row['textbook'] for row in hub_rows('pages').take(pages)]
-    pairs = [(row['problem'], row['solution']) for row in hub_rows('exercises').take(exercises)]
+    textbook = [row['textbook'] for row in itertools.islice(hub_rows('pages'), pages)]
+    pairs = [(row['problem'], row['solution']) for row in itertools.islice(hub_rows('exercises'), exercises)]
     for name, got, wanted in (('pages', textbook, pages), ('exercises', pairs, exercises)):
         if len(got) < wanted:
             raise UserError(f'{HUB[name][0]} has {len(got):,} rows; ask for at most so many: --{name}={len(got)}')
     if not raw:
         raise UserError(f'{HUB["raw"][0]} has no rows in Python')
-    return raw, textbook, pairs, None
+    if (size := sum(map(len, raw))) < raw_chars:
+        print(f'notice: {HUB["raw"][0]} has {size:,} characters of Python, not {raw_chars:,}', file=sys.stderr)
+    return raw, textbook, pairs, {}
 
 
 def from_api(rng):
+    """(raw code, pages, exercises, {piece of raw code: rating}) of a teacher, who keeps its answers in a folder."""
     folder = 'data/textbook_teacher'
+    if teacher != 'gpt-4o-mini' and (price_in, price_out) == (0.15, 0.6):
+        raise UserError(f'what does {teacher} cost? Give --price_in and --price_out, dollars a million tokens; with '
+                        '0 for both the budget is a number of answers')
+    if allow_code_execution:
+        confine.permit(True)  # before money is spent
     model = teachers.Teacher(teacher, folder, budget, concurrency, price_in, price_out)
     if not allow_code_execution:
         print("the teacher's solutions are checked for their form only; to run their examples as well, each in a "
               'process of its own: --allow_code_execution=True', file=sys.stderr)
     raw = standard_library(raw_chars, rng)
-    ratings = teachers.rate(model, raw[:rated])
+    ratings = dict(zip(raw[:rated], teachers.rate(model, raw[:rated])))
     textbook = teachers.write_textbook(model, pages, seed, topics)
     runs = {'runs': examples_hold} if allow_code_execution else {}
     pairs = teachers.write_exercises(model, exercises, seed, topics, **runs)
@@ -183,30 +196,33 @@ def train_classifier(good, bad, rng):
 def best_of(raw, textbook, ratings, rng):
     """The share `keep` of the raw code that a classifier likes best, in the order it had.
 
-    It learns the textbook against raw code; or, if a teacher has rated the first pieces, the better half of these
-    against the other.
+    It learns the textbook against raw code; or, if a teacher has rated twenty pieces, the better half of these against
+    the other.
     """
-    good, bad = textbook, raw
-    if ratings and sum(r is not None for r in ratings) >= 20:
-        ranked = sorted((r, i) for i, r in enumerate(ratings) if r is not None)
+    good, bad, what = textbook, raw, 'textbook against raw code'
+    ranked = sorted((ratings[text], i) for i, text in enumerate(raw) if ratings.get(text) is not None)
+    if len(ranked) >= 20:
         bad, good = ([raw[i] for _, i in half] for half in (ranked[:len(ranked) // 2], ranked[len(ranked) // 2:]))
+        what = f'the better of {len(ranked)} rated pieces against the others'
     classifier, accuracy = train_classifier(good, bad, rng)
-    print(f'classifier: {100 * accuracy:.1f} % right on texts that it had not seen')
+    print(f'classifier, {what}: {100 * accuracy:.1f} % right on texts that it had not seen')
     with torch.no_grad():
         scores = [s for first in range(0, len(raw), 256) for s in classifier(raw[first:first + 256]).tolist()]
     least = sorted(scores, reverse=True)[:max(1, round(keep * len(raw)))][-1]
     return [text for text, s in zip(raw, scores) if s >= least]
 
 
-def ngrams(text, n):
+def runs_of_words(text, n):
+    """The set of all n words in a row, without signs and capitals."""
     words = re.findall(r'\w+', text.lower())
     return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
 
 
 def decontaminated(documents, tests, what):
     """The documents that share no n-gram with the problems of `tests`; says how many do."""
-    forbidden = set().union(*(ngrams(p['prompt'] + p['canonical_solution'], overlap) for p in tests))
-    clean = [d for d in documents if forbidden.isdisjoint(ngrams(d if isinstance(d, str) else ''.join(d), overlap))]
+    forbidden = set().union(*(runs_of_words(p['prompt'] + p['canonical_solution'], overlap) for p in tests))
+    clean = [d for d in documents
+             if forbidden.isdisjoint(runs_of_words(d if isinstance(d, str) else ''.join(d), overlap))]
     print(f'{what}: {len(documents):,} documents, {len(documents) - len(clean):,} of them too like a problem')
     return clean
 
@@ -228,7 +244,7 @@ def main():
     else:
         print('HumanEval is not in data/downloads, so texts are compared with the held-out problems alone')
     if source == 'builtin':
-        raw, ratings = standard_library(raw_chars, rng), None
+        raw, ratings = standard_library(raw_chars, rng), {}
         textbook = list(generator.make(generator.page, pages, False, rng))
         pairs = list(generator.make(generator.exercise, exercises, False, rng))
     else:
@@ -247,8 +263,8 @@ def main():
         if len(documents) <= n_val:
             raise UserError(f'{folder} would have {len(documents)} documents; ask for more')
         meta = write_dataset(folder, tok, {'train': documents[n_val:], 'val': documents[:n_val]}, source=source)
-        counts = collections.Counter({split: c['tokens'] for split, c in meta['splits'].items()})
-        print(f'{folder}: {counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')
+        counts = meta['splits']
+        print(f'{folder}: {counts["train"]["tokens"]:,} tokens to train on, {counts["val"]["tokens"]:,} to validate')
     humaneval.write_jsonl('data/textbook_exercises/problems.jsonl', tests)
     print(f'data/textbook_exercises/problems.jsonl: {len(tests)} problems of {len(held_out)} held-out compositions')
 

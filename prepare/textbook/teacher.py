@@ -11,7 +11,6 @@ import collections
 import email.utils
 import hashlib
 import json
-import math
 import os
 import queue
 import random
@@ -66,7 +65,7 @@ class Teacher:
         self.headers |= {'Authorization': f'Bearer {key}'} if key else {}
         self.model, self.budget, self.concurrency, self.tries = model, budget, concurrency, tries
         self.prices, self.max_tokens, self.temperature = (price_in, price_out), max_tokens, temperature
-        self.answers, self.costs, self.spent, self.under_way, self.failures = {}, {}, 0.0, 0, 0
+        self.answers, self.costs, self.spent, self.under_way, self.failures, self.in_a_row = {}, {}, 0.0, 0, 0, 0
         self.changed, self.stop, self.over, self.why = threading.Condition(), threading.Event(), False, ''
         os.makedirs(folder, exist_ok=True)
         self.lock = only_one(os.path.join(folder, 'answers.lock'))
@@ -91,7 +90,7 @@ class Teacher:
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6 if any(self.prices) else 1.0
 
     def count(self, entry):
-        """Of the lines of one request the last holds."""
+        """Of a request's lines only the last counts."""
         self.spent += entry['cost'] - self.costs.get(entry['request'], 0.0)
         self.costs[entry['request']] = entry['cost']
         if 'text' in entry:
@@ -121,6 +120,7 @@ class Teacher:
         with self.changed:
             self.under_way -= 1
             self.failures += 'text' not in entry
+            self.in_a_row = 0 if 'text' in entry else self.in_a_row + 1
             self.write(entry)
             self.changed.notify_all()
         self.came.put(())
@@ -139,8 +139,9 @@ class Teacher:
         status, said = response.status_code, ' '.join(response.text.split())[:200]
         if status != 200:
             entry['cost'] = 0.0
-            if 400 <= status < 500 and status not in (408, 409, 425, 429):
-                check = 'OPENAI_API_KEY' if status in (401, 403) else 'the name of the teacher and OPENAI_BASE_URL'
+            if 400 <= status < 500 and (status not in (408, 409, 425, 429) or 'insufficient_quota' in said):
+                check = ('OPENAI_API_KEY and its credit' if status in (401, 403, 429) else
+                         'the name of the teacher and OPENAI_BASE_URL')
                 raise UserError(f'HTTP {status} for {self.model} at {self.url}; check {check}: {said}')
             return f'HTTP {status}: {said}', seconds_of(response.headers.get('Retry-After', ''))
         try:
@@ -153,7 +154,7 @@ class Teacher:
                           'text': text.encode('utf-8', 'replace').decode()}
             return 'an empty answer', 0.0
         except (ValueError, LookupError, TypeError, AttributeError):
-            return f'an answer that is none: {said}', 0.0
+            return f'a malformed answer: {said}', 0.0
 
     def answer(self, session, prompt):
         """The answer to a prompt, or None if there is none after so many tries."""
@@ -169,6 +170,9 @@ class Teacher:
             self.why = why
             if n + 1 < self.tries:
                 self.stop.wait(max(pause, BACKOFF * 2**n * random.uniform(0.5, 1.5)))
+        if self.in_a_row >= 8 * self.tries and not self.stop.is_set():
+            raise UserError(f'{self.in_a_row} requests on end had no answer, the last for {why}; check OPENAI_BASE_URL '
+                            'and the network: the same command goes on')
         return None
 
     def work(self, prompts):
@@ -225,7 +229,11 @@ class Teacher:
 
 
 def seconds_of(retry_after):
-    """Seconds that a Retry-After asks to wait, a number or a date, but at most an hour; 0 if it is neither."""
+    """Seconds that a Retry-After asks to wait, a number or a date, but at most an hour; 0 if it is neither.
+
+    >>> seconds_of('20')
+    20.0
+    """
     try:
         seconds = float(retry_after)
     except ValueError:
@@ -250,16 +258,20 @@ def parse_list(answer):
 def topics(teacher, n, path=''):
     """At least n combinations {'topic', 'subtopic', 'profession'}, if the teacher names as many topics as it is asked.
 
-    path: a JSON file {topic: [subtopic, ...]} to take instead, as large as it may be. UserError.
+    path: a JSON file {topic: [subtopic, ...]} to take instead, of any size. UserError.
     """
     if path:
         try:
             with open(path, encoding='utf-8') as f:
-                tree = {topic: [str(name) for name in names] for topic, names in json.load(f).items()}
+                tree = json.load(f)
+            if not all(isinstance(name, str) for names in tree.values() for name in names) or str in map(
+                    type, tree.values()):
+                raise ValueError('its subtopics are not lists of strings')
         except (OSError, ValueError, TypeError, AttributeError) as e:
             raise UserError(f'{path} is no JSON of the form {{"topic": ["subtopic", ...]}}: {e}') from None
     else:
-        side = max(2, min(40, math.ceil(math.sqrt(n / 4))))  # few professions a subtopic: more to write about
+        # Few professions a subtopic, for more to write about; in steps, so that a somewhat larger n keeps the tree
+        side = next(side for side in (3, 5, 10, 20, 40) if 4 * side * side >= n or side == 40)
         [names] = [parse_list(text) for _, text in teacher.ask([TOPICS.format(n=side)])] or [[]]
         asked = {SUBTOPICS.format(n=side, topic=name): name for name in names}
         came = {asked[prompt]: parse_list(text) for prompt, text in teacher.ask(asked)}
@@ -276,8 +288,9 @@ def collect(teacher, template, n, seed, path, parse, what):
 
     parse(answer) gives (result, form); of those that share a form the first is kept.
     """
-    combinations = topics(teacher, n, path)
-    prompts = [template.format(**c) for c in random.Random(seed).sample(combinations, min(n, len(combinations)))]
+    combinations = [template.format(**c) for c in topics(teacher, n, path)]
+    # In an order in which those of a larger n, or of a tree that got larger, do not displace those asked before
+    prompts = sorted(combinations, key=lambda prompt: hashlib.sha256(f'{seed} {prompt}'.encode()).digest())[:n]
     came, kept, dropped = dict(teacher.ask(prompts)), {}, collections.Counter()
     for prompt in (prompt for prompt in prompts if prompt in came):
         try:
@@ -318,7 +331,10 @@ def parse_exercise(answer):
                     and node.body[1].lineno > node.body[0].end_lineno):
                 lines, middle = block.split('\n'), node.body.pop(0).end_lineno
                 texts = lines[:middle], lines[middle:node.end_lineno]
-                return tuple('\n'.join(text) + '\n' for text in texts), ast.unparse(node)
+                try:
+                    return tuple('\n'.join(text) + '\n' for text in texts), ast.unparse(node)
+                except RecursionError:
+                    why = 'too deeply nested'
     raise ValueError(why)
 
 
