@@ -148,7 +148,8 @@ with gr.Blocks(title='folio') as page:
                 models.append(gr.Dropdown(list(sources), value=choice, label='model'))
                 panes += [gr.HTML(elem_classes='about'), gr.HTML(elem_classes='text')]
     event = go.click(write_both, models + settings, panes, show_progress='hidden', concurrency_limit=8)
-    stop.click(lambda *said: [s.replace(' …', ', stopped') for s in said], panes[::2], panes[::2], cancels=event)
+    stop.click(None, cancels=event).then(lambda *said: [s.replace(' …', ', stopped') for s in said],
+                                         panes[::2], panes[::2])
     coloured.change(None, coloured, js="on => {document.querySelector('#panes').dataset.coloured = on}")
 if share:
     print('warning: whoever has the public address can now use these models on this machine, and what is typed and '

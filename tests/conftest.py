@@ -1,11 +1,15 @@
 """What the tests share: a way to run the scripts as a user does, small data, small models."""
+import functools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
+
+from forked import Forks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -19,12 +23,31 @@ TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd
         '--out_dir=out']
 
 
+def pytest_collection_modifyitems(items):
+    """The notebook first: it takes minutes, in which a second process does the rest."""
+    items.sort(key=lambda item: 'from_start_to_end' not in item.name)
+
+
 def run(script, *args, cwd, status=0, **options):
     """Run a script with this Python in cwd; assert its exit status; return (standard output, standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, encoding='utf-8', timeout=300, **options)
-    assert done.returncode == status, f'status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}'
-    return done.stdout, done.stderr
+    command = [str(ROOT / script), *map(str, args)]
+    if sys.platform == 'linux' and not options:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [os.path.join(folder, name) for name in ('out', 'err')]
+            code = forks().run(*command[:1], command[1:], str(cwd), *paths, timeout=300)
+            out, err = (pathlib.Path(path).read_text(encoding='utf-8') for path in paths)
+    else:
+        done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, encoding='utf-8',
+                              timeout=300, **options)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    assert code == status, f'status {code}, not {status}\n{out}\n{err}'
+    return out, err
+
+
+@functools.cache
+def forks():
+    """Of this process of pytest."""
+    return Forks()
 
 
 def shared(path):
