@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 import tokenizer as tokenizers
@@ -24,6 +23,8 @@ from test_nanogpt import CHARS, char_folder, checkpoint_file
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
+hypothesis = pytest.importorskip('hypothesis')
+st = hypothesis.strategies
 VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
 HARD = ['', ' ', '\n', '<|endoftext|>', 'a<|endoftext|><|endoftext|> b', 'naïve café, x\u0301 e\u0301\u0323',
         '日本語 中文 한국어', '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽', 'שלום \u202e مرحبا \u2067', '\x00', 'a\x00b\x00\x00',
@@ -219,8 +220,8 @@ def test_tokenizer_gives_the_same_ids_on_runs(pair):
             assert_same(pair, unit * n)
 
 
-@settings(deadline=None, max_examples=200)
-@given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'), st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'), st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
 def test_tokenizer_gives_the_same_ids_and_text_on_any_unicode(pair, text):
     if pair[0].eot is None:
         text = ''.join(c for c in text if c in pair[0].id_of)

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import regex
-from hypothesis import given, settings, strategies as st
 
 import bpe
 import documents
@@ -13,20 +12,22 @@ import tokenizer as tokenizers
 from configurator import UserError
 from conftest import ROOT, run, shared
 
+hypothesis = pytest.importorskip('hypothesis')
+st = hypothesis.strategies
 VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
 HARD = 'naïve café — 日本語 👩‍👩‍👧 \u0000 \u202e <|endoftext|> \r\n\t  x\u0301 ' + chr(0x10ffff)
 TRAINED = tokenizers.train_bpe(['the cat sat on the mat, the end. ' * 20, HARD * 3], 330)
 
 
-@settings(deadline=None, max_examples=300)
-@given(VALID_TEXT)
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(VALID_TEXT)
 def test_bpe_round_trips_any_unicode(text):
     ids = TRAINED.encode(text)
     assert TRAINED.decode(ids) == text and TRAINED.decode_bytes(ids) == text.encode() and TRAINED.eot not in ids
 
 
-@settings(deadline=None)
-@given(VALID_TEXT)
+@hypothesis.settings(deadline=None)
+@hypothesis.given(VALID_TEXT)
 def test_char_round_trips_what_it_knows(text):
     tokenizer = tokenizers.CharTokenizer(''.join(sorted(set(text))))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -77,8 +78,8 @@ def slow_bpe(texts, vocab_size):
     return merges
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.text('aab c\n', max_size=60), max_size=4))
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.lists(st.text('aab c\n', max_size=60), max_size=4))
 def test_merges_equal_a_slow_reference(texts):
     assert tokenizers.train_bpe(texts, 290).spec['merges'] == slow_bpe(texts, 290)
 
@@ -88,8 +89,8 @@ def test_merges_equal_a_slow_reference_on_prose():
     assert tokenizers.train_bpe([text], 330).spec['merges'] == slow_bpe([text], 330)
 
 
-@settings(deadline=None)
-@given(st.lists(st.text('aabé ', max_size=200), max_size=4))
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(st.text('aabé ', max_size=200), max_size=4))
 def test_no_token_is_spelled_twice(texts):
     tokens = [left + right for left, right in tokenizers.train_bpe(texts, 400).spec['merges']]
     assert len(set(tokens)) == len(tokens)
@@ -105,7 +106,7 @@ def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
     assert tokenizers.train_bpe(texts, 400).spec == one_chunk
 
 
-@given(st.lists(st.text('ab ', max_size=30)))
+@hypothesis.given(st.lists(st.text('ab ', max_size=30)))
 def test_chunks_are_whole_texts_in_their_order(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe, 'CHUNK', 20)
