@@ -221,7 +221,8 @@ def test_tokenizer_gives_the_same_ids_on_runs(pair):
 
 
 @hypothesis.settings(deadline=None, max_examples=200)
-@hypothesis.given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'), st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
+@hypothesis.given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'),
+                                 st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
 def test_tokenizer_gives_the_same_ids_and_text_on_any_unicode(pair, text):
     if pair[0].eot is None:
         text = ''.join(c for c in text if c in pair[0].id_of)
