@@ -111,6 +111,8 @@ def write_both(left, right, *settings):
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 newest = [choice for choice in sources if choice.endswith(': newest')]
+if other and not os.path.exists(os.path.join(other, 'ckpt.pt')):
+    raise UserError(f'no checkpoint in {other}; --other= takes the folder of a run')
 for choice in newest:
     load(choice)  # what is wrong with it is said here
 for name in ('NO_PROXY', 'no_proxy'):  # gradio calls itself
@@ -155,7 +157,8 @@ with gr.Blocks(title='folio') as page:
 if share:
     print('warning: whoever has the public address can now use these models on this machine, and what is typed and '
           "written passes through Gradio's servers; Ctrl-C ends it", file=sys.stderr, flush=True)
+print(f'http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it', flush=True)
 try:
-    page.launch(server_name='127.0.0.1', server_port=port, share=share)
-except OSError as e:
-    raise UserError(f'port {port} cannot be used ({e}); try another: --port={port % 65535 + 1}') from None
+    page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share)
+except OSError:
+    raise UserError(f'port {port} is taken or cannot be used; try another: --port={port % 65535 + 1}') from None

@@ -46,7 +46,7 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
     raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or '
-                    'save the file yourself and give its path')
+                    f'save the file yourself as {path}')
 
 
 def sha256_of(path):

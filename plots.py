@@ -116,5 +116,5 @@ def draw_texts(path, run, measured, labels):
     for axes in panels[1]:
         axes.set(xlabel='temperature')
     figure.suptitle(run.name)
-    real = {'validation text': -run.best['val_loss']} if run.best else {}
+    real = {'validation text': -run.best['val_loss']} if run.best and not run.masked else {}
     save(path, figure, panels[0, 0], *level_lines(panels[0, 0], real))

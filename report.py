@@ -64,7 +64,7 @@ def read_run(folder):
     if not headers:
         raise UserError(f'{path} does not begin with the settings of a run (yet); wait until it does, or leave it out')
     run = types.SimpleNamespace(**headers[-1], folder=folder, name=os.path.basename(folder))
-    run.notes, run.test, run.data, run.spec = notes, {}, None, None
+    run.notes, run.test, run.data, run.spec, run.masked = notes, {}, None, None, False
     run.steps, run.evals, run.swags = ([e for e in entries if key in e] for key in ('loss', 'val_loss', 'hellaswag'))
     run.best = min(run.evals, key=lambda e: math.inf if math.isnan(e['val_loss']) else e['val_loss'], default={})
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']  # of an evaluation, 0: all of the split
@@ -94,6 +94,8 @@ def open_files(run):
         if tokenizers.spec_hash(run.spec) != tokenizers.spec_hash(data.spec):
             raise UserError(f'{data.folder} has another vocabulary by now')
         run.data = data
+        run.masked = data.mask('val') is not None
+        run.notes += ['its loss is of the answers alone, as its data have masks'] * run.masked
         run.notes += [f'no test: {data.folder} has no such split'] * ('test' not in data.splits())
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
@@ -221,18 +223,18 @@ def text_section(picture, run, model, tokenizer, machine, levels):
 COLUMNS = ('run', 'parameters', 'tokens', 'seconds', 'tokens/s', 'val loss', 'at step', 'perplexity', 'bits per byte',
            'test perplexity', 'HellaSwag')
 ABOUT_RUNS = """Tokens and seconds are of training, to where the log ends; tokens/s is the median of its lines. Loss,
-in nats a token, perplexity and bits per byte are the best evaluation's. On the test split it is what `python train.py …
+in nats a token, perplexity and bits per byte are the best evaluation's. Test perplexity is what `python train.py …
 --init_from=FOLDER/best.pt --eval_only=True` prints. Across tokenizers only bits per byte can be compared."""
 ABOUT_LOSS = """An n-gram predicts the same validation tokens from the n - 1 before each, as counted in the training
 split: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose probabilities sum to one."""
 ABOUT_HELLASWAG = """The share of items of which the right ending has the lowest mean loss a token, as train.py logs it.
 The lines of GPT-2 and GPT-3 are those that build-nanogpt draws."""
-ABOUT_TEXTS = """{0} texts for each of {1} prompts, of at most {2} tokens and what the context holds. log-prob is the
-model's own for a token, at temperature 1: text much likelier than real text is dull, much less likely is broken. Of the
-words of all texts, distinct-n is the share of different n-grams (Li et al. 2016); repeated-4 the share of 4-grams that
-stood in the same text before (Welleck et al. 2020); self-BLEU compares the texts of one prompt (Zhu et al. 2018).
-Greedy writes the same text {0} times, so its distinct-n is at most 1/{0}. All depends on the length: compare within a
-run, not across tokenizers."""
+ABOUT_TEXTS = """{0} texts for each of {1} prompts, of at most {2} tokens and what the context holds; below, the first
+of each. log-prob is the model's own for a token, at temperature 1: text much likelier than real text is dull, much
+less likely is broken. Of the words of all texts, distinct-n is the share of different n-grams (Li et al. 2016);
+repeated-4 the share of 4-grams that stood in the same text before (Welleck et al. 2020); self-BLEU compares the texts
+of one prompt (Zhu et al. 2018). Greedy writes the same text {0} times, so its distinct-n is at most 1/{0}. All depends
+on the length: compare within a run, not across tokenizers."""
 
 
 # ---- The script ------------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from checkpoint import read_log
 from configurator import UserError, configure
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-out_dir = 'out/textbook_study'
-seeds = 3
+out_dir = 'out/textbook_study'  # a folder in it for each run
+seeds = 3  # of each model
 problems = 'builtin'  # or humaneval, or a file: see humaneval.py
 num_samples = 10  # for each problem
-temperature = 0.2
+temperature = 0.2  # of the samples
 max_new_tokens = 64  # of a solution
 settings = ''  # for each training run as well, such as '--device=cpu --max_iters=10'
 allow_code_execution = False  # True says that code which a model wrote may be run on this machine

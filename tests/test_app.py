@@ -286,7 +286,7 @@ def test_nothing_is_asked_of_other_servers(window, chromium, address):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--out_dir=out/nowhere'], 'no checkpoint'), (['--out_dir=out/chars', '--other=out/nowhere'], 'no checkpoint'),
+    (['--out_dir=out/nowhere'], 'no checkpoint'), (['--out_dir=out/chars', '--other=out/nowhere'], '--other= takes'),
     (['--out_dir=out/chars', '--port=99999'], 'port is 99999'), (['--outdir=out'], 'did you mean out_dir')])
 def test_a_mistake_is_one_line(runs, args, message):
     out, err = run('app.py', '--device=cpu', *args, cwd=runs, status=2)
@@ -300,7 +300,7 @@ def test_sharing_is_asked_for_and_warned_of(runs, tmp_path, args, shared):
 import sys, unittest.mock
 sys.modules['gradio'] = gradio = unittest.mock.MagicMock()
 page = gradio.Blocks.return_value.__enter__.return_value
-page.launch = lambda server_name, server_port, share: print(server_name, share)
+page.launch = lambda server_name, server_port, share, quiet: print(server_name, share)
 """)
     out, err = run('app.py', '--out_dir=out/chars', '--device=cpu', *args, cwd=runs,
                    env={**os.environ, 'PYTHONPATH': str(tmp_path)})

@@ -153,6 +153,14 @@ def test_runs_of_other_vocabularies_share_no_picture(trained):
     assert page.count('There are no n-grams') == page.count('N-grams were counted in') == 1
 
 
+def test_of_masked_data_the_loss_is_said_to_be_of_the_answers(trained):
+    meta = json.loads((trained / 'data' / 'book' / 'meta.json').read_text())
+    for split in ('train', 'val'):
+        mask = np.arange(meta['splits'][split]['tokens']) % 2
+        mask.astype(np.uint8).tofile(trained / 'data' / 'book' / f'{split}.mask.bin')
+    assert 'its loss is of the answers alone' in written(trained, 'out/a', '--num_samples=0')
+
+
 def test_hellaswag_is_drawn_where_it_was_scored(trained):
     change_log(trained, {'iter': 30, 'hellaswag': 0.2519, 'acc_mean_stderr': 0.0043, 'n': 10042})
     page = written(trained, 'out/a', '--num_samples=0')

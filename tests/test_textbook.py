@@ -139,7 +139,7 @@ def test_documents_too_like_a_problem_are_removed_and_counted(capsys):
     copied = '# A copy\n' + solution.replace('    ', '\t').upper()
     kept = ['def g(b):\n    return sum(b)\n', ('def h(b):\n', '    total = 0\n    return total\n')]
     assert prepare['decontaminated']([kept[0], copied, kept[1], ('def f(b):\n', solution)], [problem], 'x') == kept
-    assert 'x: 4 documents, 2 of them too like a problem' in capsys.readouterr().out
+    assert 'x: 4 documents, 2 dropped as too like a problem' in capsys.readouterr().out
 
 
 def test_the_classifier_keeps_the_code_that_is_like_the_textbook(capsys):

@@ -121,15 +121,18 @@ def from_hub():
     return raw, textbook, pairs, {}
 
 
-def from_api(rng):
-    """(raw code, pages, exercises, {piece of raw code: rating}) of a teacher, who keeps its answers in a folder."""
-    folder = 'data/textbook_teacher'
+def open_teacher():
+    """The teacher, who keeps its answers in a folder. UserError for what would make asking it a waste."""
     if teacher != 'gpt-4o-mini' and (price_in, price_out) == (0.15, 0.6):
         raise UserError(f'what does {teacher} cost? Give --price_in and --price_out, dollars a million tokens; with '
                         '0 for both the budget is a number of answers')
     if allow_code_execution:
-        confine.permit(True)  # before money is spent
-    model = teachers.Teacher(teacher, folder, budget, concurrency, price_in, price_out)
+        confine.permit(True)
+    return teachers.Teacher(teacher, 'data/textbook_teacher', budget, concurrency, price_in, price_out)
+
+
+def from_api(model, rng):
+    """(raw code, pages, exercises, {piece of raw code: rating}) of a teacher."""
     if not allow_code_execution:
         print("the teacher's solutions are checked for their form only; to run their examples as well, each in a "
               'process of its own: --allow_code_execution=True', file=sys.stderr)
@@ -223,7 +226,7 @@ def decontaminated(documents, tests, what):
     forbidden = set().union(*(runs_of_words(p['prompt'] + p['canonical_solution'], overlap) for p in tests))
     clean = [d for d in documents
              if forbidden.isdisjoint(runs_of_words(d if isinstance(d, str) else ''.join(d), overlap))]
-    print(f'{what}: {len(documents):,} documents, {len(documents) - len(clean):,} of them too like a problem')
+    print(f'{what}: {len(documents):,} documents, {len(documents) - len(clean):,} dropped as too like a problem')
     return clean
 
 
@@ -234,6 +237,7 @@ def main():
     if not (0 < keep <= 1 and 0 < val_share < 1) or min(raw_chars, pages, exercises, problems, overlap) < 1:
         raise UserError('keep and val_share lie between 0 and 1; raw_chars, pages, exercises, problems and overlap are '
                         'at least 1')
+    model = open_teacher() if source == 'api' else None
     rng = random.Random(seed)
     held_out = list(generator.compositions(held_out=True))
     rng.shuffle(held_out)
@@ -248,12 +252,12 @@ def main():
         textbook = list(generator.make(generator.page, pages, False, rng))
         pairs = list(generator.make(generator.exercise, exercises, False, rng))
     else:
-        raw, textbook, pairs, ratings = from_hub() if source == 'hub' else from_api(rng)
+        raw, textbook, pairs, ratings = from_hub() if source == 'hub' else from_api(model, rng)
     raw, textbook, pairs = (decontaminated(d, against, name) for name, d in (
         ('raw code', raw), ('textbook', textbook), ('exercises', pairs)))
     pairs = [(a.rstrip(), a[len(a.rstrip()):] + b) for a, b in pairs]  # as the tokens of a whole program have it
     chosen = best_of(raw, textbook, ratings, rng)
-    print(f'of the raw code {len(chosen):,} documents are kept')
+    print(f'of the raw code the {len(chosen):,} documents that it likes best join the textbook')
     sample = first_chars(raw, 3_000_000) + first_chars(textbook, 2_000_000)
     tok = tokenizers.train_bpe(sample + first_chars([a + b for a, b in pairs], 1_000_000), vocab_size)
     for name, documents in (('raw', raw), ('filtered', chosen + textbook), ('exercises', pairs)):
