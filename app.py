@@ -13,6 +13,7 @@ import html
 import itertools
 import os
 import random
+import socket
 import sys
 import threading
 import time
@@ -34,8 +35,10 @@ share = False  # True: also at a public address, for everyone who has it
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
 configure(globals())
-if not 0 < port < 65536:
-    raise UserError(f'port is {port}; it lies between 1 and 65535')
+try:
+    socket.create_server(('127.0.0.1', port)).close()
+except (OSError, OverflowError) as e:
+    raise UserError(f'port {port} cannot be used ({e}); give another, as in --port=7861') from None
 machine = Machine(device, dtype)
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -158,7 +161,4 @@ if share:
     print('warning: whoever has the public address can now use these models on this machine, and what is typed and '
           "written passes through Gradio's servers; Ctrl-C ends it", file=sys.stderr, flush=True)
 print(f'http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it', flush=True)
-try:
-    page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share)
-except OSError:
-    raise UserError(f'port {port} is taken or cannot be used; try another: --port={port % 65535 + 1}') from None
+page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share)

@@ -87,12 +87,23 @@ def set_aside(out_dir):
     return True
 
 
-def read_log(path):
-    """The entries of a log.jsonl; the last is left out if it was cut short."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f if line.endswith('}\n')]
+def read_log(path, damaged=None):
+    """The entries of a log.jsonl, but the last if it was cut short.
+
+    Of a damaged line before that the number goes into the list `damaged`, or is told in a UserError.
+    """
+    entries = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for i, line in enumerate(f, 1):
+                try:
+                    entries.append(dict(json.loads(line)))
+                except (ValueError, TypeError):
+                    if line.endswith('\n') and damaged is None:
+                        raise UserError(f'{path}, line {i} is damaged; remove that line') from None
+                    if line.endswith('\n'):
+                        damaged.append(i)
+    return entries
 
 
 def forget_log_after(path, iter_num):

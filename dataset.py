@@ -75,7 +75,7 @@ class Dataset:
         """One byte a token, 1 where the token is a target; None where all of them are."""
         path, counts = os.path.join(self.folder, f'{split}.mask.bin'), self.meta.get('splits', {}).get(split, {})
         mask = np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
-        if 'targets' in counts if mask is None else len(mask) != len(self.tokens(split)):
+        if (mask is None and 'targets' in counts) or (mask is not None and len(mask) != len(self.tokens(split))):
             raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
         return mask
 

@@ -9,7 +9,6 @@ on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
 """
 import glob
 import html
-import json
 import math
 import os
 import re
@@ -22,9 +21,10 @@ import torch
 import ngrams
 import plots
 import tokenizer as tokenizers
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, read_log
 from configurator import UserError, configure
-from dataset import Dataset, eval_batches, tokenizer_of
+from dataset import Dataset, tokenizer_of
+from evaluation import evaluate
 from machine import Machine, default_device
 from model import GPT
 
@@ -52,19 +52,15 @@ def read_run(folder):
         there = ', '.join(os.path.dirname(p) for p in sorted(glob.glob('out/*/log.jsonl')))
         raise UserError(f'no run in {folder} (no log.jsonl); ' + (f'there are {there}' if there else
                                                                  'train one: python train.py config/train_book.py'))
-    entries, notes = [], []
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for i, line in enumerate(f, 1):
-            try:
-                entries.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                notes += [f'line {i} of its log is damaged, and what follows left out'] * line.endswith('\n')
-                break  # or it is the last line, cut short
+    damaged = []
+    entries = read_log(path, damaged)
     headers = [e for e in entries if 'config' in e]
     if not headers:
         raise UserError(f'{path} does not begin with the settings of a run (yet); wait until it does, or leave it out')
     run = types.SimpleNamespace(**headers[-1], folder=folder, name=os.path.basename(folder))
-    run.notes, run.test, run.data, run.spec, run.masked = notes, {}, None, None, False
+    run.notes, run.test, run.data, run.spec, run.masked = [], {}, None, None, False
+    if damaged:
+        run.notes.append(f'left out as damaged: line {", ".join(map(str, damaged))} of its log')
     run.steps, run.evals, run.swags = ([e for e in entries if key in e] for key in ('loss', 'val_loss', 'hellaswag'))
     run.best = min(run.evals, key=lambda e: math.inf if math.isnan(e['val_loss']) else e['val_loss'], default={})
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']  # of an evaluation, 0: all of the split
@@ -109,21 +105,6 @@ def is_fineweb_edu(run):
     if run.data:
         return bool(re.search('fineweb-?edu', str(run.data.meta.get('source'))))
     return os.path.basename(run.config['dataset']).startswith('fineweb')
-
-
-@torch.no_grad()
-def evaluate(run, model, machine):
-    """{perplexity, word_perplexity} on the windows of the test split that train.py --eval_only=True takes."""
-    tokens, mask, nats, count = run.data.tokens('test'), run.data.mask('test'), 0.0, 0
-    for batch in eval_batches(tokens, mask, run.config['block_size'], run.config['batch_size'], run.n_windows):
-        idx_BT, targets_BT = (t.to(machine.device) for t in batch)
-        with machine.autocast:
-            _, loss = model(idx_BT, targets_BT)
-        n = (targets_BT != -1).sum().item()
-        nats, count = nats + loss.item() * n, count + n
-    loss, per_word = nats / max(1, count), run.data.per_token('test', 'words')
-    words = {'word_perplexity': math.exp(min(loss / per_word, 700))} if per_word else {}
-    return {'perplexity': math.exp(min(loss, 700))} | words
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------
@@ -273,7 +254,8 @@ def main():
                 machine = Machine(device, run.config.get('dtype', 'auto'))
                 model = GPT.from_pretrained(checkpoint).to(machine.device).eval()
                 if run.data and 'test' in run.data.splits():
-                    run.test = evaluate(run, model, machine)
+                    sizes = run.config['block_size'], run.config['batch_size'], run.n_windows
+                    run.test = evaluate(model, run.data, 'test', *sizes, machine)
                 if num_samples:
                     texts += text_section(f'text{i + 1}.png', run, model, tokenizer_of(checkpoint), machine, levels)
         except (UserError, RuntimeError) as e:  # a prompt of unknown characters, no memory: the rest is reported

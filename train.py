@@ -21,7 +21,8 @@ import hellaswag
 import tokenizer as tokenizers
 from checkpoint import forget_log_after, load_checkpoint, save_checkpoint, set_aside
 from configurator import UserError, configure
-from dataset import Dataset, ahead, eval_batches, train_batch
+from dataset import Dataset, ahead, train_batch
+from evaluation import evaluate
 from hugging_face import OPENAI, load_hugging_face
 from machine import Machine, default_device
 from model import GPT, GPTConfig
@@ -167,29 +168,7 @@ say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder},
     f'{tokens_per_step:,} a step, {len(train_tokens) / tokens_per_step:.1f} steps an epoch')
 
 
-# ---- Evaluation, checkpoints, log ------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(split, n_windows):
-    """{loss, perplexity, bits_per_byte, word_perplexity} over n_windows of a split (0: all), as far as counted."""
-    model.eval()
-    nats, count = 0.0, 0
-    for idx_BT, targets_BT in eval_batches(data.tokens(split), data.mask(split), block_size, batch_size, n_windows,
-                                           rank, world_size):
-        with machine.autocast:
-            _, loss = model(idx_BT.to(device), targets_BT.to(device))
-        n = (targets_BT != -1).sum().item()
-        nats, count = nats + loss.item() * n, count + n
-    model.train()
-    nats, count = machine.sum(nats, count)
-    loss = nats / max(1, count)
-    figures = {'loss': loss, 'perplexity': math.exp(min(loss, 700))}
-    if bytes_per_token := data.per_token(split, 'bytes'):
-        figures['bits_per_byte'] = loss / math.log(2) / bytes_per_token
-    if words_per_token := data.per_token(split, 'words'):
-        figures['word_perplexity'] = math.exp(min(loss / words_per_token, 700))
-    return figures
-
-
+# ---- Checkpoints, log ------------------------------------------------------------------------------------------------
 def save(path, iter_num):
     states = machine.whole([model.state_dict()] + [o.state_dict() for o in optimizers])
     if rank == 0:
@@ -219,7 +198,8 @@ def sample_text():
 if eval_only:
     for split in data.splits():
         n_windows = eval_iters * batch_size or (split == 'train') * -(-len(val_tokens) // block_size)  # as val's
-        say(f'{split}: ' + ', '.join(f'{k} {v:.4f}' for k, v in evaluate(split, n_windows).items()))
+        figures = evaluate(model, data, split, block_size, batch_size, n_windows, machine)
+        say(f'{split}: ' + ', '.join(f'{k} {v:.4f}' for k, v in figures.items()))
     sys.exit()
 if rank == 0:
     try:
@@ -248,7 +228,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     last, validated, improved = iter_num == max_iters, False, False
     fresh = iter_num > first_iter or init_from != 'resume'
     if fresh and (last or iter_num % eval_interval == 0):
-        figures = evaluate('val', eval_iters * batch_size)
+        figures = evaluate(model, data, 'val', block_size, batch_size, eval_iters * batch_size, machine)
         validated, improved = True, figures['loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['loss'])
         evals_without_gain = 0 if improved else evals_without_gain + 1

@@ -2,8 +2,8 @@
 #     python prepare/dolly/prepare.py
 #     python train.py config/finetune_dolly.py
 #     python sample.py --out_dir=out/gpt2_dolly --start=$'Instruction:\nName three uses of a brick.\n\nResponse:\n'
-# Two epochs of about 3 M tokens. Memory, time and loss: not measured yet (no hub within reach, where weights and data
-# come from). On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8.
+# 5.9 M tokens, estimated to be two epochs. Memory, time and loss: not measured yet (no hub within reach, where weights
+# and data come from). On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8.
 out_dir = 'out/gpt2_dolly'
 dataset = 'dolly'
 init_from = 'gpt2'

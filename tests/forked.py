@@ -28,10 +28,11 @@ class Forks:
             self.process.stdin.write(json.dumps([script, *arguments, cwd, out, err]).encode() + b'\n')
             self.process.stdin.flush()
             pid = int(self.process.stdout.readline())
-            if not select.select([self.process.stdout], [], [], timeout)[0]:
+            late = not select.select([self.process.stdout], [], [], timeout)[0]
+            if late:
                 os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
-        if status == -signal.SIGKILL:
+        if late:
             raise subprocess.TimeoutExpired(script, timeout)
         return status
 

@@ -287,10 +287,17 @@ def test_nothing_is_asked_of_other_servers(window, chromium, address):
 
 @pytest.mark.parametrize('args, message', [
     (['--out_dir=out/nowhere'], 'no checkpoint'), (['--out_dir=out/chars', '--other=out/nowhere'], '--other= takes'),
-    (['--out_dir=out/chars', '--port=99999'], 'port is 99999'), (['--outdir=out'], 'did you mean out_dir')])
+    (['--out_dir=out/chars', '--port=99999'], 'port 99999 cannot be used'), (['--outdir=out'], 'did you mean out_dir')])
 def test_a_mistake_is_one_line(runs, args, message):
     out, err = run('app.py', '--device=cpu', *args, cwd=runs, status=2)
     assert message in err and err.count('\n') == 1
+
+
+def test_a_port_that_is_taken_is_named(runs):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+        _, err = run('app.py', '--device=cpu', '--out_dir=out/chars', f'--port={port}', cwd=runs, status=2)
+    assert f'port {port} cannot be used' in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('args, shared', [([], False), (['--share=True'], True)])

@@ -96,16 +96,17 @@ def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_
 
 
 @pytest.mark.parametrize('content, args, says', [
-    ('{"instruction": "Go.", "response": "Yes."}\n' * 2 + '{"instruction": "Go."}\n', [], 'row 3'),
-    ('["Go."]\n', [], 'row 1'),
-    ('{"instruction": "Go.", "response": 5}\n', [], 'row 1'),
-    ('Go.\n', [], 'is no .jsonl'),
-    ('', [], '0 of 0 rows can be used'),
+    ('{"instruction": "Go.", "response": "Yes."}\n' * 2 + '{"instruction": "Go."}\n', [], 'line 3'),
+    ('["Go."]\n', [], 'line 1'),
+    ('{"instruction": "Go.", "response": 5}\n', [], 'line 1'),
+    ('{"instruction": "Go.", "context": 5, "response": "Yes."}\n', [], 'row 1'),
+    ('Go.\n', [], 'line 1'),
+    ('', [], 'is empty'),
     ('{"instruction": "Go.", "response": "Yes."}\n' * 9, ['--max_tokens=5'], '0 of 9 rows can be used'),
     ('{"instruction": "Go.", "response": "Yes."}\n' * 9, ['--val_share=1'], 'val_share is 1.0'),
     ('{"instruction": "Go.", "response": "Yes."}\n' * 9, ['--tokenizer=bqe'], 'no tokenizer in bqe'),
     (None, [], 'cannot be read'),
-], ids=['column', 'list', 'number', 'text', 'empty', 'too long', 'share', 'tokenizer', 'missing'])
+], ids=['column', 'list', 'number', 'context', 'text', 'empty', 'too long', 'share', 'tokenizer', 'missing'])
 def test_mistakes_get_one_line(tmp_path, content, args, says):
     if content is not None:
         (tmp_path / 'my.jsonl').write_text(content)

@@ -1,5 +1,6 @@
 """A teacher on 127.0.0.1 that answers, or does not, as it is told."""
 import collections
+import doctest
 import http.server
 import json
 import os
@@ -317,6 +318,11 @@ def test_lists_are_read_in_whatever_form_they_come(answer, items):
     ('11', None), ('good', None), ('', None)])
 def test_ratings_are_read_in_whatever_form_they_come(answer, rating):
     assert teachers.parse_rating(answer) == rating
+
+
+def test_examples_in_docstrings_are_true():
+    result = doctest.testmod(teachers)
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_a_rating_belongs_to_its_text(endpoint, wise):

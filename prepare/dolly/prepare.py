@@ -16,7 +16,6 @@ the line end after "Response:", as the tokens of the prompt do.
     Response:
     It was opened on 19 March 1932.
 """
-import json
 import os
 import random
 import sys
@@ -26,6 +25,7 @@ import tokenizer as tokenizers
 from configurator import UserError, configure
 from corpus import encode_pair, write_dataset
 from documents import first_line
+from humaneval import read_jsonl
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json with a BPE of yours
@@ -50,17 +50,6 @@ def from_hub():
                         '--source=file.jsonl') from e
 
 
-def from_file():
-    """The rows of the file `source`."""
-    try:
-        with open(source, encoding='utf-8') as f:
-            return [json.loads(line) for line in f if line.strip()]
-    except OSError as e:
-        raise UserError(f'{source} cannot be read ({e.strerror}); --source takes a .jsonl') from None
-    except ValueError as e:
-        raise UserError(f'{source} is no .jsonl, an object in UTF-8 on each line: {e}') from None
-
-
 def to_pair(row, number):
     """(prompt, answer) of a row; an empty prompt where it has no instruction."""
     try:
@@ -75,7 +64,7 @@ def to_pair(row, number):
 
 if not 0 < val_share < 1 or max_tokens < 0:
     raise UserError(f'val_share is {val_share}, max_tokens {max_tokens}; give a share between 0 and 1, and 0 or more')
-rows = from_file() if source else from_hub()
+rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl') if source else from_hub()
 pairs = [to_pair(row, number) for number, row in enumerate(rows, 1)]
 if tokenizer == 'bpe':
     tok = tokenizers.train_bpe([prompt + answer for prompt, answer in pairs], vocab_size)
