@@ -95,7 +95,9 @@ def n_processes():
 
 
 def start_pool(tokenizer=None):
-    """Processes, ready to encode if given a tokenizer. A script that calls this works under __name__ == '__main__'."""
+    """Processes, ready to encode if given a tokenizer; a script uses them under __name__ == '__main__', and by `with`:
+    a pool that Python's exit closes can end in "Bad file descriptor" (python/cpython#125451).
+    """
     if tokenizer and tokenizer.eot is None:
         raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
     return concurrent.futures.ProcessPoolExecutor(n_processes(), multiprocessing.get_context('spawn'), start_worker,

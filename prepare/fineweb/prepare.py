@@ -104,10 +104,12 @@ def main():
     else:
         files = documents.source_files(source or f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet')
         tok = trained_bpe(files) if tokenizer == 'bpe' else tokenizers.load(tokenizer)
-        to_tokens = functools.partial(documents.tokenize, pool=documents.start_pool(tok), column=column)
     about = max_tokens or (sum(map(documents.size_of, files)) // 4 if source else 10**10)  # tokens, by 4 bytes a token
-    meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens, worker,
-                        column)
+    with documents.start_pool(tok) as pool:  # whose processes start with the first text
+        if not pretokenized:
+            to_tokens = functools.partial(documents.tokenize, pool=pool, column=column)
+        meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens,
+                            worker, column)
     if meta is None:
         print(f'worker {worker} has made its parts; when all have, join them by the same command without --worker')
     for split, counts in (meta or {'splits': {}})['splits'].items():

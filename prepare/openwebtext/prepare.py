@@ -23,7 +23,8 @@ max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 if __name__ == '__main__':  # each process that tokenizes reads this file too
     configure(globals())
     folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
-    to_tokens = functools.partial(documents.tokenize, pool=documents.start_pool(tok))
-    meta = write_corpus(folder, tok, files, to_tokens, val_tokens, max_tokens)
+    with documents.start_pool(tok) as pool:
+        to_tokens = functools.partial(documents.tokenize, pool=pool)
+        meta = write_corpus(folder, tok, files, to_tokens, val_tokens, max_tokens)
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
