@@ -113,6 +113,8 @@ def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, 
     document after an end-of-text token. worker: 'i/n' makes only parts i, i + n, i + 2n … of all, which a run without
     it joins later. column: that to_tokens reads, to tell sets apart. Returns the meta, None for a worker. UserError.
     """
+    if tokenizer.eot is None:
+        raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
     if 0 < max_tokens <= val_tokens:
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on beside val_tokens ({val_tokens:,})')
     stamps = [[f, os.path.getsize(f), os.path.getmtime(f)] if os.path.exists(f) else f for f in files]

@@ -3,7 +3,7 @@ Documents: found here or on the hub, streamed, and tokenized by all cores.
     python -c "from documents import *; print(next(read_chunks('my.jsonl', 'text')))"
 """
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import glob
 import multiprocessing
 import os
@@ -11,14 +11,11 @@ import signal
 import sys
 import threading
 
-import numpy as np
-
-import tokenizer as tokenizers
 from configurator import UserError
 
 KINDS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}  # names that datasets has for them
 COMPRESSED = ('.gz', '.zst', '.xz', '.bz2')
-CHUNK = 1_000_000  # characters that a process tokenizes at a time
+CHUNK = 1_000_000  # characters that a core tokenizes at a time
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -89,50 +86,40 @@ def read_chunks(file, column):
         raise UserError(f'{file} could not be read ({first_line(e)}){again}') from e
 
 
-def n_processes():
-    """One for each core that we may use, but at most the 61 that Windows allows."""
+def n_cores():
+    """Those that we may use, but at most the 61 that Windows allows a pool."""
     return min(61, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
 
 
-def start_pool(tokenizer=None):
-    """Processes, ready to encode if given a tokenizer; a script uses them under __name__ == '__main__', and by `with`:
-    a pool that Python's exit closes can end in "Bad file descriptor" (python/cpython#125451).
+def tokenize(file, tokenizer, column='text'):
+    """(share of the file done, tokens) in order; by threads, for tiktoken runs outside of Python's lock."""
+    def encode(chunk):
+        share, texts = chunk
+        return share, tokenizer.encode_documents(texts)
+
+    with concurrent.futures.ThreadPoolExecutor(n_cores()) as pool:
+        yield from in_order(pool, encode, read_chunks(file, column))
+
+
+def start_pool():
+    """Processes, for work in Python itself; a script uses them under __name__ == '__main__', and by `with`: a pool that
+    Python's exit closes can end in "Bad file descriptor" (python/cpython#125451).
     """
-    if tokenizer and tokenizer.eot is None:
-        raise UserError('a corpus of many documents needs a tokenizer that can part them: gpt2 or a bpe')
-    return concurrent.futures.ProcessPoolExecutor(n_processes(), multiprocessing.get_context('spawn'), start_worker,
-                                                  (tokenizer and tokenizer.spec,))
+    return concurrent.futures.ProcessPoolExecutor(n_cores(), multiprocessing.get_context('spawn'), start_process)
 
 
-def start_worker(spec):
-    global encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, without which no worker shall live on
+def start_process():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, without which no process shall live on
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    encoding = spec and tokenizers.load(spec).encoding
-
-
-def encode(chunk):
-    """(share, documents) with the documents as one array of uint32, each after an end-of-text token; in the pool."""
-    (share, texts), to_numpy = chunk, encoding.encode_to_numpy
-    if any(tokenizers.EOT in text for text in texts):  # there it is text, to be spelled
-        eot = np.array([encoding.eot_token], dtype=np.uint32)
-        return share, np.concatenate([a for t in texts for a in (eot, to_numpy(t, disallowed_special=()))])
-    joined = ''.join(tokenizers.EOT + text for text in texts)
-    return share, to_numpy(joined, allowed_special={tokenizers.EOT}, disallowed_special=())
-
-
-def tokenize(file, pool, column='text'):
-    """(share of the file done, tokens) in order."""
-    return in_order(pool, encode, read_chunks(file, column))
 
 
 def in_order(pool, function, chunks):
-    """map(function, chunks) by the processes of a pool, while a bounded number of chunks is with them."""
+    """map(function, chunks) by a pool, while a bounded number of chunks is with it."""
     pending = collections.deque()
     try:
         for chunk in chunks:
             pending.append(pool.submit(function, chunk))
-            if len(pending) > 2 * n_processes():
+            if len(pending) > 2 * n_cores():
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
     except KeyboardInterrupt:

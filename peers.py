@@ -166,14 +166,14 @@ def compare_tokenizing(pattern, rounds):
     for name, b in zip(installed, others):
         yield row(f'learning a BPE of 32,000, {name}', size / a, size / b, 'M characters/s', name)
     gpt2 = tokenizers.load('gpt2')
-    with tempfile.TemporaryDirectory() as folder, documents.start_pool(gpt2) as pool, \
-            multiprocessing.get_context('spawn').Pool(documents.n_processes(), start_peer) as their_pool:
+    with tempfile.TemporaryDirectory() as folder, \
+            multiprocessing.get_context('spawn').Pool(documents.n_cores(), start_peer) as their_pool:
         path, counts = os.path.join(folder, 'tokens.bin'), []
 
         def write(chunks):
             with open(path, 'wb') as f:
                 counts.append(sum(f.write(tokens.astype('<u2').tobytes()) // 2 for tokens in chunks))
-        works = [lambda: write(tokens for file in files for _, tokens in documents.tokenize(file, pool)),
+        works = [lambda: write(tokens for file in files for _, tokens in documents.tokenize(file, gpt2)),
                  lambda: write(their_pool.imap(encode_document, (text for file in files for _, some in
                                                                  documents.read_chunks(file, 'text') for text in some),
                                                chunksize=16))]

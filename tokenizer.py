@@ -7,18 +7,25 @@ documents, or None), start (the id to begin a text with: eot or a line end) and 
 `load` turns into the same tokenizer again.
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the control token.
 """
+import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
 
+import numpy as np
 import tiktoken
 
 import bpe
 from configurator import UserError, report
 
 EOT = '<|endoftext|>'
-SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's
+CUT = '<|cut|>'  # where a text is cut before it is encoded; no model ever sees it
+LOOKAHEAD = r'\s+(?!\S)|'
+SPLIT_PATTERN = rf"""'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{LOOKAHEAD}\s+"""  # GPT-2's
+IS_WHITE = np.zeros(0x3002, dtype=bool)  # by code point: Unicode's White_Space, which is tiktoken's \s, not Python's
+IS_WHITE[[*range(9, 14), 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
 
 
 class CharTokenizer:
@@ -51,6 +58,27 @@ class BPETokenizer:
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
+
+    def encode_documents(self, texts):
+        """A list of str as one array of uint32, an end-of-text token before each: encode's tokens, in 2/3 of its time.
+
+        tiktoken is fast with a pattern that does not look ahead. This one does so in one place: of white space before
+        other text, the last character begins a new piece. So the text is cut there, by a token that is then removed.
+        """
+        if self.spec.get('pattern', SPLIT_PATTERN) != SPLIT_PATTERN or any(CUT in t or EOT in t for t in texts):
+            return np.array([i for t in texts for i in [self.eot, *self.encode(t)]], dtype=np.uint32)
+        text = ''.join(EOT + t for t in texts)
+        white = IS_WHITE.take(np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4'), mode='clip')
+        white[np.cumsum([len(EOT + t) for t in texts], dtype=int)[:-1]] = True  # what ends a document stays whole
+        cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
+        text = CUT.join(text[a:b] for a, b in itertools.pairwise([0, *cuts.tolist(), len(text)]))
+        ids = self.without_lookahead.encode_to_numpy(text, allowed_special='all')
+        return ids[ids != self.n_vocab] if len(cuts) else ids
+
+    @functools.cached_property
+    def without_lookahead(self):
+        return tiktoken.Encoding('pieces', pat_str=SPLIT_PATTERN.replace(LOOKAHEAD, ''), special_tokens={
+            EOT: self.eot, CUT: self.n_vocab}, mergeable_ranks=self.encoding._mergeable_ranks)
 
     def decode(self, ids):
         return self.encoding.decode(ids)

@@ -296,6 +296,7 @@ def test_a_header_of_another_format_is_refused(hub, tmp_path):
     (['--source=*.parquet', '--column=txet'], 'has no column txet; it has text, id'),
     (['--source=*.csv'], 'is none of .parquet'),
     (['--source=broken.*'], 'could not be read'),
+    (['--source=*.parquet', '--tokenizer=chars.json'], 'needs a tokenizer that can part them'),
     (['--source=*.parquet', '--val_tokens=100000'], 'are too few for 100,000 of validation: give --val_tokens='),
     (['--source=*.parquet', '--worker=2/2'], '--worker=0/4'),
     (['--source=*.parquet', '--worker=0/2', '--max_tokens=9'], 'leave out'),
@@ -306,6 +307,7 @@ def test_a_header_of_another_format_is_refused(hub, tmp_path):
 ])
 def test_mistakes_get_one_line(tmp_path, args, says):
     (tmp_path / 'good.parquet').write_bytes(parquet(['some text'] * 20))
+    (tmp_path / 'chars.json').write_text('{"kind": "char", "chars": "some text"}')
     (tmp_path / 'table.csv').write_text('text\nsome\n')
     (tmp_path / 'broken.jsonl').write_text('{"text": "fine"}\n{"text": ')
     _, error = run(FINEWEB, *args, cwd=tmp_path, status=2)

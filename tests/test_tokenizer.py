@@ -41,6 +41,26 @@ def test_gpt2_is_gpt2():
     assert tokenizer.eot not in tokenizer.encode('<|endoftext|>') and tokenizer.decode(tokenizer.encode(HARD)) == HARD
 
 
+def one_by_one(tokenizer, texts):
+    return [i for text in texts for i in [tokenizer.eot, *tokenizer.encode(text)]]
+
+
+@hypothesis.settings(deadline=None, max_examples=500)
+@hypothesis.given(st.lists(st.one_of(st.text(), st.text("ab1 \n\t\x1c\x85\u2003.'s"),
+                                     st.sampled_from([HARD, '<|cut|>'])), max_size=6))
+def test_documents_are_encoded_together_as_one_by_one(texts):
+    assert TRAINED.encode_documents(texts).tolist() == one_by_one(TRAINED, texts)
+
+
+def test_documents_are_cut_at_what_tiktoken_takes_for_white_space():
+    """With a vocabulary in which a space and a byte, either way round, are one token if they are in one piece."""
+    pairs = [pair for i in range(256) for pair in ([' ', chr(i)], [chr(i), ' ']) if pair != [' ', ' ']]
+    tokenizer = tokenizers.load({'kind': 'bpe', 'pattern': tokenizers.SPLIT_PATTERN, 'merges': [[' ', ' '], *pairs]})
+    texts = [text for c in map(chr, [*range(0xd800), *range(0xe000, 0x10000), 0x10ffff])
+             for text in (f'a{c} b', f'a {c}b', f'{c}{c}b', f'a{c}{c}')]
+    assert tokenizer.encode_documents(texts).tolist() == one_by_one(tokenizer, texts)
+
+
 def test_save_and_load_give_the_same_tokenizer(tmp_path):
     for tokenizer in (TRAINED, tokenizers.CharTokenizer('ab\n😀é')):
         tokenizers.save(tokenizer, tmp_path / 'tokenizer.json')
@@ -100,7 +120,7 @@ def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
     texts = [f'{HARD} text {i} of {i % 7} texts, {i * i}' for i in range(3000)]
     one_chunk = tokenizers.train_bpe(texts, 400).spec
     monkeypatch.setattr(bpe, 'CHUNK', 10_000)
-    assert len(list(bpe.chunks_of(texts))) > 4 * documents.n_processes()
+    assert len(list(bpe.chunks_of(texts))) > 4 * documents.n_cores()
     with documents.start_pool() as pool:
         assert tokenizers.train_bpe(texts, 400, functools.partial(documents.in_order, pool)).spec == one_chunk
     assert tokenizers.train_bpe(texts, 400).spec == one_chunk

@@ -104,12 +104,10 @@ def main():
     else:
         files = documents.source_files(source or f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet')
         tok = trained_bpe(files) if tokenizer == 'bpe' else tokenizers.load(tokenizer)
+        to_tokens = functools.partial(documents.tokenize, tokenizer=tok, column=column)
     about = max_tokens or (sum(map(documents.size_of, files)) // 4 if source else 10**10)  # tokens, by 4 bytes a token
-    with documents.start_pool(tok) as pool:  # whose processes start with the first text
-        if not pretokenized:
-            to_tokens = functools.partial(documents.tokenize, pool=pool, column=column)
-        meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens,
-                            worker, column)
+    meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens, worker,
+                        column)
     if meta is None:
         print(f'worker {worker} has made its parts; when all have, join them by the same command without --worker')
     for split, counts in (meta or {'splits': {}})['splits'].items():
@@ -117,6 +115,6 @@ def main():
               f'{counts["bytes"] / counts["tokens"]:.2f} bytes a token')
 
 
-if __name__ == '__main__':  # each process that tokenizes reads this file too
+if __name__ == '__main__':  # each process that learns a BPE reads this file too
     configure(globals())
     main()

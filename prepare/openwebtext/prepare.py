@@ -20,11 +20,8 @@ dataset = 'openwebtext'  # the folder under data/ to write
 val_tokens = 5_000_000  # tokens of val.bin
 max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 
-if __name__ == '__main__':  # each process that tokenizes reads this file too
-    configure(globals())
-    folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
-    with documents.start_pool(tok) as pool:
-        to_tokens = functools.partial(documents.tokenize, pool=pool)
-        meta = write_corpus(folder, tok, files, to_tokens, val_tokens, max_tokens)
-    for split, counts in meta['splits'].items():
-        print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
+configure(globals())
+folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
+meta = write_corpus(folder, tok, files, functools.partial(documents.tokenize, tokenizer=tok), val_tokens, max_tokens)
+for split, counts in meta['splits'].items():
+    print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
