@@ -34,11 +34,10 @@ source = ''  # a file like HellaSwag's, an item a line; empty: its validation sp
 url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of the file at url; empty: any
 limit = 0  # items to score; 0 is all
-batch_tokens = 2048  # tokens in memory at a time, padding included
+batch_tokens = 1024  # tokens in memory at a time, padding included
 scores = ''  # a file for the four scores of each item, an item a line
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
-
 
 # ---- Items -----------------------------------------------------------------------------------------------------------
 def load(source='', machine=None):
@@ -81,36 +80,43 @@ def render(item, tokenizer, block_size):
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 def make_batches(items, tokenizer, block_size, batch_tokens):
-    """Batches: lists of (context ids, [(item, choice, ending ids), …]), alike in length so that little is padding."""
+    """Batches: lists of (context ids, [(item, choice, ending ids), …]), with contexts of about the same length."""
     groups = {}
     for i, item in enumerate(items):
         for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
             groups.setdefault((i, *context), []).append((i, choice, ending))  # four, unless they cut the context apart
-    sized = [(max(len(ending) for *_, ending in rows), key[1:], rows) for key, rows in groups.items()]
-    batches, width, n_rows = [], 0, 0
-    for height, context, rows in sorted(sized, key=lambda group: (group[0], len(group[1]))):
-        width, n_rows = max(width, len(context)), n_rows + len(rows)
-        if not batches or max(width, height) * n_rows > batch_tokens or width + height > block_size + 1:
+    batches, height = [], 0
+    for (_, *context), rows in sorted(groups.items(), key=lambda group: len(group[0])):
+        longest = max(len(ending) for *_, ending in rows)
+        height = max(height, longest)
+        if not batches or len(context) * len(batches[-1]) >= batch_tokens or len(context) + height > block_size + 1:
             batches.append([])
-            width, n_rows = len(context), len(rows)
-        batches[-1].append((list(context), rows))
+            height = longest
+        batches[-1].append((context, rows))
     return batches
 
 
-def score_batch(model, batch, device):
-    """(B, T) log-probabilities of the tokens of a batch's endings; a context is read once, into the cache, for all."""
+def score_batch(model, batch, device, passes=8):
+    """{(item, choice): (log-probability, tokens)} of a batch's endings. A context is read once, into the cache, for all
+    of its endings; these are read from short to long, in as many passes for each batch: little is padding.
+    """
     def tensor(rows):
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device)
-    owner = [group for group, (_, rows) in enumerate(batch) for _ in rows]
-    endings_BT = tensor([ending for _, rows in batch for *_, ending in rows])
+    endings = [(group, *row) for group, (_, rows) in enumerate(batch) for row in rows]
+    endings, n, scores = sorted(endings, key=lambda row: len(row[-1])), len(endings), {}
     lengths = [len(context) - 1 for context, _ in batch]  # a context's last token is read with the ending it predicts
-    cache = KVCache(dataclasses.replace(model.config, block_size=max(lengths) + endings_BT.size(1)), len(batch))
+    cache = KVCache(dataclasses.replace(model.config, block_size=max(lengths) + len(endings[-1][-1])), len(batch))
     model.forward(tensor([context[:-1] or context for context, _ in batch]), cache=cache, lengths=lengths)
-    cache.kv, cache.lengths = cache.kv[:, :, owner], [lengths[group] for group in owner]
-    idx_BT = torch.cat((tensor([batch[group][0][-1:] for group in owner]), endings_BT[:, :-1]), dim=1)
-    logits_BTV, _ = model.forward(idx_BT, all_logits=True, cache=cache)
-    rows = zip(logits_BTV, endings_BT)  # one at a time: what is copied stays small
-    return -torch.stack([F.cross_entropy(logits_TV, ending_T, reduction='none') for logits_TV, ending_T in rows])
+    for part in [endings[i * n // passes:(i + 1) * n // passes] or endings[:1] for i in range(passes)]:
+        owner, endings_BT = [group for group, *_ in part], tensor([ending for *_, ending in part])
+        some, end = KVCache(model.config, len(part)), max(lengths) + endings_BT.size(1)
+        some.kv, some.lengths = cache.kv[..., :end, :][:, :, owner], [lengths[group] for group in owner]
+        idx_BT = torch.cat((tensor([batch[group][0][-1:] for group in owner]), endings_BT[:, :-1]), dim=1)
+        logits_BTV, _ = model.forward(idx_BT, all_logits=True, cache=some)
+        for (_, item, choice, ending), logits_TV, ending_T in zip(part, logits_BTV, endings_BT):
+            loss_T = F.cross_entropy(logits_TV[:len(ending)], ending_T[:len(ending)], reduction='none')
+            scores[item, choice] = -sum(loss_T.tolist()), len(ending)
+    return scores
 
 
 @torch.no_grad()
@@ -124,10 +130,9 @@ def score(model, items, tokenizer, machine, batch_tokens=batch_tokens, progress=
     for i in tqdm(turns, desc='HellaSwag', disable=not progress or machine.rank > 0):
         batch = batches[min(i, len(batches) - 1)]  # with sharded parameters all must take part in each forward pass
         with machine.autocast:
-            logp_BT = score_batch(model, batch, machine.device).tolist()
-        endings = [row for _, rows in batch for row in rows] if i < len(batches) else []
-        for (item, choice, ending), logp_T in zip(endings, logp_BT):
-            both[0, item, choice], both[1, item, choice] = sum(logp_T[:len(ending)]), len(ending)
+            scored = score_batch(model, batch, machine.device)
+        for (item, choice), two in scored.items() if i < len(batches) else ():
+            both[:, item, choice] = torch.tensor(two)
     model.train(was_training)
     both = machine.sum(*both.flatten().tolist())  # what one process has scored is zero on the others
     return torch.tensor(both, dtype=torch.float64).view(2, -1, 4)
