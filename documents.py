@@ -103,7 +103,7 @@ def tokenize(file, tokenizer, column='text'):
 
 def start_pool():
     """Processes, for work in Python itself; a script uses them under __name__ == '__main__', and by `with`: a pool that
-    Python's exit closes can end in "Bad file descriptor" (python/cpython#125451).
+    Python's exit closes can end in "Bad file descriptor" (mended by python/cpython#125492).
     """
     return concurrent.futures.ProcessPoolExecutor(n_cores(), multiprocessing.get_context('spawn'), start_process)
 

@@ -65,11 +65,13 @@ class BPETokenizer:
         tiktoken is fast with a pattern that does not look ahead. This one does so in one place: of white space before
         other text, the last character begins a new piece. So the text is cut there, by a token that is then removed.
         """
-        if self.spec.get('pattern', SPLIT_PATTERN) != SPLIT_PATTERN or any(CUT in t or EOT in t for t in texts):
+        other_pattern = self.spec.get('pattern', SPLIT_PATTERN) != SPLIT_PATTERN
+        if other_pattern or not texts or any(CUT in t or EOT in t for t in texts):
             return np.array([i for t in texts for i in [self.eot, *self.encode(t)]], dtype=np.uint32)
         text = ''.join(EOT + t for t in texts)
-        white = IS_WHITE.take(np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4'), mode='clip')
-        white[np.cumsum([len(EOT + t) for t in texts], dtype=int)[:-1]] = True  # what ends a document stays whole
+        codes = (np.frombuffer(text[i:i + 2**20].encode('utf-32-le'), '<u4') for i in range(0, len(text), 2**20))
+        white = np.concatenate([IS_WHITE.take(some, mode='clip') for some in codes])
+        white[np.cumsum([len(EOT) + len(t) for t in texts], dtype=int)[:-1]] = True  # what ends a document stays whole
         cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
         text = CUT.join(text[a:b] for a, b in itertools.pairwise([0, *cuts.tolist(), len(text)]))
         ids = self.without_lookahead.encode_to_numpy(text, allowed_special='all')

