@@ -98,7 +98,11 @@ def tokenize(file, tokenizer, column='text'):
         return share, tokenizer.encode_documents(texts)
 
     with concurrent.futures.ThreadPoolExecutor(n_cores()) as pool:
-        yield from in_order(pool, encode, read_chunks(file, column))
+        try:
+            yield from in_order(pool, encode, read_chunks(file, column))
+        except KeyboardInterrupt:
+            print('\nstopped; what was finished is kept, and the same command goes on', file=sys.stderr)
+            raise
 
 
 def start_pool():
@@ -122,8 +126,5 @@ def in_order(pool, function, chunks):
             if len(pending) > 2 * n_cores():
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
-    except KeyboardInterrupt:
-        print('\nstopped; what was finished is kept, and the same command goes on', file=sys.stderr)
-        raise
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError('a process was killed, perhaps for want of memory; the same command goes on') from None

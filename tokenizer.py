@@ -60,7 +60,7 @@ class BPETokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts):
-        """A list of str as one array of uint32, an end-of-text token before each: encode's tokens, in 2/3 of its time.
+        """A list of str as one array of uint32, an end-of-text token before each: encode's tokens, made faster.
 
         tiktoken is fast with a pattern that does not look ahead. This one does so in one place: of white space before
         other text, the last character begins a new piece. So the text is cut there, by a token that is then removed.

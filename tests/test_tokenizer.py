@@ -143,17 +143,24 @@ def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path
         '        pool.submit(time.sleep, 0).result()\n'
         '        print(*pool._processes, flush=True)\n'
         '        time.sleep(100)\n')
+
+    def at_work(number):
+        try:
+            with open(f'/proc/{number}/stat') as f:
+                return f.read().rpartition(')')[2].split()[0] != 'Z'  # where nobody asks how it ended it stays, as Z
+        except (FileNotFoundError, ProcessLookupError):
+            return False
     parent = subprocess.Popen([sys.executable, 'start.py'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     processes = [int(number) for number in parent.stdout.readline().split()]
     assert processes
     for number in processes:
         os.kill(number, signal.SIGINT)
     time.sleep(0.5)
-    assert all(os.path.exists(f'/proc/{number}') for number in processes)
+    assert all(map(at_work, processes))
     parent.kill()
     parent.wait()
     for _ in range(100):
-        left = [number for number in processes if os.path.exists(f'/proc/{number}')]
+        left = [number for number in processes if at_work(number)]
         if left:
             time.sleep(0.1)
     assert not left
