@@ -40,8 +40,25 @@ def run(script, *args, cwd, status=0, **options):
         done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, encoding='utf-8',
                               timeout=300, **options)
         code, out, err = done.returncode, done.stdout, done.stderr
+    if "GPT-2's tokenizer could not be downloaded" in err:
+        need_gpt2()
     assert code == status, f'status {code}, not {status}\n{out}\n{err}'
     return out, err
+
+
+@functools.cache
+def gpt2_can_be_had():
+    import tokenizer
+    try:
+        return bool(tokenizer.load('gpt2'))
+    except tokenizer.UserError:
+        return False
+
+
+def need_gpt2():
+    """A skip that says so where GPT-2's tokenizer cannot be had."""
+    if not gpt2_can_be_had():
+        pytest.skip("needs GPT-2's tokenizer: a network, or TIKTOKEN_CACHE_DIR")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import tokenizer as tokenizers
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
-from conftest import ROOT, SHARED, TINY, run, shared
+from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
 from hub import Hub
 from hugging_face import to_hugging_face
 from model import GPT, GPTConfig
@@ -362,6 +362,7 @@ def test_no_space_left_keeps_the_earlier_export(trained):
 
 
 def test_exports_that_cannot_be(trained):
+    need_gpt2()
     model = random_model(window=8)
     save_checkpoint(str(trained / 'window.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                  'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}})

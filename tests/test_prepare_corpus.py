@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import ROOT, run, shared
+from conftest import ROOT, need_gpt2, run, shared
 from corpus import only_one, write_corpus
 from dataset import Dataset
 from hub import Hub
@@ -194,6 +194,7 @@ def test_max_tokens_is_exact(tmp_path):
 
 def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
     """Attempt n is stopped just before its n-th sync or rename, or just after it, until one gets through."""
+    need_gpt2()
     tokenizer, files = tokenizers.load('gpt2'), ['a', 'b', 'c']
     arrays = {name: np.array(tokens_of([f'{name} {i}' for i in range(30)]), dtype=np.uint32) for name in files}
     folder, writes, limit = tmp_path / 'data' / 'set', 0, 0
