@@ -1,38 +1,147 @@
+"""The rules of the house: what may import what, and what a line may hold."""
+import ast
 import doctest
 import importlib
 import re
 import subprocess
+import sys
 
 import pytest
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 330, 'optim.py': 150, 'tokenizer.py': 220, 'dataset.py': 170, 'configurator.py': 80,
-          'train.py': 330, 'sample.py': 90, 'download.py': 80, 'machine.py': 145, 'checkpoint.py': 120,
-          'hellaswag.py': 180, 'hugging_face.py': 155, 'export.py': 160, 'bench.py': 250, 'corpus.py': 250,
-          'documents.py': 140, 'linear.py': 100, 'bpe.py': 100, 'loss.py': 70, 'peers.py': 280, 'sampling.py': 60,
-          'humaneval.py': 255, 'confine.py': 180, 'textbook.py': 120, 'evaluation.py': 45,
-          'report.py': 285, 'ngrams.py': 105, 'plots.py': 120, 'app.py': 165,
-          'prepare/textbook/prepare.py': 280, 'prepare/textbook/generator.py': 240, 'prepare/textbook/teacher.py': 370}
-FILES = subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True).stdout.split()
-FILES = FILES or [str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py')]  # an archive without git
+TRACKED = subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True).stdout.split()
+FILES = TRACKED or [str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py')]  # an archive without git
+CODE = [path for path in FILES if not path.startswith('tests/')]
+SCRIPTS = ('model.py', 'train.py', 'sample.py', 'bench.py', 'hellaswag.py')
+AT_THE_TOP = {*SCRIPTS, 'config', 'prepare', 'folio', 'extras', 'docs', 'tests', '.ci', '.gitignore', 'README.md',
+              'LICENSE', 'requirements.txt', 'requirements-dev.txt', 'ruff.toml'}
+FOLIO = {'configurator', 'data', 'tokenizer', 'bpe', 'optim', 'checkpoint', 'hugging_face', 'machine', 'engine',
+         'fast', 'download'}
+not_yet = pytest.mark.xfail(reason='the house is being rebuilt')
 
 
-def budget(path):
-    """Lines that a file may have, or None: config files are recipe cards, prepare scripts one data set, tests free."""
-    return BUDGET.get(path) or {'config': 30, 'prepare': 120}.get(path.split('/')[0])
+def parse(path):
+    return ast.parse((ROOT / path).read_text(encoding='utf-8'))
 
 
-@pytest.mark.parametrize('path', [path for path in FILES if not path.startswith('tests/')])
-def test_file_keeps_its_budget_of_lines(path):
-    assert budget(path), f'{path} has no budget: add it to the table here'
-    assert len((ROOT / path).read_text(encoding='utf-8').splitlines()) <= budget(path)
+def imports(tree):
+    """Return {module: whether it is imported at the top of the file}, with submodules of folio by their full name."""
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)}
+    found = {}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+            if node.module in ('folio', 'extras', 'extras.textbook', 'prepare'):
+                names = [f'{node.module}.{alias.name}' for alias in node.names]
+        for name in names:
+            found[name] = found.get(name, False) or id(node) not in inside
+    return found
 
 
-def test_lines_fit_in_120_columns():
+def file_of(module):
+    """Return the path of one of our modules, or None for a library."""
+    path = module.replace('.', '/') + '.py'
+    return path if path in CODE else None
+
+
+def ours(path):
+    """Return {path of an imported file of ours: whether at the top}."""
+    folder = path.rpartition('/')[0]
+    found = {}
+    for module, at_top in imports(parse(path)).items():
+        target = file_of(module) or file_of(f'{folder}/{module}'.replace('/', '.').lstrip('.'))
+        if target:
+            found[target] = at_top
+    return found
+
+
+def closure(path):
+    """Return the files of ours that a file needs as soon as it is imported, itself among them."""
+    needed, todo = {path}, [path]
+    while todo:
+        for target, at_top in ours(todo.pop()).items():
+            if at_top and target not in needed:
+                needed.add(target)
+                todo.append(target)
+    return needed
+
+
+@not_yet
+def test_the_top_level_is_what_the_readme_shows():
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split('\n')
+    assert {path.split('/')[0] for path in tracked if path} <= AT_THE_TOP
+    assert {path for path in CODE if '/' not in path} == set(SCRIPTS)
+
+
+@not_yet
+def test_folio_is_one_level_deep_and_each_file_is_a_noun_of_the_design():
+    inside = {path for path in CODE if path.startswith('folio/')}
+    assert inside - {'folio/__init__.py'} == {f'folio/{name}.py' for name in FOLIO}
+
+
+@not_yet
+def test_model_imports_torch_and_the_standard_library_only():
+    at_top = [name.split('.')[0] for name, at_top in imports(parse('model.py')).items() if at_top]
+    assert set(at_top) <= sys.stdlib_module_names | {'torch'}
+    later = {name for name, at_top in imports(parse('model.py')).items() if not at_top}
+    assert {name for name in later if file_of(name)} <= {'folio.checkpoint'}
+
+
+@not_yet
+@pytest.mark.parametrize('path', [path for path in CODE if not path.startswith('config/')])
+def test_imports_go_down(path):
+    for target in ours(path):
+        if target.startswith('extras/'):
+            assert path.startswith('extras/'), f'{path} imports {target}'
+        if target.startswith('prepare/'):
+            assert path.startswith(('prepare/', 'extras/')), f'{path} imports {target}'
+        if path.startswith('folio/'):
+            assert target.startswith('folio/') or target == 'model.py', f'{path} imports {target}'
+        if target in SCRIPTS and target != 'model.py' and not path.startswith('extras/'):
+            assert (path, target) == ('train.py', 'hellaswag.py'), f'{path} imports {target}'
+
+
+def test_no_import_goes_in_a_circle():
+    for path in CODE:
+        for target, at_top in ours(path).items():
+            assert not at_top or path not in closure(target), f'{path} and {target} import each other'
+
+
+@not_yet
+def test_to_copy_train_takes_the_model_and_at_most_seven_files_of_folio():
+    needed = closure('train.py') - {'train.py', 'model.py', 'folio/__init__.py'}
+    assert all(path.startswith('folio/') for path in needed) and len(needed) <= 7, needed
+
+
+@not_yet
+@pytest.mark.parametrize('script', ['prepare/dolly/prepare.py', 'prepare/book/prepare.py'])
+def test_a_prepare_script_needs_no_model(script):
+    assert 'model.py' not in closure(script)
+
+
+@not_yet
+def test_lines_fit_in_100_columns():
     long = [f'{path}:{i}' for path in FILES
-            for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
+            for i, line in enumerate((ROOT / path).read_text(encoding='utf-8').splitlines(), 1) if len(line) > 100]
     assert not long
+
+
+CROWDED = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.BoolOp)
+
+
+@not_yet
+def test_no_tuple_assignment_holds_a_conditional_a_comprehension_or_an_or():
+    crowded = []
+    for path in CODE:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(
+                    node.value, ast.Tuple) and any(isinstance(part, CROWDED) for part in ast.walk(node.value)):
+                crowded.append(f'{path}:{node.lineno}')
+    assert not crowded
 
 
 @pytest.mark.parametrize('name', ['sampling', 'optim', 'dataset', 'humaneval', 'ngrams'])
@@ -44,7 +153,3 @@ def test_examples_in_docstrings_are_true(name):
 def test_readme_shows_pictures_that_are_there():
     shown = re.findall(r'!\[.+?\]\((.+?)\)', (ROOT / 'README.md').read_text(encoding='utf-8'))
     assert len(shown) == 2 and all((ROOT / name).read_bytes().startswith(b'\x89PNG') for name in shown)
-
-
-def test_readme_is_short():
-    assert len((ROOT / 'README.md').read_text(encoding='utf-8').splitlines()) < 280
