@@ -7,7 +7,6 @@ GPT-2, which it downloads. Probabilities are the model's own, before temperature
 307 tokens/s on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
 """
 import codecs
-import copy
 import functools
 import html
 import itertools
@@ -20,10 +19,11 @@ import time
 
 import torch
 
-from checkpoint import load_checkpoint
+import checkpoint as checkpoints
+import engine
+import fast
 from configurator import UserError, configure
 from dataset import tokenizer_of
-from hugging_face import load_hugging_face
 from machine import Machine, default_device
 from model import GPT, GPTConfig
 
@@ -57,19 +57,14 @@ def load(choice):
 @functools.lru_cache(maxsize=4)
 def load_once(choice, modified):
     path, untrained = sources[choice], choice.endswith(': untrained')
-    checkpoint = load_checkpoint(path) if path.endswith('.pt') else load_hugging_face(path)
+    checkpoint = checkpoints.load(path)
     with turn, torch.random.fork_rng(devices=[]):
         torch.manual_seed(checkpoint.get('config', {}).get('seed', 1337))  # as train.py begins
         model = GPT(GPTConfig(**checkpoint['model_args'])) if untrained else GPT.from_pretrained(checkpoint)
+        model = fast.accelerate(model)
     about = f'{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters'
     about += f', step {0 if untrained else checkpoint["iter_num"]:,}' if 'iter_num' in checkpoint else ''
     return model.to(machine.device).eval(), tokenizer_of(checkpoint), about
-
-
-def remember(latest, forward, *args, **options):
-    """What forward gives, also kept in the list `latest`."""
-    latest[:] = forward(*args, **options)
-    return latest
 
 
 def write(choice, prompt, seed, max_new_tokens, strategy, temperature, top_k, top_p):
@@ -80,21 +75,20 @@ def write(choice, prompt, seed, max_new_tokens, strategy, temperature, top_k, to
         model, tokenizer, about = load(choice)
         ids, limit = tokenizer.encode(prompt) or [tokenizer.start], model.config.block_size
         notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>' if len(ids) > limit else ''
-        mine, latest = copy.copy(model), []  # the same weights, and a forward that keeps the latest step's logits
-        mine.forward = functools.partial(remember, latest, model.forward)
-        steps = mine.generate([ids[-limit:]], int(max_new_tokens), strategy, temperature, int(top_k), top_p,
-                              seed=random.getrandbits(63) if seed is None else seed % 2**63)
+        steps = engine.generate_with_logits(
+            model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature, top_k=int(top_k),
+            top_p=top_p, seed=random.getrandbits(63) if seed is None else seed % 2**63)
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # tokens split characters
         n, p, seconds, end = 0, 1.0, 0.0, ' …'
         while end == ' …':
             with turn, machine.autocast:
                 began = time.perf_counter()
                 while time.perf_counter() < began + 0.04:  # so often a page needs another picture
-                    token = next(steps, None)
+                    token, logits_BV = next(steps, (None, None))
                     if token is None or token.item() == tokenizer.eot:
                         end = ', done' if token is None else ', and the document ends'
                         break
-                    n, p = n + 1, p * latest[0][0, -1].float().softmax(dim=-1)[token].item()
+                    n, p = n + 1, p * logits_BV[0].float().softmax(dim=-1)[token].item()
                     if piece := decoder.decode(tokenizer.decode_bytes(token.tolist())):
                         text += f'<span title="{p:.2%}" style="--p: {p:.3f}">{html.escape(piece)}</span>'
                         p = 1.0  # a character of several tokens has the product of theirs

@@ -19,12 +19,12 @@ from json import dump
 import numpy as np
 import torch
 
-import linear
+import checkpoint as checkpoints
+import engine
+import fast
 import peers as peer
-from checkpoint import load_checkpoint
 from configurator import UserError, configure
 from dataset import Dataset, eval_batches, train_batch
-from hugging_face import load_hugging_face
 from machine import Machine
 from model import GPT, GPTConfig
 from optim import make_optimizers
@@ -153,7 +153,7 @@ def measure_text(s, machine, model, tokens):
         machine.wait()
         clock = time.perf_counter()
         with machine.autocast:
-            for n, next_B in enumerate(model.generate(prompts, s.new_tokens, strategy='greedy')):
+            for n, next_B in enumerate(engine.generate(model, prompts, s.new_tokens, strategy='greedy')):
                 if n == 0:
                     machine.wait()
                     first = time.perf_counter() - clock
@@ -205,8 +205,7 @@ def measure(s, machine):
     if s.init_from == 'scratch':
         model = GPT(GPTConfig(**{f.name: getattr(s, f.name, vocab_size) for f in dataclasses.fields(GPTConfig)}))
     else:
-        path = os.path.join(s.out_dir, 'ckpt.pt') if s.init_from == 'resume' else s.init_from
-        model = GPT.from_pretrained(load_checkpoint(path) if path.endswith('.pt') else load_hugging_face(path))
+        model = GPT.from_pretrained(checkpoints.load(s.init_from, s.out_dir))
         s.block_size = min(s.block_size, model.config.block_size)
     n_parameters, sizes = sum(p.numel() for p in model.parameters()), (s.batch_size, s.block_size)
     sizes = (s.gradient_accumulation_steps, *sizes)
@@ -216,7 +215,7 @@ def measure(s, machine):
         for row in peer.compare(s, machine, model.config, compiled, tokens):
             show(*row)
         return
-    model.to(machine.device)
+    fast.accelerate(model).to(machine.device)
     if compiled:
         model.compile()
     if not s.quantize:
@@ -225,7 +224,7 @@ def measure(s, machine):
         raise UserError('quantize=int8 is for CPUs, where decoding waits for memory; give --device=cpu')
     else:
         before = perplexity(s, model.eval(), tokens)
-        show('perplexity, int8 weights', perplexity(s, linear.quantize(model), tokens), '', f'{before:.4f} without')
+        show('perplexity, int8 weights', perplexity(s, fast.quantize(model), tokens), '', f'{before:.4f} without')
     measure_text(s, machine, model, tokens)
 
 

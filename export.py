@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import tokenizer as tokenizers
-from checkpoint import load_checkpoint
+import checkpoint as checkpoints
 from configurator import UserError, configure
 from dataset import tokenizer_of
-from hugging_face import TOKENIZER, load_hugging_face, to_hugging_face
+from hugging_face import TOKENIZER, to_hugging_face
 from model import GPT
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ if names and not earlier:
 
 # ---- Model and tokenizer ---------------------------------------------------------------------------------------------
 source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
+checkpoint = checkpoints.load(source)
 model, tokenizer = GPT.from_pretrained(checkpoint), tokenizer_of(checkpoint)
 spec, trained_on = tokenizer.spec, checkpoint.get('config', {}).get('dataset', '')
 hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)

@@ -11,7 +11,6 @@ A text is scored as it stands in the file: ctx, then ' ' + ending, nothing in fr
 (activity label in front, capitals, no [title]), so its figures are of another text: for GPT-2 124M acc 0.2892 and
 acc_norm 0.3114, where the text as it stands gives acc 0.2859. A text longer than the context loses its beginning.
 """
-import dataclasses
 import json
 import os
 
@@ -19,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+import checkpoint as checkpoints
+import fast
 from configurator import UserError, configure
 from dataset import tokenizer_of
 from download import download
-from hugging_face import load_hugging_face
 from machine import Machine, default_device
-from model import GPT, KVCache
+from engine import KVCache
+from model import GPT
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a Hugging Face folder
@@ -98,27 +98,38 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
     return batches
 
 
-def score_batch(model, batch, device, passes=8):
-    """{(item, choice): (log-probability, tokens)} of a batch's endings. A context is read once, into the cache, for all
-    of its endings, which are read from short to long, in so many passes, to have little padding.
+def pad(rows, side, device):
+    """Return lists of ids as one tensor, shorter ones filled up on one side."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+
+
+def score_batch(model, batch, device):
+    """Return {(item, choice): (log-probability, tokens)} for the endings of a batch.
+
+    Each context is read once, into the cache, for all of its endings.
     """
-    def tensor(rows):
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(device)
-    endings = [(group, *row) for group, (_, rows) in enumerate(batch) for row in rows]
-    endings, n, scores = sorted(endings, key=lambda row: len(row[-1])), len(endings), {}
-    lengths = [len(context) - 1 for context, _ in batch]  # a context's last token is read with the ending it predicts
-    cache = KVCache(dataclasses.replace(model.config, block_size=max(lengths) + len(endings[-1][-1])), len(batch))
-    model.forward(tensor([context[:-1] or context for context, _ in batch]), cache=cache, lengths=lengths)
-    for i in range(passes):  # all of them, if need be with an ending read before: see the sharded parameters below
-        part = endings[i * n // passes:(i + 1) * n // passes] or endings[:1]
-        owner, endings_BT = [group for group, *_ in part], tensor([ending for *_, ending in part])
-        some, end = KVCache(model.config, len(part)), max(lengths) + endings_BT.size(1)
-        some.kv, some.lengths = cache.kv[..., :end, :][:, :, owner], [lengths[group] for group in owner]
-        idx_BT = torch.cat((tensor([batch[group][0][-1:] for group in owner]), endings_BT[:, :-1]), dim=1)
-        logits_BTV, _ = model.forward(idx_BT, all_logits=True, cache=some)
-        for (_, item, choice, ending), logits_TV, ending_T in zip(part, logits_BTV, endings_BT):
-            loss_T = F.cross_entropy(logits_TV[:len(ending)], ending_T[:len(ending)], reduction='none')
-            scores[item, choice] = -sum(loss_T.tolist()), len(ending)
+    # A context's last token is read with the ending, whose first token it predicts.
+    lengths = [len(context) - 1 for context, _ in batch]
+    contexts = [context[:-1] or [0] for context, _ in batch]  # an empty one is one token of padding
+    longest = max(len(context) for context in contexts)
+    endings = []  # (group: which context it continues, item, choice, ids)
+    for group, (_, rows) in enumerate(batch):
+        endings += [(group, item, choice, ending) for item, choice, ending in rows]
+    groups = [group for group, *_ in endings]
+    inputs_BT = pad([batch[group][0][-1:] + ending[:-1] for group, _, _, ending in endings], 'right', device)
+    targets_BT = pad([ending for *_, ending in endings], 'right', device)
+
+    padding = [longest - length for length in lengths]
+    cache = KVCache(model, len(batch), padding, size=longest + targets_BT.size(1))
+    model.forward(pad(contexts, 'left', device), cache=cache)
+    logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(groups))
+
+    scores = {}
+    for row, (_, item, choice, ending) in enumerate(endings):
+        n = len(ending)
+        loss = F.cross_entropy(logits_BTV[row, :n], targets_BT[row, :n], reduction='sum')
+        scores[item, choice] = -loss.item(), n
     return scores
 
 
@@ -134,8 +145,10 @@ def score(model, items, tokenizer, machine, batch_tokens=batch_tokens, progress=
         batch = batches[min(i, len(batches) - 1)]  # with sharded parameters all must take part in each forward pass
         with machine.autocast:
             scored = score_batch(model, batch, machine.device)
-        for (item, choice), two in scored.items() if i < len(batches) else ():
-            both[:, item, choice] = torch.tensor(two, dtype=both.dtype)
+        if i >= len(batches):
+            continue  # this pass was only for the sharded parameters, which all must gather together
+        for (item, choice), of_ending in scored.items():
+            both[:, item, choice] = torch.tensor(of_ending, dtype=both.dtype)
     model.train(was_training)
     both = machine.sum(*both.flatten().tolist())  # what one process has scored is zero on the others
     return torch.tensor(both, dtype=torch.float64).view(2, -1, 4)
@@ -164,9 +177,8 @@ if __name__ == '__main__':
     machine = Machine(device, dtype)
     machine.join('nccl')
     items = load(source, machine)[:limit or None]
-    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    checkpoint = load_checkpoint(path) if path.endswith('.pt') else load_hugging_face(path)
-    model = GPT.from_pretrained(checkpoint).to(machine.device)
+    checkpoint = checkpoints.load(init_from, out_dir)
+    model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
     sums, counts = score(model, items, tokenizer_of(checkpoint), machine, batch_tokens, progress=True)
     result = figures(items, sums, counts)
     shown = [f'{name} {result[name]:.4f} ± {result[name + "_stderr"]:.4f}' for name in ('acc', 'acc_norm', 'acc_mean')]

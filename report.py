@@ -21,7 +21,10 @@ import torch
 import ngrams
 import plots
 import tokenizer as tokenizers
-from checkpoint import load_checkpoint, read_log
+import checkpoint as checkpoints
+import engine
+import fast
+from checkpoint import read_log
 from configurator import UserError, configure
 from dataset import Dataset, tokenizer_of
 from evaluation import evaluate
@@ -77,7 +80,7 @@ def open_files(run):
     checkpoint = None
     for name in (name for name in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(run.folder, name))):
         try:
-            checkpoint = load_checkpoint(os.path.join(run.folder, name))
+            checkpoint = checkpoints.load(os.path.join(run.folder, name))
             run.saved = f'{name}, of step {checkpoint["iter_num"]}'
             break
         except UserError as e:
@@ -118,7 +121,8 @@ def write_texts(model, tokenizer, machine, strategy, temperature):
     idx_BT = torch.zeros(len(rows), max(map(len, rows)) + count, dtype=torch.long)
     targets_BT, texts = torch.full_like(idx_BT, -1), []
     with machine.autocast:
-        steps = list(model.generate(rows, count, strategy, temperature, 50, 0.9, seed=seed, stop=ends))
+        steps = list(engine.generate(model, rows, count, strategy=strategy, temperature=temperature, top_k=50,
+                                     top_p=0.9, seed=seed, stop=ends))
         for b, (start, new) in enumerate(zip(rows, torch.stack(steps, dim=1).tolist())):
             new = new[:new.index(tokenizer.eot) + 1] if tokenizer.eot in new else new
             idx_BT[b, :len(start + new)] = torch.tensor(start + new)
@@ -252,7 +256,7 @@ def main():
         try:
             if checkpoint:
                 machine = Machine(device, run.config.get('dtype', 'auto'))
-                model = GPT.from_pretrained(checkpoint).to(machine.device).eval()
+                model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device).eval()
                 if run.data and 'test' in run.data.splits():
                     sizes = run.config['block_size'], run.config['batch_size'], run.n_windows
                     run.test = evaluate(model, run.data, 'test', *sizes, machine)

@@ -3,16 +3,14 @@ Text from a trained model, on standard output.
     python sample.py --out_dir=out/book --strategy=nucleus
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
 """
-import codecs
 import contextlib
-import os
 import sys
 
-import linear
-from checkpoint import load_checkpoint
+import checkpoint as checkpoints
+import engine
+import fast
 from configurator import UserError, configure
 from dataset import tokenizer_of
-from hugging_face import load_hugging_face
 from machine import Machine, default_device
 from model import GPT
 
@@ -42,10 +40,9 @@ if quantize not in ('', 'int8') or quantize and (machine.type, machine.dtype) !=
     raise UserError(f'quantize is {quantize!r}; it may be int8, with --device=cpu --dtype=float32')
 
 # ---- Model and prompt ------------------------------------------------------------------------------------------------
-source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
-model, tokenizer = GPT.from_pretrained(checkpoint).to(device), tokenizer_of(checkpoint)
-model = linear.quantize(model) if quantize else model
+checkpoint = checkpoints.load(init_from, out_dir)
+model, tokenizer = fast.accelerate(GPT.from_pretrained(checkpoint)).to(device), tokenizer_of(checkpoint)
+model = fast.quantize(model) if quantize else model
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
@@ -59,24 +56,26 @@ with contextlib.redirect_stdout(sys.stderr):  # what it says is a notice
     compile = compile and machine.can_compile()
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
-ends = {tokenizer.eot} - {None}
-decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(num_samples)]  # tokens split characters
-texts, going, shown = [start] * num_samples, set(range(num_samples)), 0
+def find_stop(row, text):
+    """Return where `stop` begins in a text, or None."""
+    return text.index(stop) if stop and stop in text else None
+
+
+prompts = [ids] * num_samples
+texts = [''] * num_samples
+shown = 0  # characters of a single sample that are on the screen
+if num_samples == 1:
+    print(start, end='', flush=True)
 with machine.autocast:
-    for next_B in model.generate([ids] * num_samples, max_new_tokens, strategy, temperature, top_k, top_p, min_p,
-                                 repetition_penalty, seed, stop=ends, compile=compile):
-        for row, token in enumerate(next_B.tolist()):
-            if row not in going or token in ends:
-                going.discard(row)
-                continue
-            texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
-            if stop and stop in texts[row][len(start):]:
-                texts[row] = texts[row][:texts[row].index(stop, len(start))]
-                going.discard(row)
-        if num_samples == 1:  # keep back what may turn out to be the beginning of `stop`
+    for texts in engine.stream_text(model, tokenizer, prompts, max_new_tokens, find_end=find_stop, strategy=strategy,
+                                    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                    repetition_penalty=repetition_penalty, seed=seed, compile=compile):
+        if num_samples == 1:
+            # keep back what may turn out to be the beginning of `stop`
             safe = max(shown, len(texts[0]) - max(0, len(stop) - 1))
             print(texts[0][shown:safe], end='', flush=True)
             shown = safe
-        if not going:
-            break
-print('\n---------------\n'.join(texts)[shown:])
+if num_samples == 1:
+    print(texts[0][shown:])
+else:
+    print('\n---------------\n'.join(start + text for text in texts))

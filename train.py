@@ -17,13 +17,15 @@ import time
 
 import torch
 
+import checkpoint as checkpoints
+import engine
+import fast
 import hellaswag
 import tokenizer as tokenizers
-from checkpoint import forget_log_after, load_checkpoint, save_checkpoint, set_aside
 from configurator import UserError, configure
 from dataset import Dataset, ahead, train_batch
 from evaluation import evaluate
-from hugging_face import OPENAI, load_hugging_face
+from hugging_face import OPENAI
 from machine import Machine, default_device
 from model import GPT, GPTConfig
 from optim import learning_rate_at, load_states, make_optimizers
@@ -118,13 +120,16 @@ if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 torch.manual_seed(seed)
 wanted = {f.name: config.get(f.name, data.vocab_size) for f in dataclasses.fields(GPTConfig)}
-model_config = GPTConfig(**wanted)
+try:
+    model_config = GPTConfig(**wanted)
+except ValueError as e:
+    raise UserError(e) from None
 source = ckpt_path if init_from == 'resume' else init_from
 checkpoint = None
 if init_from != 'scratch':
-    checkpoint = load_checkpoint(source) if source.endswith('.pt') else load_hugging_face(source)
+    checkpoint = checkpoints.load(source)
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
-    saved = checkpoint or load_checkpoint(ckpt_path)
+    saved = checkpoint or checkpoints.load(ckpt_path)
     there = saved['model_args'] | saved.get('config', {})
     differ = [f'{k} is {there[k]}, not {wanted[k]}' for k in wanted
               if there.get(k, wanted[k]) != wanted[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
@@ -139,7 +144,11 @@ else:
     if known != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
                         f'{init_from} ({spec["kind"]}, {known}): it can only go on with its own')
-    model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
+    try:
+        model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window, block_size=block_size)
+    except ValueError as e:
+        raise UserError(e) from None
+model = fast.accelerate(model)  # the same numbers, sooner: without this line all still works
 if fsdp:
     machine.shard(model)  # and move its shares to the device
 else:
@@ -172,7 +181,7 @@ say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder},
 def save(path, iter_num):
     states = machine.whole([model.state_dict()] + [o.state_dict() for o in optimizers])
     if rank == 0:
-        save_checkpoint(path, {
+        checkpoints.save(path, {
             'model': states[0], 'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec,
             'optimizer': states[1:], 'scaler': scaler.state_dict(), 'config': config,
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
@@ -191,7 +200,7 @@ def sample_text():
     """200 tokens from the start of a document."""
     tokenizer = tokenizers.load(data.spec)
     with machine.autocast, machine.unsharded(model):
-        steps = model.generate([[tokenizer.start]], 200, strategy='nucleus', seed=seed)
+        steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
         return tokenizer.decode([next_B.item() for next_B in steps])
 
 
@@ -204,9 +213,12 @@ if eval_only:
 if rank == 0:
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and set_aside(out_dir):
+        if init_from != 'resume' and checkpoints.set_aside(out_dir):
             say(f'the run that was in {out_dir} is now in {out_dir}/previous')
-        forget_log_after(log_path, first_iter if init_from == 'resume' else -2)  # -2: of a run that never saved, all
+        if init_from == 'resume':
+            checkpoints.forget_log_after(log_path, first_iter)
+        elif os.path.exists(log_path):
+            os.remove(log_path)  # of a run that never saved
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another --out_dir') from None
     if wandb_log:

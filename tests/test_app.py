@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tokenizer as tokenizers
-from checkpoint import load_checkpoint, save_checkpoint
+import checkpoint as checkpoints
+import engine
 from conftest import ROOT, TINY, run
 from model import GPT, GPTConfig
 
@@ -42,7 +43,7 @@ def runs(book_once, tmp_path_factory):
         model.transformer.wte.weight[256] = -10 * torch.eye(128)[0]
         model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, 10
     (folder / 'out' / 'bytes').mkdir()
-    save_checkpoint(str(folder / 'out' / 'bytes' / 'ckpt.pt'), {
+    checkpoints.save(str(folder / 'out' / 'bytes' / 'ckpt.pt'), {
         'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': tokenizer.spec})
     return folder
 
@@ -175,9 +176,9 @@ def test_both_panes_stream(window):
 
 
 def test_a_text_is_what_the_model_generates(window, runs):
-    checkpoint = load_checkpoint(str(runs / 'out' / 'chars' / 'ckpt.pt'))
+    checkpoint = checkpoints.load(str(runs / 'out' / 'chars' / 'ckpt.pt'))
     model, tokenizer = GPT.from_pretrained(checkpoint), tokenizers.load(checkpoint['tokenizer'])
-    steps = model.generate([tokenizer.encode('The ')], 100, 'sample', temperature=0.5, seed=7)
+    steps = engine.generate(model, [tokenizer.encode('The ')], 100, 'sample', temperature=0.5, seed=7)
     expected = 'The ' + tokenizer.decode([token.item() for token in steps])
     window.press('sample')
     assert window.write('The ', max_new_tokens=100, temperature=0.5, seed=7)[0] == expected
@@ -201,11 +202,11 @@ def test_an_emoji_is_kept_whole_or_told_to_be_unknown(window):
 
 
 def test_an_empty_prompt_begins_a_document(window, runs):
-    checkpoint = load_checkpoint(str(runs / 'out' / 'chars' / 'ckpt.pt'))
+    checkpoint = checkpoints.load(str(runs / 'out' / 'chars' / 'ckpt.pt'))
     model, tokenizer = GPT.from_pretrained(checkpoint), tokenizers.load(checkpoint['tokenizer'])
     window.press('greedy')
     left, _ = window.write('', max_new_tokens=20)
-    assert left == tokenizer.decode([t.item() for t in model.generate([[tokenizer.start]], 20, 'greedy')])
+    assert left == tokenizer.decode([t.item() for t in engine.generate(model, [[tokenizer.start]], 20, 'greedy')])
 
 
 def test_an_over_long_prompt_is_cut_with_a_notice(window, runs):
@@ -241,7 +242,7 @@ def test_stop_ends_it_early(window):
 
 
 def test_each_token_is_coloured_by_its_probability(window, runs):
-    checkpoint = load_checkpoint(str(runs / 'out' / 'chars' / 'ckpt.pt'))
+    checkpoint = checkpoints.load(str(runs / 'out' / 'chars' / 'ckpt.pt'))
     model, tokenizer = GPT.from_pretrained(checkpoint).eval(), tokenizers.load(checkpoint['tokenizer'])
     left, _ = window.write('The ', max_new_tokens=20)
     ids = tokenizer.encode(left)
@@ -263,9 +264,9 @@ def test_each_token_is_coloured_by_its_probability(window, runs):
 def test_untrained_is_what_training_began_with(window, runs):
     run('train.py', *TINY, '--out_dir=out/began', '--max_iters=1', '--eval_interval=1', '--decay_lr=False',
         '--learning_rate=1e-30', '--min_lr=0.0', '--always_save_checkpoint=True', cwd=runs)  # one step, of no size
-    checkpoint = load_checkpoint(str(runs / 'out' / 'began' / 'ckpt.pt'))
+    checkpoint = checkpoints.load(str(runs / 'out' / 'began' / 'ckpt.pt'))
     model, tokenizer = GPT.from_pretrained(checkpoint), tokenizers.load(checkpoint['tokenizer'])
-    steps = model.generate([tokenizer.encode('The ')], 50, 'greedy')
+    steps = engine.generate(model, [tokenizer.encode('The ')], 50, 'greedy')
     window.choose(0, 'out/chars: untrained')
     window.press('greedy')
     assert window.write('The ', max_new_tokens=50)[0] == 'The ' + tokenizer.decode([t.item() for t in steps])

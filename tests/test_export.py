@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import tokenizer as tokenizers
-from checkpoint import load_checkpoint, save_checkpoint
+import checkpoint as checkpoints
+import engine
 from configurator import UserError
 from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
 from hub import Hub
@@ -145,7 +146,7 @@ def test_export_gives_the_same_logits_and_the_same_greedy_text(tmp_path, fields)
     assert_same_logits(ours, theirs)
     for prompt in ([5], [1, 2, 3, 1, 2]):
         text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0].tolist()
-        assert text == prompt + [n.item() for n in ours.generate([prompt], 25, strategy='greedy')]
+        assert text == prompt + [n.item() for n in engine.generate(ours, [prompt], 25, strategy='greedy')]
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
@@ -191,7 +192,7 @@ def pair(request, tmp_path_factory):
         ours = tokenizers.CharTokenizer(chars) if request.param == 'char' else tokenizers.train_bpe(
             runs + HARD * 2 + [novel()[:100000]], 1000)
         model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
-        save_checkpoint(str(folder / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+        checkpoints.save(str(folder / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                   'tokenizer': ours.spec})
         run('export.py', '--out_dir=.', cwd=folder)
     return ours, transformers.AutoTokenizer.from_pretrained(folder / 'hf', local_files_only=True)
@@ -283,7 +284,7 @@ def test_exported_run_writes_the_same_text_in_transformers(trained):
 
 def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch, capsys):
     run('export.py', '--out_dir=out', '--to=hf', cwd=trained)
-    card, checkpoint = (trained / 'hf' / 'README.md').read_text(), load_checkpoint(str(trained / 'out' / 'ckpt.pt'))
+    card, checkpoint = (trained / 'hf' / 'README.md').read_text(), checkpoints.load(str(trained / 'out' / 'ckpt.pt'))
     n_parameters = load(trained / 'hf').num_parameters()
     for fact in ['NanoChatForCausalLM: 2 layers, 2 heads, width 32, context of 32', f'parameters: {n_parameters:,}',
                  'stored as float32', 'tokenizer: char', 'data set: book', 'trained for 30 steps',
@@ -297,7 +298,7 @@ def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, 
 def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
     run('export.py', '--out_dir=out', cwd=trained)
     run('export.py', '--out_dir=out', '--dtype=bfloat16', cwd=trained)
-    head, ours = load(trained / 'out' / 'hf').lm_head.weight, load_checkpoint(str(trained / 'out' / 'ckpt.pt'))['model']
+    head, ours = load(trained / 'out' / 'hf').lm_head.weight, checkpoints.load(f'{trained}/out/ckpt.pt')['model']
     assert head.dtype == torch.bfloat16 and torch.equal(head, ours['lm_head.weight'][:len(head)].bfloat16())
     assert set(os.listdir(trained / 'out')) == {'ckpt.pt', 'best.pt', 'log.jsonl', 'hf'}
 
@@ -364,7 +365,7 @@ def test_no_space_left_keeps_the_earlier_export(trained):
 def test_exports_that_cannot_be(trained):
     need_gpt2()
     model = random_model(window=8)
-    save_checkpoint(str(trained / 'window.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+    checkpoints.save(str(trained / 'window.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                  'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}})
     gpt2_of_transformers().save_pretrained(trained / 'theirs')
     (trained / 'shadow').mkdir()

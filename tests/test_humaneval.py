@@ -18,7 +18,7 @@ import confine
 import download
 import humaneval
 import tokenizer as tokenizers
-from checkpoint import save_checkpoint
+import checkpoint as checkpoints
 from configurator import UserError
 from conftest import run, shared
 from machine import Machine
@@ -335,7 +335,7 @@ def tiny(tmp_path):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_checkpoint(str(tmp_path / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+    checkpoints.save(str(tmp_path / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                 'tokenizer': BYTES.spec})
     write(tmp_path / 'tasks.jsonl', TASKS.values())
     return tmp_path

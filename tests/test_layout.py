@@ -144,7 +144,7 @@ def test_no_tuple_assignment_holds_a_conditional_a_comprehension_or_an_or():
     assert not crowded
 
 
-@pytest.mark.parametrize('name', ['sampling', 'optim', 'dataset', 'humaneval', 'ngrams'])
+@pytest.mark.parametrize('name', ['model', 'engine', 'optim', 'dataset', 'humaneval', 'ngrams'])
 def test_examples_in_docstrings_are_true(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0 and result.failed == 0

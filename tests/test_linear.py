@@ -1,20 +1,22 @@
+import copy
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import linear
-import loss
+import engine
+import fast
 from configurator import UserError
-from linear import Int8Linear, Linear, quantize
-from loss import head_loss
+from fast import Int8Linear, OneDNNLinear, head_loss, quantize
 from model import GPT, GPTConfig
 
 
-@pytest.mark.skipif(not linear.ONEDNN, reason='oneDNN is used on x86 CPUs only')
+@pytest.mark.skipif(not fast.ONEDNN, reason='oneDNN is used on x86 CPUs only')
 @pytest.mark.parametrize('bias', [True, False])
 def test_products_by_onednn_are_float32_products(bias):
     torch.manual_seed(0)
-    layer, x = Linear(300, 200, bias=bias), torch.randn(4, 50, 300, requires_grad=True)
+    layer, x = OneDNNLinear(300, 200, bias=bias), torch.randn(4, 50, 300, requires_grad=True)
     upstream = torch.randn(4, 50, 200)
     y = layer(x)
     assert 'onednn' in str(y.grad_fn)
@@ -28,7 +30,7 @@ def test_products_by_onednn_are_float32_products(bias):
 
 
 def test_autocast_and_small_products_take_torchs_way():
-    layer = Linear(300, 200)
+    layer = OneDNNLinear(300, 200)
     assert 'Addmm' in str(layer(torch.randn(1, 300)).grad_fn)
     with torch.autocast('cpu', torch.bfloat16):
         assert layer(torch.randn(200, 300)).dtype == torch.bfloat16
@@ -37,7 +39,7 @@ def test_autocast_and_small_products_take_torchs_way():
 @pytest.mark.parametrize('cap', [0.0, 15.0])
 @pytest.mark.parametrize('chunk', [2**25, 128 * 11])
 def test_head_loss_is_the_cross_entropy(cap, chunk, monkeypatch):
-    monkeypatch.setattr(loss, 'CHUNK', chunk)
+    monkeypatch.setattr(fast, 'CHUNK', chunk)
     torch.manual_seed(0)
     x, weight = (torch.randn(n, 32, requires_grad=True) for n in (50, 128))
     targets = torch.randint(0, 100, (50,))
@@ -67,7 +69,7 @@ def test_head_loss_under_autocast_is_close_and_its_gradients_keep_their_type():
 
 def test_int8_weights_are_the_only_loss_of_precision():
     torch.manual_seed(0)
-    layer, x = Linear(300, 200), torch.randn(2, 5, 300) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)
+    layer, x = nn.Linear(300, 200), torch.randn(2, 5, 300) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)
     x[0, 0, 0], x[1, 4] = 30.0, 0.0  # an outlier, and a row of zeros
     quantized = Int8Linear(layer)
     rounded = quantized.weight.double() * quantized.scale.double()[:, None]
@@ -86,32 +88,41 @@ def test_a_quantized_model_has_int8_layers_and_nearly_the_same_loss(arch):
     before = model(idx_BT, all_logits=True)[0]
     assert quantize(model) is model
     assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 9 and not any(
-        isinstance(m, Linear) for m in model.modules())
+        isinstance(m, nn.Linear) for m in model.modules())
     after = model(idx_BT, all_logits=True)[0]
     assert 0 < (after - before).std() < 0.02 * before.std()
-    tokens = torch.stack(list(model.generate(idx_BT[:, :4], 20, strategy='greedy')), dim=1)
+    tokens = torch.stack(list(engine.generate(model, idx_BT[:, :4], 20, strategy='greedy')), dim=1)
     assert tokens.shape == (4, 20)
 
 
 def test_int8_products_that_are_not_exact_are_refused(monkeypatch):
-    exact = Int8Linear(Linear(256, 3))
+    exact = Int8Linear(nn.Linear(256, 3))
     exact.weight.fill_(127)
     assert exact(torch.full((1, 256), 2.0)).allclose(2.0 * 127 * 256 * exact.scale + exact.bias, rtol=1e-4)
     monkeypatch.setattr(torch, '_int_mm', lambda a, b: (a.int() @ b.int()).clamp(max=32640))
     with pytest.raises(UserError, match='VNNI'):
-        quantize(Linear(4, 4))
+        quantize(nn.Linear(4, 4))
 
 
-def test_without_gradients_the_head_is_multiplied_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(loss, 'linear', lambda *args: calls.append(args) or F.linear(*args))
-    x, weight, targets = torch.randn(5, 8), torch.randn(64, 8, requires_grad=True), torch.arange(5)
-    with torch.no_grad():
-        head_loss(x, weight, targets, 60)
-    assert len(calls) == 1
-    head_loss(x, weight, targets, 60)
-    assert len(calls) == 4
-    assert head_loss(x[:0], weight, targets[:0], 60).item() == 0
+def test_the_loss_of_no_token_is_zero():
+    assert head_loss(torch.zeros(0, 8), torch.zeros(64, 8), torch.zeros(0, dtype=torch.long), 60).item() == 0
+
+
+@pytest.mark.parametrize('arch, window', [('gpt2', 0), ('modern', 0), ('modern', 20)])
+def test_an_accelerated_model_has_the_loss_logits_and_gradients_of_the_plain_one(arch, window):
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=200, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=arch, window=window))
+    torch.nn.init.normal_(plain.lm_head.weight, std=0.3)
+    faster = fast.accelerate(copy.deepcopy(plain))
+    idx_BT = torch.randint(50, (3, 200))
+    losses = [model(idx_BT, idx_BT.roll(-1, 1))[1] for model in (plain, faster)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    torch.testing.assert_close(plain(idx_BT, all_logits=True)[0], faster(idx_BT, all_logits=True)[0])
+    for model_loss in losses:
+        model_loss.backward()
+    assert plain.state_dict().keys() == faster.state_dict().keys()
+    for (name, a), b in zip(plain.named_parameters(), faster.parameters()):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
 
 
 def test_gradients_under_float16_stay_finite_however_many_tokens_there_are():

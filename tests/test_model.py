@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint as checkpoint_module
 from configurator import UserError
-from checkpoint import load_checkpoint, save_checkpoint
-from model import GPT, GPTConfig, KVCache
+import checkpoint as checkpoints
+import engine
+import fast
+from engine import KVCache
+from model import GPT, GPTConfig
 from optim import make_optimizers
 
 
@@ -87,6 +89,7 @@ def test_a_window_in_blocks_equals_written_out_attention_and_so_do_its_gradients
     for flash in (True, False):
         torch.manual_seed(0)
         model = GPT(dataclasses.replace(config, flash=flash))
+        model = fast.accelerate(model) if flash else model
         logits_BTV, _ = model(torch.randint(50, (2, 300)), all_logits=True)
         logits_BTV.square().sum().backward()
         results.append([logits_BTV, *(p.grad / p.grad.abs().max() for p in model.parameters())])
@@ -94,13 +97,13 @@ def test_a_window_in_blocks_equals_written_out_attention_and_so_do_its_gradients
         torch.testing.assert_close(ours, written_out, atol=1e-5, rtol=0)
 
 
-def test_attention_in_a_window_costs_twice_the_window_a_token(monkeypatch):
+def test_accelerated_attention_in_a_window_costs_twice_the_window_a_token(monkeypatch):
     costs, plain = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, *rest, **options: costs.append(
         q[..., 0].numel() * k.size(-2)) or plain(q, k, v, *rest, **options))
     for T in (1000, 2000):
         config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=2, n_embd=32, window=100)
-        GPT(config)(torch.zeros(3, T, dtype=torch.long))
+        fast.accelerate(GPT(config))(torch.zeros(3, T, dtype=torch.long))
         assert sum(costs) <= 3 * 2 * T * 2 * 100  # rows, heads, queries, keys
         costs.clear()
 
@@ -111,8 +114,11 @@ def test_cached_equals_uncached_logits(model, window):
     """Ragged rows, prompt in one go, then token by token."""
     model.config.window = window
     rows, lengths = torch.randint(50, (3, 16)), [7, 3, 5]
-    cache = KVCache(model.config, 3)
-    cached = [model(rows[:, :7], cache=cache, lengths=lengths)[0][:, 0]]
+    prompts = torch.zeros(3, 7, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        prompts[b, 7 - n:] = rows[b, :n]
+    cache = KVCache(model, 3, padding=[0, 4, 2])
+    cached = [model(prompts, cache=cache)[0][:, 0]]
     for step in range(9):
         new_B1 = torch.stack([rows[b, n + step] for b, n in enumerate(lengths)])[:, None]
         cached.append(model(new_B1, cache=cache)[0][:, 0])
@@ -124,11 +130,11 @@ def test_cached_equals_uncached_logits(model, window):
 
 @pytest.mark.parametrize('prompts', [[[1, 2, 3]], [[1, 2, 3], [4], list(range(20)), [5] * 16]])
 def test_generation_with_cache_equals_without_past_a_full_context(model, prompts):
-    cached = torch.stack(list(model.generate(prompts, 40, strategy='greedy')))
-    uncached = torch.stack(list(model.generate(prompts, 40, strategy='greedy', use_cache=False)))
+    cached = torch.stack(list(engine.generate(model, prompts, 40, strategy='greedy')))
+    uncached = torch.stack(list(engine.generate(model, prompts, 40, strategy='greedy', use_cache=False)))
     assert torch.equal(cached, uncached)
     for row, prompt in enumerate(prompts):  # and a row does not depend on its neighbours
-        assert torch.equal(torch.cat(list(model.generate([prompt], 40, strategy='greedy'))), cached[:, row])
+        assert torch.equal(torch.cat(list(engine.generate(model, [prompt], 40, strategy='greedy'))), cached[:, row])
 
 
 @pytest.mark.parametrize('window', [0, 5])
@@ -139,14 +145,14 @@ def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window
     monkeypatch.setattr(torch, 'compile', functools.partial(
         torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True))
     for _ in range(2):
-        steps = [torch.stack(list(model.generate([[1, 2, 3], [4], [5] * 16], 40, strategy='greedy', compile=compiled)))
-                 for compiled in (False, True)]
-        assert torch.equal(*steps) and len(graphs) == 1
+        eager, compiled = (torch.stack(list(engine.generate(model, [[1, 2, 3], [4], [5] * 16], 40, strategy='greedy',
+                                                            compile=c))) for c in (False, True))
+        assert torch.equal(eager, compiled) and len(graphs) == 1
 
 
 def test_full_context_is_cut_to_its_newer_half(model):
     ids = [7] * 16
-    for next_B in model.generate([list(ids)], 10, strategy='greedy'):
+    for next_B in engine.generate(model, [list(ids)], 10, strategy='greedy'):
         context = ids[-16:] if len(ids) <= 16 else ids[-(8 + len(ids) - 17):]  # 17 tokens become 8, then it grows again
         expected = model(torch.tensor([context]))[0].argmax().item()
         assert next_B.item() == expected
@@ -154,14 +160,14 @@ def test_full_context_is_cut_to_its_newer_half(model):
 
 
 def test_same_seed_gives_the_same_text_and_another_another(model):
-    first, again, other = (torch.cat(list(model.generate([[1]], 30, seed=s))) for s in (1, 1, 2))
+    first, again, other = (torch.cat(list(engine.generate(model, [[1]], 30, seed=s))) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_stop_ends_a_row_and_the_generator(model):
-    free = torch.stack(list(model.generate([[1], [2]], 30, strategy='greedy')))
+    free = torch.stack(list(engine.generate(model, [[1], [2]], 30, strategy='greedy')))
     stop = free[3, 0].item()
-    steps = torch.stack(list(model.generate([[1], [2]], 30, strategy='greedy', stop=[stop])))
+    steps = torch.stack(list(engine.generate(model, [[1], [2]], 30, strategy='greedy', stop=[stop])))
     for row in range(2):
         hit = (free[:, row] == stop).nonzero()
         end = hit[0].item() if len(hit) else len(steps)
@@ -188,23 +194,24 @@ def test_checkpoint_loader_refuses_what_weights_only_refuses(tmp_path):
     for name, save in {'torch.pt': torch.save, 'pickle.pt': lambda x, path: pickle.dump(x, open(path, 'wb'))}.items():
         save({'model': {}, 'model_args': Evil()}, tmp_path / name)
         with pytest.raises(UserError, match='refused'):
-            load_checkpoint(str(tmp_path / name))
+            checkpoints.load(str(tmp_path / name))
     assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('keep', [0, 10, 1000, -1])
 def test_a_checkpoint_cut_short_is_one_clear_error(model, tmp_path, keep):
     path = str(tmp_path / 'ckpt.pt')
-    save_checkpoint(path, {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)})
+    checkpoints.save(path, {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)})
     data = open(path, 'rb').read()
     open(path, 'wb').write(data[:keep])
     with pytest.raises(UserError, match='damaged|refused'):
-        load_checkpoint(path)
+        checkpoints.load(path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
-    save_checkpoint(path, {'model': {}, 'model_args': {}, 'iter_num': 1})
+    weights, args = model.state_dict(), dataclasses.asdict(model.config)
+    checkpoints.save(path, {'model': weights, 'model_args': args, 'iter_num': 1})
 
     class FullDisk:
         def __init__(self, *args):
@@ -221,10 +228,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monk
 
         def flush(self):
             pass
-    monkeypatch.setattr(checkpoint_module, 'open', FullDisk, raising=False)
+    monkeypatch.setattr(checkpoints, 'open', FullDisk, raising=False)
     with pytest.raises(UserError, match='No space left'):
-        save_checkpoint(path, {'model': model.state_dict(), 'model_args': {}, 'iter_num': 2})
-    assert load_checkpoint(path)['iter_num'] == 1
+        checkpoints.save(path, {'model': weights, 'model_args': args, 'iter_num': 2})
+    assert checkpoints.load(path)['iter_num'] == 1
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 

@@ -6,7 +6,7 @@ import torch
 
 import tokenizer as tokenizers
 from conftest import ROOT, TINY, run, shared
-from checkpoint import save_checkpoint
+import checkpoint as checkpoints
 from model import GPT, GPTConfig
 
 
@@ -73,7 +73,7 @@ def test_streamed_text_never_breaks_a_character(trained, tmp_path):
         optimizer.zero_grad()
     assert loss.item() < 0.01
     (tmp_path / 'run').mkdir()
-    save_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+    checkpoints.save(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                         'tokenizer': tokenizer.spec})
     command = [sys.executable, str(ROOT / 'sample.py'), '--out_dir=run', '--device=cpu', '--strategy=greedy']
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)

@@ -81,9 +81,9 @@ def torch_without_a_mask(monkeypatch):
 
 
 def half_a_gradient(monkeypatch):
-    import loss
-    backward = loss.HeadLoss.backward
-    monkeypatch.setattr(loss.HeadLoss, 'backward', lambda ctx, d: (backward(ctx, d)[0] / 2, *backward(ctx, d)[1:]))
+    import fast
+    backward = fast.HeadLoss.backward
+    monkeypatch.setattr(fast.HeadLoss, 'backward', lambda ctx, d: (backward(ctx, d)[0] / 2, *backward(ctx, d)[1:]))
 
 
 def merges_in_another_order(monkeypatch):
@@ -93,7 +93,7 @@ def merges_in_another_order(monkeypatch):
 
 
 def weak_cache(monkeypatch):
-    from model import KVCache
+    from engine import KVCache
     append = KVCache.append
     monkeypatch.setattr(KVCache, 'append', lambda *args: [part * 0.9 for part in append(*args)])
 
