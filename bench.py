@@ -19,15 +19,15 @@ from json import dump
 import numpy as np
 import torch
 
-import checkpoint as checkpoints
-import engine
-import fast
-import peers as peer
-from configurator import UserError, configure
-from dataset import Dataset, eval_batches, train_batch
-from machine import Machine
+import folio.checkpoint
+from folio import engine
+from folio import fast
+from extras import peers as peer
+from folio.configurator import UserError, configure
+from folio.data import Dataset, eval_batches, train_batch
+from folio.machine import Machine
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from folio.optim import make_optimizers
 
 # ---- Settings: these and train.py's ----------------------------------------------------------------------------------
 steps = 20  # training steps to time
@@ -205,7 +205,7 @@ def measure(s, machine):
     if s.init_from == 'scratch':
         model = GPT(GPTConfig(**{f.name: getattr(s, f.name, vocab_size) for f in dataclasses.fields(GPTConfig)}))
     else:
-        model = GPT.from_pretrained(checkpoints.load(s.init_from, s.out_dir))
+        model = GPT.from_pretrained(folio.checkpoint.load(s.init_from, s.out_dir))
         s.block_size = min(s.block_size, model.config.block_size)
     n_parameters, sizes = sum(p.numel() for p in model.parameters()), (s.batch_size, s.block_size)
     sizes = (s.gradient_accumulation_steps, *sizes)

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-import fast
-from configurator import UserError, configure
-from dataset import tokenizer_of
-from download import download
-from machine import Machine, default_device
-from engine import KVCache
+import folio.checkpoint
+from folio import fast
+from folio.configurator import UserError, configure
+from folio.data import tokenizer_of
+from folio.download import download
+from folio.machine import Machine, default_device
+from folio.engine import KVCache
 from model import GPT
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ if __name__ == '__main__':
     machine = Machine(device, dtype)
     machine.join('nccl')
     items = load(source, machine)[:limit or None]
-    checkpoint = checkpoints.load(init_from, out_dir)
+    checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
     sums, counts = score(model, items, tokenizer_of(checkpoint), machine, batch_tokens, progress=True)
     result = figures(items, sums, counts)

@@ -306,7 +306,7 @@ class GPT(nn.Module):
         smaller block_size. Raises ValueError where the weights cannot be such a model.
         """
         if not isinstance(source, dict):
-            import checkpoint
+            from folio import checkpoint
             source = checkpoint.load(source)
         args = source['model_args']
         unknown = args.keys() - {field.name for field in fields(GPTConfig)}

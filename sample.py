@@ -6,12 +6,12 @@ Text from a trained model, on standard output.
 import contextlib
 import sys
 
-import checkpoint as checkpoints
-import engine
-import fast
-from configurator import UserError, configure
-from dataset import tokenizer_of
-from machine import Machine, default_device
+import folio.checkpoint
+from folio import engine
+from folio import fast
+from folio.configurator import UserError, configure
+from folio.data import tokenizer_of
+from folio.machine import Machine, default_device
 from model import GPT
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ if quantize not in ('', 'int8') or quantize and (machine.type, machine.dtype) !=
     raise UserError(f'quantize is {quantize!r}; it may be int8, with --device=cpu --dtype=float32')
 
 # ---- Model and prompt ------------------------------------------------------------------------------------------------
-checkpoint = checkpoints.load(init_from, out_dir)
+checkpoint = folio.checkpoint.load(init_from, out_dir)
 model, tokenizer = fast.accelerate(GPT.from_pretrained(checkpoint)).to(device), tokenizer_of(checkpoint)
 model = fast.quantize(model) if quantize else model
 if start.startswith('FILE:'):

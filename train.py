@@ -17,18 +17,18 @@ import time
 
 import torch
 
-import checkpoint as checkpoints
-import engine
-import fast
+import folio.checkpoint
+from folio import engine
+from folio import fast
 import hellaswag
-import tokenizer as tokenizers
-from configurator import UserError, configure
-from dataset import Dataset, ahead, train_batch
-from evaluation import evaluate
-from hugging_face import OPENAI
-from machine import Machine, default_device
+import folio.tokenizer
+from folio.configurator import UserError, configure
+from folio.data import Dataset, ahead, train_batch
+from folio.evaluation import evaluate
+from folio.hugging_face import OPENAI
+from folio.machine import Machine, default_device
 from model import GPT, GPTConfig
-from optim import learning_rate_at, load_states, make_optimizers
+from folio.optim import learning_rate_at, load_states, make_optimizers
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults ----------------------------------
 # The run
@@ -127,9 +127,9 @@ except ValueError as e:
 source = ckpt_path if init_from == 'resume' else init_from
 checkpoint = None
 if init_from != 'scratch':
-    checkpoint = checkpoints.load(source)
+    checkpoint = folio.checkpoint.load(source)
 if init_from == 'resume' or init_from == 'scratch' and os.path.exists(ckpt_path):
-    saved = checkpoint or checkpoints.load(ckpt_path)
+    saved = checkpoint or folio.checkpoint.load(ckpt_path)
     there = saved['model_args'] | saved.get('config', {})
     differ = [f'{k} is {there[k]}, not {wanted[k]}' for k in wanted
               if there.get(k, wanted[k]) != wanted[k] and k not in ('dropout', 'flash', 'gelu')]  # gelu stays as it was
@@ -141,7 +141,7 @@ if init_from == 'scratch':
 else:
     spec = checkpoint.get('tokenizer', {'kind': 'gpt2'} if init_from in OPENAI else data.spec)
     known = checkpoint['model_args']['vocab_size']
-    if known != data.vocab_size or tokenizers.spec_hash(spec) != tokenizers.spec_hash(data.spec):
+    if known != data.vocab_size or folio.tokenizer.spec_hash(spec) != folio.tokenizer.spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, {data.vocab_size} tokens) than '
                         f'{init_from} ({spec["kind"]}, {known}): it can only go on with its own')
     try:
@@ -181,7 +181,7 @@ say(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder},
 def save(path, iter_num):
     states = machine.whole([model.state_dict()] + [o.state_dict() for o in optimizers])
     if rank == 0:
-        checkpoints.save(path, {
+        folio.checkpoint.save(path, {
             'model': states[0], 'model_args': dataclasses.asdict(model.config), 'tokenizer': data.spec,
             'optimizer': states[1:], 'scaler': scaler.state_dict(), 'config': config,
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'evals_without_gain': evals_without_gain,
@@ -198,7 +198,7 @@ def log(entry):
 
 def sample_text():
     """200 tokens from the start of a document."""
-    tokenizer = tokenizers.load(data.spec)
+    tokenizer = folio.tokenizer.load(data.spec)
     with machine.autocast, machine.unsharded(model):
         steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
         return tokenizer.decode([next_B.item() for next_B in steps])
@@ -213,10 +213,10 @@ if eval_only:
 if rank == 0:
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and checkpoints.set_aside(out_dir):
+        if init_from != 'resume' and folio.checkpoint.set_aside(out_dir):
             say(f'the run that was in {out_dir} is now in {out_dir}/previous')
         if init_from == 'resume':
-            checkpoints.forget_log_after(log_path, first_iter)
+            folio.checkpoint.forget_log_after(log_path, first_iter)
         elif os.path.exists(log_path):
             os.remove(log_path)  # of a run that never saved
     except OSError as e:
@@ -250,7 +250,7 @@ for iter_num in range(first_iter, max_iters + 1):  # one more than the steps: th
     last |= 0 < patience <= evals_without_gain
     if hellaswag_items and fresh and (last or iter_num % hellaswag_interval == 0):
         with machine.unsharded(model):
-            figures = hellaswag.evaluate(model, hellaswag_items, tokenizers.load(data.spec), machine)
+            figures = hellaswag.evaluate(model, hellaswag_items, folio.tokenizer.load(data.spec), machine)
         say(f'step {iter_num}: HellaSwag {figures["acc_mean"]:.4f} ± {figures["acc_mean_stderr"]:.4f}')
         log({'iter': iter_num, 'hellaswag': figures.pop('acc_mean'), **figures})
     if sample_interval and iter_num > first_iter and iter_num % sample_interval == 0:

@@ -48,7 +48,7 @@ def run(script, *args, cwd, status=0, **options):
 
 @functools.cache
 def gpt2_can_be_had():
-    import tokenizer
+    from folio import tokenizer
     try:
         return bool(tokenizer.load('gpt2'))
     except tokenizer.UserError:

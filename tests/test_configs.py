@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from configurator import configure
+from folio.configurator import configure
 from model import GPT, GPTConfig
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))

@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from configurator import UserError, configure
+from folio.configurator import UserError, configure
 from conftest import ROOT
 
 

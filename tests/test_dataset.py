@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import UserError
-from corpus import write_dataset
-from dataset import Dataset, ahead, eval_batches, to_batch, train_batch, window_starts
+from folio.configurator import UserError
+from prepare.corpus import write_dataset
+from folio.data import Dataset, ahead, eval_batches, to_batch, train_batch, window_starts
 from model import GPT, GPTConfig
-from tokenizer import EOT, CharTokenizer, train_bpe
+from folio.tokenizer import EOT, CharTokenizer, train_bpe
 
 
 @pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (1024, 16), (17, 16), (33, 16)])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, run
-import checkpoint as checkpoints
-from optim import CPU_HAS_BF16
+import folio.checkpoint
+from folio.optim import CPU_HAS_BF16
 
 ACCUMULATED = ['--gradient_accumulation_steps=4', '--batch_size=2', '--log_interval=1', '--max_iters=12']
 SINGLE = ['--gradient_accumulation_steps=2', '--batch_size=4', '--log_interval=1', '--max_iters=12']
@@ -46,7 +46,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 def weights(folder):
-    return checkpoints.load(str(folder / 'out' / 'ckpt.pt'))['model']
+    return folio.checkpoint.load(str(folder / 'out' / 'ckpt.pt'))['model']
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +89,7 @@ def test_a_sharded_checkpoint_is_an_ordinary_one(book):
     (book / 'items.jsonl').write_text(''.join(json.dumps(item | {'label': i % 4}) + '\n' for i in range(30)))
     torchrun(*SINGLE, '--fsdp=True', '--sample_interval=10', '--hellaswag_interval=12',
              '--hellaswag_source=items.jsonl', cwd=book)
-    saved = checkpoints.load(str(book / 'out' / 'ckpt.pt'))
+    saved = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))
     assert all(type(w) is torch.Tensor for w in saved['model'].values())
     entries = [json.loads(line) for line in (book / 'out' / 'log.jsonl').read_text().splitlines()]
     assert [e['iter'] for e in entries if 'sample' in e] == [10]

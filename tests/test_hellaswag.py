@@ -12,16 +12,16 @@ import types
 import pytest
 import torch
 
-import download
+from folio import download
 import hellaswag
-import tokenizer as tokenizers
-import checkpoint as checkpoints
-from configurator import UserError
+import folio.tokenizer
+import folio.checkpoint
+from folio.configurator import UserError
 from conftest import ROOT, run, shared
-from machine import Machine
+from folio.machine import Machine
 from model import GPT, GPTConfig
 
-CHARS = tokenizers.CharTokenizer(' abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW')  # 50, as the model fixture has
+CHARS = folio.tokenizer.CharTokenizer(' abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW')  # 50, as the model fixture has
 TASK = """\
 task: hellaswag_file
 dataset_path: json
@@ -182,7 +182,7 @@ def test_the_three_accuracies_by_hand():
     -3."""
     items = [{'ctx': 'abc', 'endings': ['a', 'aab', 'b' * 20, 'c'], 'label': label, 'where': ''}
              for label in (0, 0, 0, 1, 1, 2)]
-    tokenizer = tokenizers.CharTokenizer(' abc')
+    tokenizer = folio.tokenizer.CharTokenizer(' abc')
     sums, counts = hellaswag.score(Unigram(), items, tokenizer, rank_of(0, 1), 64)
     assert torch.allclose(sums[0] / torch.tensor(2.0).log(), torch.tensor([-4., -7, -43, -6], dtype=torch.float64))
     assert counts[0].tolist() == [2, 4, 21, 2]
@@ -193,7 +193,7 @@ def test_the_three_accuracies_by_hand():
 
 # ---- The script ------------------------------------------------------------------------------------------------------
 def save(path, model, spec):
-    checkpoints.save(str(path), {'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': spec})
+    folio.checkpoint.save(str(path), {'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': spec})
 
 
 @pytest.mark.parametrize('model', ['gpt2'], indirect=True)
@@ -230,7 +230,7 @@ def test_figures_and_scores_are_those_of_lm_evaluation_harness(tmp_path):
     out, _ = run('hellaswag.py', '--init_from=ckpt.pt', f'--source={source}', f'--limit={n}', '--scores=scores.jsonl',
                  '--device=cpu', cwd=tmp_path)
     ours = json.loads(out.splitlines()[-1])
-    run('export.py', '--init_from=ckpt.pt', '--to=hf', cwd=tmp_path)
+    run('extras/export.py', '--init_from=ckpt.pt', '--to=hf', cwd=tmp_path)
     (tmp_path / 'task.yaml').write_text(TASK.format(source), encoding='utf-8')
     done = subprocess.run([
         sys.executable, '-m', 'lm_eval', '--model', 'hf', '--model_args', 'pretrained=hf,dtype=float32', '--tasks',

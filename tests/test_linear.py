@@ -5,10 +5,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import engine
-import fast
-from configurator import UserError
-from fast import Int8Linear, OneDNNLinear, head_loss, quantize
+from folio import engine
+from folio import fast
+from folio.configurator import UserError
+from folio.fast import Int8Linear, OneDNNLinear, head_loss, quantize
 from model import GPT, GPTConfig
 
 

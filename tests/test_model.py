@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
-import checkpoint as checkpoints
-import engine
-import fast
-from engine import KVCache
+from folio.configurator import UserError
+import folio.checkpoint
+from folio import engine
+from folio import fast
+from folio.engine import KVCache
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from folio.optim import make_optimizers
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
@@ -194,24 +194,24 @@ def test_checkpoint_loader_refuses_what_weights_only_refuses(tmp_path):
     for name, save in {'torch.pt': torch.save, 'pickle.pt': lambda x, path: pickle.dump(x, open(path, 'wb'))}.items():
         save({'model': {}, 'model_args': Evil()}, tmp_path / name)
         with pytest.raises(UserError, match='refused'):
-            checkpoints.load(str(tmp_path / name))
+            folio.checkpoint.load(str(tmp_path / name))
     assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('keep', [0, 10, 1000, -1])
 def test_a_checkpoint_cut_short_is_one_clear_error(model, tmp_path, keep):
     path = str(tmp_path / 'ckpt.pt')
-    checkpoints.save(path, {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)})
+    folio.checkpoint.save(path, {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)})
     data = open(path, 'rb').read()
     open(path, 'wb').write(data[:keep])
     with pytest.raises(UserError, match='damaged|refused'):
-        checkpoints.load(path)
+        folio.checkpoint.load(path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
     weights, args = model.state_dict(), dataclasses.asdict(model.config)
-    checkpoints.save(path, {'model': weights, 'model_args': args, 'iter_num': 1})
+    folio.checkpoint.save(path, {'model': weights, 'model_args': args, 'iter_num': 1})
 
     class FullDisk:
         def __init__(self, *args):
@@ -230,8 +230,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monk
             pass
     monkeypatch.setattr(checkpoints, 'open', FullDisk, raising=False)
     with pytest.raises(UserError, match='No space left'):
-        checkpoints.save(path, {'model': weights, 'model_args': args, 'iter_num': 2})
-    assert checkpoints.load(path)['iter_num'] == 1
+        folio.checkpoint.save(path, {'model': weights, 'model_args': args, 'iter_num': 2})
+    assert folio.checkpoint.load(path)['iter_num'] == 1
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 

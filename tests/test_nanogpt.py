@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conftest import TINY, run, shared
 from model import GPT
-import checkpoint as checkpoints
+import folio.checkpoint
 
 CHARS = sorted(set('To be, or not to be: that is the question.\n'))
 
@@ -96,7 +96,7 @@ def test_run_resumes_with_its_optimizer_and_is_sampled(tmp_path):
     args = [*TINY, '--dataset=shakespeare_char', '--bias=False', '--init_from=resume']
     out, _ = run('train.py', *args, '--max_iters=22', '--log_interval=1', cwd=tmp_path)
     assert 'iter 20:' in out and 'iter 19:' not in out
-    state = checkpoints.load(str(tmp_path / 'out' / 'ckpt.pt'))['optimizer'][0]['state']
+    state = folio.checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['optimizer'][0]['state']
     assert len(state) == len(theirs.state_dict()['state']) and all(s['step'].item() == 3 for s in state.values())
     text, _ = run('sample.py', '--out_dir=out', '--start=To be', '--max_new_tokens=20', '--device=cpu', cwd=tmp_path)
     assert text.startswith('To be') and set(text) <= set(CHARS)
@@ -112,7 +112,7 @@ def test_checkpoint_of_nanogpt_is_sampled_with_the_characters_of_its_data(tmp_pa
 def test_char_folder_with_meta_pkl_is_trained_on(tmp_path):
     char_folder(tmp_path / 'data' / 'shakespeare_char')
     out, _ = run('train.py', *TINY, '--dataset=shakespeare_char', '--learning_rate=1e-2', cwd=tmp_path)
-    checkpoint = checkpoints.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    checkpoint = folio.checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
     assert checkpoint['model_args']['vocab_size'] == len(CHARS) and checkpoint['tokenizer']['chars'] == ''.join(CHARS)
     assert checkpoint['best_val_loss'] < 2.5 and 'perplexity' in out and 'bits_per_byte' not in out  # no byte counts
 
@@ -123,7 +123,7 @@ def test_folder_without_meta_is_gpt2_bpe(tmp_path):
     for split in ('train', 'val'):
         (np.arange(2000) * 25 % 50257).astype(np.uint16).tofile(tmp_path / 'data' / 'openwebtext' / f'{split}.bin')
     run('train.py', *TINY, '--dataset=openwebtext', '--max_iters=2', '--eval_iters=1', cwd=tmp_path)
-    checkpoint = checkpoints.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    checkpoint = folio.checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
     assert checkpoint['model_args']['vocab_size'] == 50257 and checkpoint['tokenizer'] == {'kind': 'gpt2'}
 
 
@@ -167,4 +167,4 @@ dtype = 'bfloat16'
 compile = False
 ''')
     run('train.py', 'config.py', cwd=tmp_path)
-    assert checkpoints.load(str(tmp_path / 'out-char' / 'ckpt.pt'))['config']['beta2'] == 0.99
+    assert folio.checkpoint.load(str(tmp_path / 'out-char' / 'ckpt.pt'))['config']['beta2'] == 0.99

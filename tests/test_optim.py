@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from configurator import UserError
+from folio.configurator import UserError
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizers, orthogonalize
+from folio.optim import learning_rate_at, make_optimizers, orthogonalize
 
 
 def test_cosine_follows_nanogpt():

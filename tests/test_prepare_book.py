@@ -4,8 +4,8 @@ import threading
 import pytest
 
 from conftest import run, shared
-from dataset import Dataset
-import tokenizer as tokenizers
+from folio.data import Dataset
+import folio.tokenizer
 
 BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
 GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n'
@@ -42,7 +42,7 @@ def server():
 
 def text_of(folder, name='book'):
     data = Dataset(str(folder / 'data' / name))
-    tokenizer = tokenizers.load(data.spec)
+    tokenizer = folio.tokenizer.load(data.spec)
     start = 0 if tokenizer.eot is None else 1
     return ''.join(tokenizer.decode(data.tokens(split)[start:].tolist()) for split in ('train', 'val', 'test'))
 

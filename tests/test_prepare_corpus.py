@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from conftest import ROOT, need_gpt2, run, shared
-from corpus import only_one, write_corpus
-from dataset import Dataset
+from prepare.corpus import only_one, write_corpus
+from folio.data import Dataset
 from hub import Hub
-import tokenizer as tokenizers
+import folio.tokenizer
 
 HARD = ['plain', ' \n\n  spaces \t\n', '<|endoftext|>', 'a<|endoftext|>b', '<|endoftext|', '🙂‍↔️ naïve Ünïcode 漢字',
         "it's '''", '1234 5678', 'x' * 5000, '\u200bﷺ', ' ' * 300, '\r\n\r', 'a\x00b']
@@ -31,7 +31,7 @@ def parquet(texts):
 
 def tokens_of(texts):
     """The plain way: each document after an end-of-text token."""
-    gpt2 = tokenizers.load('gpt2')
+    gpt2 = folio.tokenizer.load('gpt2')
     return [i for text in texts if text for i in [gpt2.eot] + gpt2.encode(text)]
 
 
@@ -163,13 +163,13 @@ def test_a_bpe_is_trained_on_the_documents_and_once(tmp_path):
     for says in ('data/fineweb/val.bin: 50 tokens', 'is there already'):
         out, notes = run(FINEWEB, *command, cwd=tmp_path)
         assert says in out and 'training' not in notes
-    ours, stream = tokenizers.train_bpe(texts, 300), stream_of(tmp_path)[0]
-    assert tokenizers.load(str(tmp_path / 'data/fineweb')).spec == ours.spec and ours.n_vocab == 300
+    ours, stream = folio.tokenizer.train_bpe(texts, 300), stream_of(tmp_path)[0]
+    assert folio.tokenizer.load(str(tmp_path / 'data/fineweb')).spec == ours.spec and ours.n_vocab == 300
     assert stream == [i for text in texts for i in [ours.eot] + ours.encode(text)]
     with (tmp_path / 'a.jsonl').open('a') as f:
         f.write(json.dumps({'text': 'and a zebra ' * 1000}) + '\n')
     _, notes = run(FINEWEB, *command, '--dataset=more', cwd=tmp_path)
-    assert 'training' in notes and tokenizers.load(str(tmp_path / 'data/more')).spec != ours.spec
+    assert 'training' in notes and folio.tokenizer.load(str(tmp_path / 'data/more')).spec != ours.spec
     _, error = run(FINEWEB, *command[:2], '--vocab_size=256', '--dataset=less', cwd=tmp_path, status=2)
     assert error.splitlines()[-1].startswith('error: vocab_size is 256') and 'Traceback' not in error
 
@@ -181,7 +181,7 @@ def test_a_bpe_learns_from_so_many_characters(tmp_path):
     cut = ''.join(texts)[:1000]
     ends = [sum(map(len, texts[:i])) for i in range(51) if sum(map(len, texts[:i])) < 1000] + [1000]
     first = [cut[a:b] for a, b in zip(ends, ends[1:])]
-    assert tokenizers.load(str(tmp_path / 'data/fineweb')).spec == tokenizers.train_bpe(first, 300).spec
+    assert folio.tokenizer.load(str(tmp_path / 'data/fineweb')).spec == folio.tokenizer.train_bpe(first, 300).spec
 
 
 def test_max_tokens_is_exact(tmp_path):
@@ -195,7 +195,7 @@ def test_max_tokens_is_exact(tmp_path):
 def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
     """Attempt n is stopped just before its n-th sync or rename, or just after it, until one gets through."""
     need_gpt2()
-    tokenizer, files = tokenizers.load('gpt2'), ['a', 'b', 'c']
+    tokenizer, files = folio.tokenizer.load('gpt2'), ['a', 'b', 'c']
     arrays = {name: np.array(tokens_of([f'{name} {i}' for i in range(30)]), dtype=np.uint32) for name in files}
     folder, writes, limit = tmp_path / 'data' / 'set', 0, 0
 

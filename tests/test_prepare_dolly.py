@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-import tokenizer as tokenizers
+import folio.tokenizer
 from conftest import ROOT, run
-from dataset import Dataset
+from folio.data import Dataset
 from hub import Hub
 
 DOLLY = 'prepare/dolly/prepare.py'
@@ -29,7 +29,7 @@ def pair_of(row):
 def documents_of(folder):
     """{split: [(the text where the mask is 0, the text where it is 1), ...]}, a document each."""
     data, found = Dataset(str(folder)), {}
-    tokenizer = tokenizers.load(data.spec)
+    tokenizer = folio.tokenizer.load(data.spec)
     for split in data.splits():
         ids, mask = data.tokens(split).tolist(), data.mask(split).tolist()
         starts = [i for i, token in enumerate(ids) if token == tokenizer.eot] + [len(ids)]
@@ -64,7 +64,7 @@ def test_what_is_too_long_or_empty_is_left_out_and_counted(tmp_path):
     write(tmp_path / 'my.jsonl', ROWS + empty)
     out, _ = run(DOLLY, '--source=my.jsonl', '--max_tokens=40', '--val_share=0.1', cwd=tmp_path)
     data, found = Dataset(str(tmp_path / 'data' / 'dolly')), documents_of(tmp_path / 'data' / 'dolly')
-    encode = tokenizers.load(data.spec).encode
+    encode = folio.tokenizer.load(data.spec).encode
     fitting = [pair for pair in map(pair_of, ROWS) if 1 + sum(len(encode(text)) for text in pair) <= 40]
     assert 0 < (n_long := 40 - len(fitting)) < 40 and sorted(sum(found.values(), [])) == sorted(fitting)
     assert f'{40 - n_long} of 42 documents; left out: {n_long} of over 40 tokens, 2 without' in out

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import run, shared
-from dataset import Dataset
+from folio.data import Dataset
 from hub import Hub
 from model import GPT
-import tokenizer as tokenizers
+import folio.tokenizer
 
 WIKITEXT2, SMALL = 'prepare/wikitext2/prepare.py', ['--dataset=wikitext2', '--device=cpu', '--n_layer=1', '--n_head=2',
                                                     '--n_embd=32', '--block_size=24', '--batch_size=8']
@@ -37,7 +37,7 @@ def test_words_are_counted_as_the_benchmark_counts_them():
 def test_each_split_is_one_document_in_the_tokens_of_its_own_bpe(folder):
     out, _ = run(WIKITEXT2, '--source=.', '--vocab_size=1000', cwd=folder)
     data = Dataset(str(folder / 'data' / 'wikitext2'))
-    tokenizer = tokenizers.load(data.spec)
+    tokenizer = folio.tokenizer.load(data.spec)
     assert data.splits() == ['train', 'val', 'test'] and tokenizer.n_vocab == 1000 and 'test.bin' in out
     for split, file in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
         ids, text = data.tokens(split).tolist(), (folder / f'{file}.txt').read_text(encoding='utf-8')
@@ -88,7 +88,7 @@ def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
         env=os.environ | hub.environment(tmp_path / 'hub'))
     hub.server.shutdown()
     data = Dataset(str(tmp_path / 'data' / 'wikitext2'))
-    text = tokenizers.load('gpt2').decode(data.tokens('test')[1:].tolist())
+    text = folio.tokenizer.load('gpt2').decode(data.tokens('test')[1:].tolist())
     assert text == f' \n = {variant} test = \n \n Some text , and more <unk> text . \n' * 5
     assert json.loads((tmp_path / 'data/wikitext2/meta.json').read_text())['splits']['test']['words'] == words_of(text)
 

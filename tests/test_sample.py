@@ -4,9 +4,9 @@ import sys
 import pytest
 import torch
 
-import tokenizer as tokenizers
+import folio.tokenizer
 from conftest import ROOT, TINY, run, shared
-import checkpoint as checkpoints
+import folio.checkpoint
 from model import GPT, GPTConfig
 
 
@@ -60,7 +60,7 @@ def test_stop_ends_the_text_before_it(trained):
 
 def test_streamed_text_never_breaks_a_character(trained, tmp_path):
     """Bytes of a character come one a token; what is read from the pipe at any moment decodes."""
-    tokenizer = tokenizers.train_bpe([], 257)
+    tokenizer = folio.tokenizer.train_bpe([], 257)
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32, arch='modern'))
     text = 'né 日本 👩‍👩‍👧 ok'
     idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(text) + [tokenizer.eot]])
@@ -73,7 +73,7 @@ def test_streamed_text_never_breaks_a_character(trained, tmp_path):
         optimizer.zero_grad()
     assert loss.item() < 0.01
     (tmp_path / 'run').mkdir()
-    checkpoints.save(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+    folio.checkpoint.save(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
                                                         'tokenizer': tokenizer.spec})
     command = [sys.executable, str(ROOT / 'sample.py'), '--out_dir=run', '--device=cpu', '--strategy=greedy']
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-import engine
-from configurator import UserError
+from folio import engine
+from folio.configurator import UserError
 from model import GPT, GPTConfig
-from engine import draw_token, next_token_logits
+from folio.engine import draw_token, next_token_logits
 
 
 def test_draws_follow_the_probabilities():

@@ -9,17 +9,17 @@ import time
 import pytest
 import regex
 
-import bpe
-import documents
-import tokenizer as tokenizers
-from configurator import UserError
+from folio import bpe
+from prepare import documents
+import folio.tokenizer
+from folio.configurator import UserError
 from conftest import ROOT, run, shared
 
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
 VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
 HARD = 'naïve café — 日本語 👩‍👩‍👧 \u0000 \u202e <|endoftext|> \r\n\t  x\u0301 ' + chr(0x10ffff)
-TRAINED = tokenizers.train_bpe(['the cat sat on the mat, the end. ' * 20, HARD * 3], 330)
+TRAINED = folio.tokenizer.train_bpe(['the cat sat on the mat, the end. ' * 20, HARD * 3], 330)
 
 
 @hypothesis.settings(deadline=None, max_examples=300)
@@ -32,13 +32,13 @@ def test_bpe_round_trips_any_unicode(text):
 @hypothesis.settings(deadline=None)
 @hypothesis.given(VALID_TEXT)
 def test_char_round_trips_what_it_knows(text):
-    tokenizer = tokenizers.CharTokenizer(''.join(sorted(set(text))))
+    tokenizer = folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_gpt2_is_gpt2():
     shared('tiktoken')
-    tokenizer = tokenizers.load('gpt2')
+    tokenizer = folio.tokenizer.load('gpt2')
     assert tokenizer.encode('Hello world, hello!') == [15496, 995, 11, 23748, 0]
     assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
     assert tokenizer.eot not in tokenizer.encode('<|endoftext|>') and tokenizer.decode(tokenizer.encode(HARD)) == HARD
@@ -60,7 +60,7 @@ def test_documents_are_encoded_together_as_one_by_one(texts):
 
 def test_documents_of_gpt2_are_encoded_together_as_one_by_one():
     shared('tiktoken')
-    gpt2 = tokenizers.load('gpt2')
+    gpt2 = folio.tokenizer.load('gpt2')
 
     @hypothesis.settings(deadline=None, max_examples=300)
     @hypothesis.given(DOCUMENTS)
@@ -72,30 +72,30 @@ def test_documents_of_gpt2_are_encoded_together_as_one_by_one():
 def test_documents_are_cut_at_what_tiktoken_takes_for_white_space():
     """With a vocabulary in which a space and a byte, either way round, are one token if they are in one piece."""
     pairs = [pair for i in range(256) for pair in ([' ', chr(i)], [chr(i), ' ']) if pair != [' ', ' ']]
-    tokenizer = tokenizers.load({'kind': 'bpe', 'pattern': tokenizers.SPLIT_PATTERN, 'merges': [[' ', ' '], *pairs]})
+    tokenizer = folio.tokenizer.load({'kind': 'bpe', 'pattern': folio.tokenizer.SPLIT_PATTERN, 'merges': [[' ', ' '], *pairs]})
     texts = [text for c in map(chr, [*range(0xd800), *range(0xe000, 0x10000), 0x10ffff])
              for text in (f'a{c} b', f'a {c}b', f'{c}{c}b', f'a{c}{c}')]
     assert tokenizer.encode_documents(texts).tolist() == one_by_one(tokenizer, texts)
 
 
 def test_save_and_load_give_the_same_tokenizer(tmp_path):
-    for tokenizer in (TRAINED, tokenizers.CharTokenizer('ab\n😀é')):
-        tokenizers.save(tokenizer, tmp_path / 'tokenizer.json')
-        for again in (tokenizers.load(str(tmp_path)), tokenizers.load(str(tmp_path / 'tokenizer.json')),
-                      tokenizers.load(tokenizer.spec)):
-            assert tokenizers.spec_hash(again.spec) == tokenizers.spec_hash(tokenizer.spec)
+    for tokenizer in (TRAINED, folio.tokenizer.CharTokenizer('ab\n😀é')):
+        folio.tokenizer.save(tokenizer, tmp_path / 'tokenizer.json')
+        for again in (folio.tokenizer.load(str(tmp_path)), folio.tokenizer.load(str(tmp_path / 'tokenizer.json')),
+                      folio.tokenizer.load(tokenizer.spec)):
+            assert folio.tokenizer.spec_hash(again.spec) == folio.tokenizer.spec_hash(tokenizer.spec)
             assert again.encode('ab\nab') == tokenizer.encode('ab\nab')
             assert (again.n_vocab, again.eot) == (tokenizer.n_vocab, tokenizer.eot)
 
 
 def test_char_names_the_characters_it_never_saw():
     with pytest.raises(UserError, match="'x'.*'y'"):
-        tokenizers.CharTokenizer('abc').encode('abxy')
+        folio.tokenizer.CharTokenizer('abc').encode('abxy')
 
 
 def slow_bpe(texts, vocab_size):
     """The rule of train_bpe's docstring, word for word: everything is encoded and counted anew for each merge."""
-    pieces = collections.Counter(p for text in texts for p in regex.findall(tokenizers.SPLIT_PATTERN, text))
+    pieces = collections.Counter(p for text in texts for p in regex.findall(folio.tokenizer.SPLIT_PATTERN, text))
     tokens, merges = [bytes([i]) for i in range(256)], []
     while len(tokens) < vocab_size - 1:
         pairs = collections.Counter()
@@ -118,18 +118,18 @@ def slow_bpe(texts, vocab_size):
 @hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(st.lists(st.text('aab c\n', max_size=60), max_size=4))
 def test_merges_equal_a_slow_reference(texts):
-    assert tokenizers.train_bpe(texts, 290).spec['merges'] == slow_bpe(texts, 290)
+    assert folio.tokenizer.train_bpe(texts, 290).spec['merges'] == slow_bpe(texts, 290)
 
 
 def test_merges_equal_a_slow_reference_on_prose():
     text = shared('books/pride_and_prejudice.txt').read_text(encoding='utf-8')[:8000]
-    assert tokenizers.train_bpe([text], 330).spec['merges'] == slow_bpe([text], 330)
+    assert folio.tokenizer.train_bpe([text], 330).spec['merges'] == slow_bpe([text], 330)
 
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.lists(st.text('aabé ', max_size=200), max_size=4))
 def test_no_token_is_spelled_twice(texts):
-    tokens = [left + right for left, right in tokenizers.train_bpe(texts, 400).spec['merges']]
+    tokens = [left + right for left, right in folio.tokenizer.train_bpe(texts, 400).spec['merges']]
     assert len(set(tokens)) == len(tokens)
 
 
@@ -168,12 +168,12 @@ def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path
 
 def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
     texts = [f'{HARD} text {i} of {i % 7} texts, {i * i}' for i in range(3000)]
-    one_chunk = tokenizers.train_bpe(texts, 400).spec
+    one_chunk = folio.tokenizer.train_bpe(texts, 400).spec
     monkeypatch.setattr(bpe, 'CHUNK', 10_000)
     assert len(list(bpe.chunks_of(texts))) > 4 * documents.n_cores()
     with documents.start_pool() as pool:
-        assert tokenizers.train_bpe(texts, 400, functools.partial(documents.in_order, pool)).spec == one_chunk
-    assert tokenizers.train_bpe(texts, 400).spec == one_chunk
+        assert folio.tokenizer.train_bpe(texts, 400, functools.partial(documents.in_order, pool)).spec == one_chunk
+    assert folio.tokenizer.train_bpe(texts, 400).spec == one_chunk
 
 
 @hypothesis.given(st.lists(st.text('ab ', max_size=30)))
@@ -187,13 +187,13 @@ def test_chunks_are_whole_texts_in_their_order(texts):
 
 def test_of_too_many_pieces_the_rarest_are_forgotten(monkeypatch):
     texts = [f' the {i} cat' for i in range(1000)]
-    exact = bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN)
+    exact = bpe.count_pieces(texts, folio.tokenizer.SPLIT_PATTERN)
     assert len(exact) == 1002 and exact[' the'] == exact[' cat'] == 1000
     monkeypatch.setattr(bpe, 'CHUNK', 100)
     monkeypatch.setattr(bpe, 'MAX_PIECES', 1002)
-    assert bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN) == exact
+    assert bpe.count_pieces(texts, folio.tokenizer.SPLIT_PATTERN) == exact
     monkeypatch.setattr(bpe, 'MAX_PIECES', 50)
-    some = bpe.count_pieces(texts, tokenizers.SPLIT_PATTERN)
+    some = bpe.count_pieces(texts, folio.tokenizer.SPLIT_PATTERN)
     assert len(some) <= 50 and some[' the'] == some[' cat'] == 1000
 
 
@@ -213,10 +213,10 @@ def test_bpe_compresses_like_hugging_face_tokenizers():
     hf = pytest.importorskip('tokenizers')
     parquet = pytest.importorskip('pyarrow.parquet')
     texts = parquet.read_table(shared('textbooks/train-00000-of-00004.parquet'))['text'].to_pylist()
-    ours = tokenizers.train_bpe(texts, 8000)
+    ours = folio.tokenizer.train_bpe(texts, 8000)
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([
-        hf.pre_tokenizers.Split(hf.Regex(tokenizers.SPLIT_PATTERN), 'isolated'),
+        hf.pre_tokenizers.Split(hf.Regex(folio.tokenizer.SPLIT_PATTERN), 'isolated'),
         hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     theirs.train_from_iterator(texts, hf.trainers.BpeTrainer(
         vocab_size=8000, special_tokens=['<|endoftext|>'], show_progress=False,
@@ -229,10 +229,10 @@ def test_bpe_compresses_like_hugging_face_tokenizers():
 
 
 def test_training_stops_where_nothing_repeats():
-    assert tokenizers.train_bpe(['abcd'], 1000).n_vocab == 257
-    assert tokenizers.train_bpe([], 1000).n_vocab == 257
+    assert folio.tokenizer.train_bpe(['abcd'], 1000).n_vocab == 257
+    assert folio.tokenizer.train_bpe([], 1000).n_vocab == 257
     with pytest.raises(UserError, match='257'):
-        tokenizers.train_bpe(['abcd'], 256)
+        folio.tokenizer.train_bpe(['abcd'], 256)
 
 
 def test_fertility_report_of_a_text(book):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, run
-import checkpoint as checkpoints
+import folio.checkpoint
 
 
 def log_of(folder):
@@ -37,7 +37,7 @@ def test_resume_is_bitwise_identical(book, options):
     """A run killed with SIGKILL at a random moment and resumed, against one that was left alone."""
     options = [*options, '--max_iters=120']  # long enough for the kill to come before the end
     run('train.py', *TINY, *options, cwd=book)
-    undisturbed, expected = checkpoints.load(str(book / 'out' / 'ckpt.pt')), figures(book)
+    undisturbed, expected = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt')), figures(book)
     os.rename(book / 'out', book / 'undisturbed')
     step = random.Random(str(options)).randrange(11, 50)
     process = start_training(book, *options, '--log_interval=1')
@@ -46,9 +46,9 @@ def test_resume_is_bitwise_identical(book, options):
             break
     process.kill()
     process.wait()
-    assert 0 < checkpoints.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] < 120
+    assert 0 < folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] < 120
     run('train.py', *TINY, *options, '--log_interval=1', '--init_from=resume', cwd=book)
-    resumed = checkpoints.load(str(book / 'out' / 'ckpt.pt'))
+    resumed = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))
     for name, weight in undisturbed['model'].items():
         assert torch.equal(weight, resumed['model'][name]), name
     for ours, theirs in zip(undisturbed['optimizer'], resumed['optimizer'], strict=True):
@@ -69,7 +69,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(book, number):
             break
     rest = process.stdout.read()
     assert process.wait() == 128 + number and 'Traceback' not in rest
-    step = checkpoints.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
+    step = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
     assert step >= 4 and f'stopped at step {step}' in rest and '--init_from=resume' in rest
     out, _ = run('train.py', *TINY, f'--max_iters={step + 2}', '--log_interval=1', '--init_from=auto', cwd=book)
     assert f'iter {step}:' in out and f'iter {step - 1}:' not in out
@@ -85,7 +85,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(book):
 def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(book):
     out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', cwd=book)
     last = [entry for entry in log_of(book) if 'val_loss' in entry][-1]
-    assert last['iter'] == 15 == checkpoints.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
+    assert last['iter'] == 15 == folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
     out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', '--eval_only=True', '--init_from=resume',
                  cwd=book)
     assert f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, ' \
@@ -96,8 +96,8 @@ def test_loss_falls_and_best_and_newest_checkpoints_are_kept(book):
     run('train.py', *TINY, '--learning_rate=1e-2', '--max_iters=60', '--lr_decay_iters=60', cwd=book)
     evals = [entry for entry in log_of(book) if 'val_loss' in entry]
     assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
-    assert checkpoints.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] == 60
-    best = checkpoints.load(str(book / 'out' / 'best.pt'))
+    assert folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] == 60
+    best = folio.checkpoint.load(str(book / 'out' / 'best.pt'))
     assert best['best_val_loss'] == min(entry['val_loss'] for entry in evals)
     first = log_of(book)[0]
     assert first['config']['max_iters'] == 60 and 'torch' in first['machine']
@@ -117,9 +117,9 @@ def test_samples_are_drawn_during_training(book):
 
 def test_samples_do_not_change_the_training(book):
     run('train.py', *TINY, '--dropout=0.1', cwd=book)
-    plain = checkpoints.load(str(book / 'out' / 'ckpt.pt'))['model']
+    plain = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
     run('train.py', *TINY, '--dropout=0.1', '--sample_interval=5', cwd=book)
-    sampled = checkpoints.load(str(book / 'out' / 'ckpt.pt'))['model']
+    sampled = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
     assert all(torch.equal(plain[k], sampled[k]) for k in plain)
 
 
@@ -135,7 +135,7 @@ def test_training_goes_on_from_a_checkpoint_file(book):
     run('train.py', *TINY, cwd=book)
     reached = figures(book)[-1]['val_loss']
     run('train.py', *TINY, '--init_from=out/best.pt', '--out_dir=tuned', '--block_size=16', '--n_layer=7', cwd=book)
-    tuned = checkpoints.load(str(book / 'tuned' / 'ckpt.pt'))
+    tuned = folio.checkpoint.load(str(book / 'tuned' / 'ckpt.pt'))
     assert (tuned['model_args']['n_layer'], tuned['model_args']['block_size'], tuned['iter_num']) == (2, 16, 30)
     assert tuned['best_val_loss'] < reached + 0.3
     run('train.py', *TINY, '--init_from=resume', '--out_dir=tuned', '--block_size=16', '--n_layer=7', '--max_iters=32',
@@ -145,7 +145,7 @@ def test_training_goes_on_from_a_checkpoint_file(book):
 def test_masked_tokens_are_no_targets(book):
     """With every token masked but 'e', the model learns to say e."""
     import numpy as np
-    from dataset import Dataset
+    from folio.data import Dataset
     data = Dataset(str(book / 'data' / 'book'))
     e = data.spec['chars'].index('e')
     for split in data.splits():
@@ -156,11 +156,11 @@ def test_masked_tokens_are_no_targets(book):
 
 def test_compile_trains_the_same_model(book):
     out, _ = run('train.py', *TINY, '--compile=True', '--max_iters=4', cwd=book)
-    compiled = checkpoints.load(str(book / 'out' / 'ckpt.pt'))['model']
+    compiled = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
     if 'compile is off: ' in out:
         pytest.skip('no compiler here, as train.py said')
     run('train.py', *TINY, '--compile=False', '--max_iters=4', cwd=book)
-    eager = checkpoints.load(str(book / 'out' / 'ckpt.pt'))['model']
+    eager = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
     assert eager.keys() == compiled.keys()
     for name in eager:
         torch.testing.assert_close(eager[name], compiled[name], atol=1e-4, rtol=1e-3)

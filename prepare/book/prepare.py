@@ -10,11 +10,11 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import tokenizer as tokenizers
-from configurator import UserError, configure
-from corpus import write_dataset
-from download import download
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+import folio.tokenizer
+from folio.configurator import UserError, configure
+from prepare.corpus import write_dataset
+from folio.download import download
 
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file
 dataset = 'book'  # the folder under data/ to write
@@ -79,11 +79,11 @@ if len(text.strip()) < 200:
 cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
 splits = {name: text[a:b] for name, a, b in zip(('train', 'val', 'test'), cuts, cuts[1:])}
 if tokenizer == 'char':
-    tok = tokenizers.CharTokenizer(''.join(sorted(set(text))))
+    tok = folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
 elif tokenizer == 'bpe':
-    tok = tokenizers.train_bpe([splits['train']], vocab_size)
+    tok = folio.tokenizer.train_bpe([splits['train']], vocab_size)
 elif tokenizer == 'gpt2':
-    tok = tokenizers.load('gpt2')
+    tok = folio.tokenizer.load('gpt2')
 else:
     raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
 folder = os.path.join('data', dataset)
@@ -92,4 +92,4 @@ counts = {name: split['tokens'] for name, split in meta['splits'].items()}
 print(f'{folder}: {len(text):,} characters as {sum(counts.values()):,} tokens '
       f'of a {tokenizer} vocabulary of {tok.n_vocab:,}')
 print('    ' + ', '.join(f'{name} {n:,}' for name, n in counts.items()) + ' tokens; '
-      + tokenizers.fertility(text, sum(counts.values())))
+      + folio.tokenizer.fertility(text, sum(counts.values())))

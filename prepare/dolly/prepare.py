@@ -20,12 +20,12 @@ import os
 import random
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import tokenizer as tokenizers
-from configurator import UserError, configure
-from corpus import encode_pair, write_dataset
-from documents import first_line
-from humaneval import read_jsonl
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+import folio.tokenizer
+from folio.configurator import UserError, configure
+from prepare.corpus import encode_pair, write_dataset
+from prepare.documents import first_line
+from extras.humaneval import read_jsonl
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json with a BPE of yours
@@ -67,9 +67,9 @@ if not 0 < val_share < 1 or max_tokens < 0:
 rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl') if source else from_hub()
 pairs = [to_pair(row, number) for number, row in enumerate(rows, 1)]
 if tokenizer == 'bpe':
-    tok = tokenizers.train_bpe([prompt + answer for prompt, answer in pairs], vocab_size)
+    tok = folio.tokenizer.train_bpe([prompt + answer for prompt, answer in pairs], vocab_size)
 else:
-    tok = tokenizers.load(tokenizer)
+    tok = folio.tokenizer.load(tokenizer)
 if tok.eot is None:
     raise UserError(f'{tokenizer} has characters and no token that ends an answer; give --tokenizer=gpt2 or bpe')
 short = [pair for pair in pairs if not max_tokens or len(encode_pair(tok, *pair)[0]) <= max_tokens]

@@ -15,12 +15,12 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import documents
-import tokenizer as tokenizers
-from configurator import UserError, configure
-from corpus import write_corpus, write_json
-from download import download
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+from prepare import documents
+import folio.tokenizer
+from folio.configurator import UserError, configure
+from prepare.corpus import write_corpus, write_json
+from folio.download import download
 
 edition = 'fineweb-edu'  # or fineweb
 sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, which is all of it
@@ -77,15 +77,15 @@ def first_documents(files, n_chars):
 def trained_bpe(files):
     """A BPE of the documents of these files, trained by all cores, or else the one that an earlier run trained."""
     stamps = [[f, os.path.getsize(f), os.path.getmtime(f)] if os.path.exists(f) else f for f in files]
-    path = f'data/tokenizers/{vocab_size}-{tokenizers.spec_hash([stamps, column, vocab_size, tokenizer_chars])}.json'
+    path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash([stamps, column, vocab_size, tokenizer_chars])}.json'
     if not os.path.exists(path):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
         with documents.start_pool() as pool:
             texts = first_documents(files, tokenizer_chars if tokenizer_chars > 0 else 2**62)
-            tok = tokenizers.train_bpe(texts, vocab_size, functools.partial(documents.in_order, pool))
+            tok = folio.tokenizer.train_bpe(texts, vocab_size, functools.partial(documents.in_order, pool))
         os.makedirs('data/tokenizers', exist_ok=True)
         write_json(path, tok.spec)
-    return tokenizers.load(path)
+    return folio.tokenizer.load(path)
 
 
 def main():
@@ -99,11 +99,11 @@ def main():
         raise UserError("of --pretokenized there are, in GPT-2's tokens, "
                         + ', '.join(f'--edition={e} --sample={s}' for e, s in SHARDS))
     if pretokenized:
-        tok, shards = tokenizers.load('gpt2'), list_shards(SHARDS[edition, sample])
+        tok, shards = folio.tokenizer.load('gpt2'), list_shards(SHARDS[edition, sample])
         files, to_tokens = list(shards), functools.partial(shard_tokens, shards=shards, folder=folder)
     else:
         files = documents.source_files(source or f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet')
-        tok = trained_bpe(files) if tokenizer == 'bpe' else tokenizers.load(tokenizer)
+        tok = trained_bpe(files) if tokenizer == 'bpe' else folio.tokenizer.load(tokenizer)
         to_tokens = functools.partial(documents.tokenize, tokenizer=tok, column=column)
     about = max_tokens or (sum(map(documents.size_of, files)) // 4 if source else 10**10)  # tokens, by 4 bytes a token
     meta = write_corpus(folder, tok, files, to_tokens, val_tokens or min(100_000_000, about // 10), max_tokens, worker,

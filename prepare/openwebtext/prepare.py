@@ -9,11 +9,11 @@ import functools
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import documents
-import tokenizer as tokenizers
-from configurator import configure
-from corpus import write_corpus
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+from prepare import documents
+import folio.tokenizer
+from folio.configurator import configure
+from prepare.corpus import write_corpus
 
 source = 'hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text/train/*.parquet'  # or files of yours
 dataset = 'openwebtext'  # the folder under data/ to write
@@ -21,7 +21,7 @@ val_tokens = 5_000_000  # tokens of val.bin
 max_tokens = 0  # stop after so many tokens, val.bin included; 0 is all
 
 configure(globals())
-folder, tok, files = os.path.join('data', dataset), tokenizers.load('gpt2'), documents.source_files(source)
+folder, tok, files = os.path.join('data', dataset), folio.tokenizer.load('gpt2'), documents.source_files(source)
 meta = write_corpus(folder, tok, files, functools.partial(documents.tokenize, tokenizer=tok), val_tokens, max_tokens)
 for split, counts in meta['splits'].items():
     print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')

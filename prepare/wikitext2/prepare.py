@@ -11,11 +11,11 @@ import glob
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import tokenizer as tokenizers
-from configurator import UserError, configure
-from corpus import write_dataset
-from documents import first_line
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+import folio.tokenizer
+from folio.configurator import UserError, configure
+from prepare.corpus import write_dataset
+from prepare.documents import first_line
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
 source = ''  # instead of the hub: a folder with train.txt, valid.txt and test.txt (or wiki.train.tokens …)
@@ -56,10 +56,10 @@ if variant not in ('raw', 'v1') or tokenizer not in ('bpe', 'gpt2'):
     raise UserError(f'variant is {variant!r}, tokenizer {tokenizer!r}; choose from raw, v1 and from bpe, gpt2')
 texts = {name: (from_folder if source else from_hub)(split)
          for name, split in (('train', 'train'), ('val', 'validation'), ('test', 'test'))}
-tok = tokenizers.load('gpt2') if tokenizer == 'gpt2' else tokenizers.train_bpe([texts['train']], vocab_size)
+tok = folio.tokenizer.load('gpt2') if tokenizer == 'gpt2' else folio.tokenizer.train_bpe([texts['train']], vocab_size)
 words = {name: len(text.split()) + text.count('\n') for name, text in texts.items()}
 meta = write_dataset(os.path.join('data', dataset), tok, {name: [text] for name, text in texts.items()},
                      source or f'Salesforce/wikitext, wikitext-2, {variant}', words)
 for name, counts in meta['splits'].items():
     print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, {counts["words"]:,} words, '
-          + tokenizers.fertility(texts[name], counts['tokens']))
+          + folio.tokenizer.fertility(texts[name], counts['tokens']))

@@ -1,0 +1,1 @@
+"""What is useful, and not needed to prepare, train, sample and evaluate."""

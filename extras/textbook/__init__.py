@@ -1,0 +1,1 @@
+""""Textbooks Are All You Need" in small."""

@@ -1,0 +1,197 @@
+"""
+Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
+    python -c "import checkpoint; print(checkpoint.load('out/book')['model_args'])"
+
+A checkpoint is a dictionary of tensors and plain values. Reading one never runs what it brings.
+"""
+import json
+import os
+import pickle
+import shutil
+
+import torch
+import torch.nn.functional as F
+
+from folio.configurator import UserError
+from model import GPT, GPTConfig, padded
+
+FORMAT = 1  # of our checkpoints; nanoGPT's have none
+FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
+
+
+# ---- Loading -------------------------------------------------------------------------------------
+def load(source, out_dir=None):
+    """Return the dictionary of a checkpoint, on the CPU: {model, model_args, …}.
+
+    source: a .pt of ours or of nanoGPT, the folder of a run (its newest checkpoint), a Hugging Face
+    folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. Raises UserError.
+    """
+    if source == 'resume':
+        source = os.path.join(out_dir, 'ckpt.pt')
+    elif os.path.exists(os.path.join(source, 'ckpt.pt')):
+        source = os.path.join(source, 'ckpt.pt')
+    if source.endswith('.pt'):
+        checkpoint = load_file(source)
+    else:
+        from folio.hugging_face import load_hugging_face
+        checkpoint = load_hugging_face(source)
+    check_weights(checkpoint, source)
+    return checkpoint
+
+
+def load_file(path):
+    """Return the dictionary in a .pt file. Only tensors and plain values are unpickled."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
+                        '--out_dir=…') from None
+    except pickle.UnpicklingError as e:
+        raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors and '
+                        'plain values') from e
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        # a damaged pickle can end in any of these
+        raise UserError(f'{path} is damaged or cut short ({type(e).__name__}); use another copy of '
+                        'it') from e
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
+                        'model_args')
+    if 'format' in checkpoint:
+        return checkpoint
+    try:
+        return upgrade_nanogpt(checkpoint)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: {type(e).__name__}: '
+                        f'{e}') from e
+
+
+def upgrade_nanogpt(checkpoint):
+    """Return a checkpoint of nanoGPT as one of ours.
+
+    It trained with the exact GELU. Older versions kept mask buffers, and a compiled model has a
+    prefix before each name. Our matrices are padded to a multiple of 64 rows.
+    """
+    args = {'gelu': 'none'} | checkpoint['model_args']
+    n_rows = args['vocab_size']
+    if n_rows == 50304:
+        args['vocab_size'] = 50257  # GPT-2's vocabulary, which nanoGPT pads in the settings
+    missing_rows = padded(args['vocab_size']) - n_rows
+
+    weights = {}
+    for name, weight in checkpoint['model'].items():
+        name = name.removeprefix('_orig_mod.')
+        if not name.endswith('.attn.bias'):
+            weights[name] = weight
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        if name in weights:
+            weights[name] = F.pad(weights[name], (0, 0, 0, missing_rows))
+
+    optimizer = checkpoint.get('optimizer')
+    if optimizer:
+        embedding = optimizer['state'].get(0, {})  # its first parameter is wte
+        for name in ('exp_avg', 'exp_avg_sq'):
+            if name in embedding:
+                embedding[name] = F.pad(embedding[name], (0, 0, 0, missing_rows))
+    optimizers = [optimizer] if optimizer else []
+    return checkpoint | {'model': weights, 'model_args': args, 'optimizer': optimizers}
+
+
+def check_weights(checkpoint, source):
+    """Raise UserError unless the weights are those of the model that model_args describe."""
+    args = checkpoint['model_args']
+    unknown = sorted(args.keys() - GPTConfig.__dataclass_fields__.keys())
+    if unknown:
+        raise UserError(f'{source} was made with settings that folio does not have: '
+                        f'{", ".join(unknown)}')
+    try:
+        with torch.device('meta'):  # names and shapes, without memory
+            expected = GPT(GPTConfig(**args)).state_dict()
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{source} describes a model that cannot be: {e}') from e
+    weights = checkpoint['model']
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise UserError(f'{source} lacks the weight {name}')
+        if name not in expected:
+            raise UserError(f'{source} has a weight that folio does not have: {name}')
+        if weights[name].shape != expected[name].shape:
+            raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where its '
+                            f'settings ask for {tuple(expected[name].shape)}')
+
+
+# ---- Saving --------------------------------------------------------------------------------------
+def save(path, checkpoint):
+    """Write a dictionary of tensors and plain values so that path is always whole.
+
+    It goes to path.tmp first, is synced, then renamed. Raises UserError where that fails.
+    """
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint | {'format': FORMAT}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = e if isinstance(e, OSError) else e.__context__  # torch wraps a failed write
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f'could not write {path}: {reason.strerror}; what was there before is '
+                        'intact. Make room, then go on with --init_from=resume') from e
+
+
+# ---- The folder of a run -------------------------------------------------------------------------
+def set_aside(out_dir):
+    """Move the run in a folder into its previous/, in place of the one there; return whether there was one."""
+    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        return False
+    previous = os.path.join(out_dir, 'previous')
+    shutil.rmtree(previous, ignore_errors=True)
+    os.makedirs(previous)
+    for name in FILES_OF_A_RUN:
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+    return True
+
+
+def read_log(path, damaged=None):
+    """Return the entries of a log.jsonl; the last is left out if it was cut short.
+
+    damaged: a list that takes the numbers of damaged lines before that; None: they raise UserError.
+    """
+    entries = []
+    if not os.path.exists(path):
+        return entries
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                entries.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                if not line.endswith('\n'):
+                    continue  # the last line, cut short by a kill
+                if damaged is None:
+                    raise UserError(f'{path}, line {number} is damaged; remove that line') from None
+                damaged.append(number)
+    return entries
+
+
+def steps_done(entry):
+    """Return the steps finished when a log line was written; -1 for a header.
+
+    A training loss is logged after its step, everything else before one.
+    """
+    if 'iter' not in entry:
+        return -1
+    return entry['iter'] + 1 if 'loss' in entry else entry['iter']
+
+
+def forget_log_after(path, iter_num):
+    """Drop what a killed run logged after its checkpoint at iter_num: the resumed run logs it again."""
+    if not os.path.exists(path):
+        return
+    entries = [entry for entry in read_log(path) if steps_done(entry) <= iter_num]
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(entry) + '\n' for entry in entries)
+    os.replace(path + '.tmp', path)

@@ -1,0 +1,265 @@
+"""
+Compute the same numbers sooner: faster layers and loss for a model, and weights of 8 bits.
+    model = fast.accelerate(GPT(config))    # delete this call and everything still works
+
+Each trick is a class with the parameters of the one it replaces and another forward:
+    OneDNNLinear        matrix products by oneDNN, on x86 CPUs
+    BlockwiseAttention  attention in a window, at the cost of the window instead of the context
+    ChunkedLossGPT      the head's loss in chunks, so that the logits are never all in memory
+"""
+import math
+import platform
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from folio.configurator import UserError
+from model import GPT, LOGIT_CAP, CausalSelfAttention, can_see
+
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ('x86_64', 'AMD64')
+SMALL_PRODUCT = 2**19  # multiplications; a smaller product is done before oneDNN has begun
+SMALLEST_BLOCK = 64  # queries; smaller blocks waste time on many tiny products
+CHUNK = 2**25  # logits at a time on a CPU, whose caches are small; eight times as many elsewhere
+
+
+def accelerate(model):
+    """Make a GPT faster, in place, and return it. Losses and logits stay the same to rounding.
+
+    With targets the model then returns (None, loss): the logits are never all there.
+    """
+    faster = {nn.Linear: OneDNNLinear, CausalSelfAttention: BlockwiseAttention, GPT: ChunkedLossGPT}
+    for module in model.modules():
+        if type(module) in faster:
+            module.__class__ = faster[type(module)]  # the same parameters, another forward
+    return model
+
+
+# ---- Matrix products by oneDNN -------------------------------------------------------------------
+# torch multiplies float32 on x86 CPUs by MKL, which leaves AVX-512 unused on AMD processors. oneDNN,
+# which every such torch carries too, uses it: on two cores of an AMD EPYC 430 GFLOP/s to MKL's 190
+# (1,024 x 768 x 3,072; 2026-11-21).
+class OneDNNLinear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """Return F.linear's x weight' + bias: x (..., C), weight (N, C), bias (N,) or None: (..., N)."""
+    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    is_large = x.numel() * weight.size(0) >= SMALL_PRODUCT
+    if ONEDNN and x.device.type == 'cpu' and is_float32 and is_large:
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op('folio::onednn_linear', mutates_args=())
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+
+@onednn_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+def save_for_backward(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def linear_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    if 0 in dy.stride():
+        dy = dy.contiguous()  # an expanded gradient, as that of a sum; oneDNN wants it written out
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    x_RC = x.flatten(0, -2)
+    dy_RN = dy.flatten(0, -2)
+    dx = onednn_linear(dy, weight.t(), None) if need_x else None
+    dweight = onednn_linear(dy_RN.t(), x_RC.t(), None) if need_weight else None
+    dbias = dy_RN.sum(0) if need_bias else None
+    return dx, dweight, dbias
+
+
+onednn_linear.register_autograd(linear_backward, setup_context=save_for_backward)
+
+
+# ---- Attention in a window -----------------------------------------------------------------------
+class BlockwiseAttention(CausalSelfAttention):
+    def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
+        if mask is None and works_in_blocks(self.config, q_BHTD.size(2), k_BHSD.size(2)):
+            return self.attend_in_blocks(q_BHTD, k_BHSD, v_BHSD)
+        return super().attend(q_BHTD, k_BHSD, v_BHSD, mask)
+
+    def attend_in_blocks(self, q_BHTD, k_BHTD, v_BHTD):
+        """Return what `attend` with the window's mask would, at a cost of T * window.
+
+        The text is cut into blocks of at least the window's length: a query sees keys of its own
+        block and of the one before, nothing else.
+        """
+        B, H, T, D = q_BHTD.shape
+        size = max(self.config.window, SMALLEST_BLOCK)
+
+        def to_blocks(x_BHTD):
+            """(B, H, T, D) -> (B * H, blocks, size, D): blocks stand where `attend` has heads."""
+            x_BHTD = F.pad(x_BHTD, (0, 0, 0, -T % size))
+            return x_BHTD.reshape(B * H, -1, size, D)
+
+        def with_the_block_before(x):
+            return torch.cat((x[:, :-1], x[:, 1:]), dim=2)
+
+        q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
+        pos_1S = torch.arange(2 * size, device=q.device)[None]
+        mask = can_see(pos_1S[:, size:], pos_1S, self.config.window)[0]
+        first = super().attend(q[:, :1], k[:, :1], v[:, :1], mask[:, size:])  # no block is before it
+        rest = super().attend(q[:, 1:], with_the_block_before(k), with_the_block_before(v), mask)
+        y = torch.cat((first, rest), dim=1)
+        return y.view(B, H, -1, D)[:, :, :T]
+
+
+def works_in_blocks(config, T, S):
+    """Return whether attention to a whole text is computed block by block."""
+    is_long = S > 2 * max(config.window, SMALLEST_BLOCK)
+    return config.flash and config.window > 0 and T == S and is_long
+
+
+# ---- The loss in chunks --------------------------------------------------------------------------
+class ChunkedLossGPT(GPT):
+    def attention_mask(self, pos_BT, key_pos_BS, hides_keys):
+        T, S = pos_BT.size(1), key_pos_BS.size(1)
+        if works_in_blocks(self.config, T, S) and not hides_keys:
+            return None  # BlockwiseAttention knows the window
+        return super().attention_mask(pos_BT, key_pos_BS, hides_keys)
+
+    def logits_and_loss(self, x, targets_BT):
+        cap = LOGIT_CAP if self.config.arch == 'modern' else 0.0
+        total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(),
+                          vocab_size=self.config.vocab_size, cap=cap)
+        n_targets = (targets_BT != -1).sum()
+        return None, total / n_targets.clamp(min=1)
+
+
+def head_loss(x_NC, weight_VC, targets_N, vocab_size, cap=0.0):
+    """Return the sum of -log softmax(x W')[target], in nats, over targets that are not -1.
+
+    vocab_size: rows of the weight from here on are padding, left out of the softmax. cap: logits go
+    through cap tanh(logits / cap); 0: they do not. The gradients are made in this pass, chunk by
+    chunk, while the logits are there; the backward pass only scales them.
+    """
+    return HeadLoss.apply(x_NC, weight_VC, targets_N, vocab_size, cap, torch.is_grad_enabled())
+
+
+def soft_cap(logits, cap):
+    """Return cap tanh(logits / cap) in float32; as they are where cap is 0."""
+    if cap == 0:
+        return logits.float()
+    return (logits.float() / cap).tanh_() * cap
+
+
+class HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients):
+        device_type = x_NC.device.type
+        dtype = weight_VC.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        # Autocast would turn the gradients' products, float32 under float16, back to float16.
+        with torch.autocast(device_type, enabled=False):
+            total, dx_NC, dweight_VC = loss_and_gradients(
+                x_NC.to(dtype), weight_VC.to(dtype), targets_N, vocab_size=vocab_size, cap=cap,
+                needs_gradients=needs_gradients)
+        if needs_gradients:
+            ctx.save_for_backward(dx_NC, dweight_VC)
+            ctx.dtypes = x_NC.dtype, weight_VC.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal):
+        dx_NC, dweight_VC = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        dx_NC = (dtotal * dx_NC).to(x_dtype)
+        dweight_VC = (dtotal * dweight_VC).to(weight_dtype)
+        return dx_NC, dweight_VC, None, None, None, None
+
+
+def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients):
+    """Return head_loss's sum, and its gradients for x and weight, or None for both."""
+    on_cpu = x_NC.device.type == 'cpu'
+    n_logits = len(x_NC) * len(weight_VC)
+    n_chunks = max(1, math.ceil(n_logits / (CHUNK if on_cpu else 8 * CHUNK)))
+    # Within float16 the sums would overflow, and no scaler sees them before they do.
+    d_dtype = torch.float32 if x_NC.dtype == torch.float16 else x_NC.dtype
+    total = torch.zeros((), device=x_NC.device)
+    dx = []
+    dweight_VC = 0.0
+    for x_nC, target_n in zip(x_NC.chunk(n_chunks), targets_N.chunk(n_chunks)):
+        logits_nV = soft_cap(linear(x_nC, weight_VC), cap)
+        if cap and needs_gradients:
+            slope_nV = (logits_nV / cap).square_().neg_().add_(1)  # the derivative of the cap
+        logits_nV[:, vocab_size:] = -torch.inf
+        logits_nV -= logits_nV.amax(dim=1, keepdim=True)
+        is_target_n1 = (target_n != -1)[:, None]
+        index_n1 = target_n.clamp(min=0)[:, None]
+        at_target_n1 = logits_nV.gather(1, index_n1)
+        p_nV = logits_nV.exp_()
+        sum_n1 = p_nV.sum(dim=1, keepdim=True)
+        total += ((sum_n1.log() - at_target_n1) * is_target_n1).sum()
+        if needs_gradients:
+            # The gradient of the logits is the probability, less 1 at the target.
+            d_nV = p_nV.mul_(is_target_n1 / sum_n1)
+            d_nV = d_nV.scatter_add_(1, index_n1, -is_target_n1.float())
+            if cap:
+                d_nV = d_nV.mul_(slope_nV)
+            d_nV = d_nV.to(d_dtype)
+            dx.append(linear(d_nV, weight_VC.t().to(d_dtype)))
+            dweight_VC = linear(d_nV.t(), x_nC.t().to(d_dtype)).float().add_(dweight_VC)
+    if not needs_gradients:
+        return total, None, None
+    return total, torch.cat(dx), dweight_VC
+
+
+# ---- Weights of 8 bits ---------------------------------------------------------------------------
+class Int8Linear(nn.Module):
+    """Multiply by weights of 8 bits and a scale for each output: a quarter of the memory to read.
+
+    Only the weights lose precision. The processor multiplies integers of 8 bits, so x is written
+    with two of them, 128 high + low, in a unit of its own for each row: 15 bits, which is as good
+    as float32 beside what the weights have lost.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        weight_NC = layer.weight.detach()
+        scale_N1 = weight_NC.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer('weight', (weight_NC / scale_N1).round().to(torch.int8))
+        self.register_buffer('scale', scale_N1[:, 0])
+        self.bias = layer.bias
+
+    def forward(self, x):
+        x_RC = x.flatten(0, -2).float()
+        unit_R1 = x_RC.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / (127 * 128)
+        x_RC = (x_RC / unit_R1).round()
+        high_RC = (x_RC / 128).round()
+        low_RC = x_RC - 128 * high_RC
+        digits = torch.cat((high_RC, low_RC)).to(torch.int8)
+        high_RN, low_RN = torch._int_mm(digits, self.weight.t()).float().chunk(2)
+        y_RN = torch.add(low_RN, high_RN, alpha=128) * (unit_R1 * self.scale)
+        if self.bias is not None:
+            y_RN = y_RN + self.bias
+        return y_RN.view(*x.shape[:-1], -1)
+
+
+def quantize(model):
+    """Make each linear layer of a model on the CPU an Int8Linear, in place, and return the model.
+
+    For inference only; embeddings stay as they are. Raises UserError where products of integers are
+    not exact: without VNNI instructions oneDNN cuts sums off.
+    """
+    largest = torch.full((256, 256), 127, dtype=torch.int8)
+    if not ONEDNN or not torch._int_mm(largest, largest).eq(256 * 127 * 127).all():
+        raise UserError('int8 weights need an x86 CPU with VNNI instructions; leave out --quantize')
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer))
+    return model

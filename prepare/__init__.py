@@ -1,0 +1,1 @@
+"""The data sets, a folder each, and what their scripts share."""

@@ -1,0 +1,402 @@
+"""Exports that transformers loads, and folders that it wrote: the same logits, text and token ids on both sides."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import folio.tokenizer
+import folio.checkpoint
+from folio import engine
+from folio.configurator import UserError
+from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
+from hub import Hub
+from folio.hugging_face import to_hugging_face
+from model import GPT, GPTConfig
+from test_mistakes import refused
+from test_nanogpt import CHARS, char_folder, checkpoint_file
+
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('tokenizers')
+hypothesis = pytest.importorskip('hypothesis')
+st = hypothesis.strategies
+VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
+HARD = ['', ' ', '\n', '<|endoftext|>', 'a<|endoftext|><|endoftext|> b', 'naïve café, x\u0301 e\u0301\u0323',
+        '日本語 中文 한국어', '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽', 'שלום \u202e مرحبا \u2067', '\x00', 'a\x00b\x00\x00',
+        '\x01\x02\x1b\x7f\x85\ufeff\ufffd', '  two   three    ', '\n\n\n a\r\n\r\nb\r\t\t c\v\f', '1234 ½ ² Ⅷ ٣',
+        '\u00a0\u2003\u3000 \u2028', "I'll we've 'tis DON'T x's", '<unknown> [UNK]', chr(0x10ffff), 'a' * 300,
+        ' ' * 300, '\n' * 300, 'ab' * 200, 'aaaa bbbbb' * 20]
+BOOK = SHARED / 'books' / 'pride_and_prejudice.txt'
+
+
+def random_model(vocab_size=101, **fields):
+    """Small, its weights, gains and biases drawn wide enough for sharp predictions."""
+    torch.manual_seed(0)
+    sizes = dict(block_size=32, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=48)
+    model = GPT(GPTConfig(**(sizes | fields))).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def write(folder, model, eot=None):
+    hf, tensors = to_hugging_face(model.config, model.state_dict(), eot)
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(hf))
+    save_file({k: w.contiguous() for k, w in tensors.items()}, folder / 'model.safetensors', {'format': 'pt'})
+    return folder
+
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    idx_BT = torch.randint(ours.config.vocab_size, (1, ours.config.block_size))
+    torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits, atol=1e-4, rtol=1e-4)
+
+
+# ---- What transformers wrote -----------------------------------------------------------------------------------------
+def gpt2_of_transformers(**fields):
+    config = dict(vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=0,
+                  eos_token_id=0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(config | fields))).eval()
+
+
+def nanochat_of_transformers(**fields):
+    config = dict(vocab_size=101, max_position_embeddings=64, hidden_size=48, intermediate_size=192,
+                  num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    return transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**(config | fields))).eval()
+
+
+@pytest.mark.parametrize('n_layer, n_head', [(2, 12), (4, 16), (6, 20), (8, 25)])
+def test_gpt2_in_each_of_its_four_shapes_gives_the_same_logits(tmp_path, n_layer, n_head):
+    """All heads and positions of OpenAI's; a sixth of the layers, an eighth of a head's channels, fewer tokens."""
+    torch.manual_seed(0)
+    theirs = gpt2_of_transformers(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head, n_positions=1024)
+    theirs.save_pretrained(tmp_path)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)).eval(), theirs)
+
+
+@pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
+@pytest.mark.parametrize('shard', ['20KB', '1GB'])
+def test_folder_of_one_or_many_files_gives_the_same_logits(tmp_path, make, shard):
+    torch.manual_seed(0)
+    theirs = make()
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob('*.safetensors'))) > 3) == (shard == '20KB')
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    assert ours.config.arch == ('gpt2' if make is gpt2_of_transformers else 'modern')
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize('make, field, value', [
+    (gpt2_of_transformers, 'n_inner', 100), (gpt2_of_transformers, 'tie_word_embeddings', False),
+    (gpt2_of_transformers, 'scale_attn_by_inverse_layer_idx', True), (gpt2_of_transformers, 'layer_norm_epsilon', 1e-6),
+    (gpt2_of_transformers, 'activation_function', 'relu'),
+    (nanochat_of_transformers, 'num_key_value_heads', 2), (nanochat_of_transformers, 'intermediate_size', 100),
+    (nanochat_of_transformers, 'head_dim', 64), (nanochat_of_transformers, 'hidden_act', 'silu'),
+    (nanochat_of_transformers, 'rms_norm_eps', 1e-5), (nanochat_of_transformers, 'final_logit_softcapping', 30.0),
+    (nanochat_of_transformers, 'final_logit_softcapping', None), (nanochat_of_transformers, 'attention_bias', True),
+    (nanochat_of_transformers, 'tie_word_embeddings', True),
+    (nanochat_of_transformers, 'rope_parameters', {'rope_type': 'default', 'rope_theta': 1e5}),
+    (nanochat_of_transformers, 'rope_parameters', {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0})])
+def test_model_that_ours_cannot_be_is_refused(tmp_path, make, field, value):
+    make().save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(hf | {field: value}))
+    with pytest.raises(UserError, match='relu' if value == 'relu' else field):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
+def test_damaged_folder_is_one_clear_error(tmp_path, make):
+    make().save_pretrained(tmp_path, max_shard_size='20KB')
+    config, shard = tmp_path / 'config.json', max(tmp_path.glob('*.safetensors'))
+    whole = config.read_text(), shard.read_bytes()
+    for damage in [lambda: shard.unlink(), lambda: shard.write_bytes(whole[1][:-100]), lambda: config.write_text('[1]'),
+                   lambda: config.write_text(whole[0].replace('_layers": 2', '_layers": 3').replace('r": 2', 'r": 3')),
+                   lambda: config.write_text(whole[0].replace(': 64', ': null')),
+                   lambda: (tmp_path / 'model.safetensors.index.json').unlink()]:
+        damage()
+        with pytest.raises(UserError, match='damaged|no Hugging Face folder'):
+            GPT.from_pretrained(str(tmp_path))
+        config.write_text(whole[0])
+        shard.write_bytes(whole[1])
+
+
+# ---- What we write ---------------------------------------------------------------------------------------------------
+KINDS = [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='gpt2', gelu='none', bias=False, dropout=0.1),
+         dict(arch='modern'), dict(arch='modern', window=32, n_embd=64)]
+
+
+@pytest.mark.parametrize('fields', KINDS, ids=str)
+def test_export_gives_the_same_logits_and_the_same_greedy_text(tmp_path, fields):
+    ours = random_model(**fields)
+    theirs = load(write(tmp_path / 'hf', ours))
+    assert type(theirs).__name__ == {'gpt2': 'GPT2LMHeadModel', 'modern': 'NanoChatForCausalLM'}[ours.config.arch]
+    assert theirs.get_input_embeddings().weight.shape[0] == theirs.get_output_embeddings().weight.shape[0] == 101
+    assert_same_logits(ours, theirs)
+    for prompt in ([5], [1, 2, 3, 1, 2]):
+        text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0].tolist()
+        assert text == prompt + [n.item() for n in engine.generate(ours, [prompt], 25, strategy='greedy')]
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_untrained_model_exports_too(tmp_path, arch):
+    ours = GPT(GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=48, arch=arch)).eval()
+    assert_same_logits(ours, load(write(tmp_path / 'hf', ours)))
+
+
+@pytest.mark.parametrize('fields', KINDS, ids=str)
+def test_export_and_back_is_bitwise_identical(tmp_path, fields):
+    ours = random_model(**fields)
+    ours.transformer.wte.weight.data[101:] = 0
+    ours.lm_head.weight.data[101:] = 0
+    again = GPT.from_pretrained(str(write(tmp_path / 'hf', ours)))
+    before, after = ours.state_dict(), again.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(k.endswith('.bias') and not after[k].any() for k in after.keys() - before.keys())
+    assert again.config.gelu == ours.config.gelu and (fields.get('bias') is False or before.keys() == after.keys())
+
+
+def test_window_cannot_be_exported():
+    with pytest.raises(UserError, match='--window=0'):
+        to_hugging_face(GPTConfig(window=8), {}, None)
+
+
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+def novel():
+    return BOOK.read_text(encoding='utf-8') if BOOK.exists() else ''
+
+
+@pytest.fixture(scope='module', params=['char', 'bpe', 'gpt2'])
+def pair(request, tmp_path_factory):
+    """(our tokenizer, what AutoTokenizer makes of the folder that export.py wrote)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == 'gpt2':
+        shared('tiktoken')
+        ours = folio.tokenizer.load('gpt2')
+        gpt2_of_transformers(vocab_size=50257, n_embd=8, n_layer=1).save_pretrained(folder / 'weights')
+        run('extras/export.py', '--init_from=weights', '--to=hf', cwd=folder)
+    else:
+        runs = ['a' * n + ' ' * n + 'ab' * n for n in range(1, 50)]
+        chars = ''.join(sorted(set(novel() + ''.join(HARD))))
+        ours = folio.tokenizer.CharTokenizer(chars) if request.param == 'char' else folio.tokenizer.train_bpe(
+            runs + HARD * 2 + [novel()[:100000]], 1000)
+        model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
+        folio.checkpoint.save(str(folder / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+                                                  'tokenizer': ours.spec})
+        run('extras/export.py', '--out_dir=.', cwd=folder)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder / 'hf', local_files_only=True)
+
+
+def assert_same(pair, text):
+    ours, theirs = pair
+    ids = ours.encode(text)
+    assert theirs(text)['input_ids'] == theirs.encode(text) == ids
+    assert theirs.decode(ids) == ours.decode(ids) == text
+    assert ours.eot not in ids
+
+
+def test_tokenizer_gives_the_same_ids_and_text_on_hard_unicode(pair):
+    for text in HARD:
+        assert_same(pair, text)
+
+
+def test_tokenizer_gives_the_same_ids_and_text_on_a_book(pair):
+    assert_same(pair, shared('books/pride_and_prejudice.txt').read_text(encoding='utf-8'))
+
+
+def test_tokenizer_gives_the_same_ids_on_runs(pair):
+    for unit in ('a', ' ', '\n', 'ab', 'aab', 'a ', ' a'):
+        for n in range(1, 140):
+            assert_same(pair, unit * n)
+
+
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'),
+                                 st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
+def test_tokenizer_gives_the_same_ids_and_text_on_any_unicode(pair, text):
+    if pair[0].eot is None:
+        text = ''.join(c for c in text if c in pair[0].id_of)
+    assert_same(pair, text)
+
+
+def test_control_token_has_its_id_and_no_spelling(pair):
+    ours, theirs = pair
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eot and len(theirs) == ours.n_vocab
+    if ours.eot is not None:
+        assert theirs.eos_token == theirs.decode([ours.eot]) == '<|endoftext|>'
+        assert theirs.decode([ours.eot], skip_special_tokens=True) == ''
+
+
+def test_inputs_are_what_both_models_take(pair):
+    assert set(pair[1]('ab', return_tensors='pt')) == {'input_ids', 'attention_mask'}
+
+
+def test_exported_merges_are_those_that_were_learned(pair):
+    ours, theirs = pair
+    merges = json.loads(theirs.backend_tokenizer.to_str())['model'].get('merges')
+    spelled = theirs.convert_ids_to_tokens(range(256))
+    for (left, right), learned in zip(merges or [], ours.spec.get('merges', []), strict=False):
+        assert [left, right] == [''.join(spelled[b] for b in part.encode('latin-1')) for part in learned]
+    assert merges is None or len(merges) == ours.eot - 256
+
+
+def test_character_that_the_model_never_saw_is_an_error(pair):
+    if pair[0].eot is None:
+        with pytest.raises(Exception, match='UNK'):
+            pair[1]('\u0dde')
+
+
+# ---- The script ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def trained_once(book_once, tmp_path_factory):
+    folder = shutil.copytree(book_once, tmp_path_factory.mktemp('trained') / 'work')
+    run('train.py', *TINY, '--arch=modern', cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A folder of one's own with a run in out/."""
+    return shutil.copytree(trained_once, tmp_path / 'work')
+
+
+def test_exported_run_writes_the_same_text_in_transformers(trained):
+    run('extras/export.py', '--out_dir=out', cwd=trained)
+    theirs = load(trained / 'out' / 'hf')
+    assert_same_logits(GPT.from_pretrained(str(trained / 'out' / 'ckpt.pt')).eval(), theirs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / 'out' / 'hf', local_files_only=True)
+    ids = theirs.generate(**tokenizer('The ', return_tensors='pt'), max_new_tokens=28, do_sample=False)[0]
+    text, _ = run('sample.py', '--out_dir=out', '--start=The ', '--max_new_tokens=28', '--strategy=greedy',
+                  '--device=cpu', cwd=trained)
+    assert tokenizer.decode(ids) + '\n' == text
+
+
+def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch, capsys):
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    card, checkpoint = (trained / 'hf' / 'README.md').read_text(), folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
+    n_parameters = load(trained / 'hf').num_parameters()
+    for fact in ['NanoChatForCausalLM: 2 layers, 2 heads, width 32, context of 32', f'parameters: {n_parameters:,}',
+                 'stored as float32', 'tokenizer: char', 'data set: book', 'trained for 30 steps',
+                 f'{checkpoint["best_val_loss"]:.4f} nats', 'vllm serve hf --model-impl transformers']:
+        assert fact in card
+    monkeypatch.chdir(trained)
+    exec(card.split('```python\n')[1].split('```')[0], {})  # which a reader pastes
+    assert capsys.readouterr().out.startswith('The')
+
+
+def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
+    run('extras/export.py', '--out_dir=out', cwd=trained)
+    run('extras/export.py', '--out_dir=out', '--dtype=bfloat16', cwd=trained)
+    head, ours = load(trained / 'out' / 'hf').lm_head.weight, folio.checkpoint.load(f'{trained}/out/ckpt.pt')['model']
+    assert head.dtype == torch.bfloat16 and torch.equal(head, ours['lm_head.weight'][:len(head)].bfloat16())
+    assert set(os.listdir(trained / 'out')) == {'ckpt.pt', 'best.pt', 'log.jsonl', 'hf'}
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_export_leaves_what_was_there(trained, number, status):
+    """The signal comes when all is written and nothing is yet where it belongs; the next export is none the worse."""
+    (trained / 'sitecustomize.py').write_text('import os\nif "KILL" in os.environ:\n    os.replace = lambda *paths: '
+                                              'os.kill(os.getpid(), int(os.environ["KILL"]))\n')
+    killed = os.environ | {'PYTHONPATH': str(trained), 'KILL': str(int(number))}
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained, status=status, env=killed)
+    assert not (trained / 'hf').exists() and len(list(trained.glob('hf.*.new'))) == (number == signal.SIGKILL)
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    kept = {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()}
+    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained, status=status, env=killed)
+    assert {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()} == kept
+
+
+def test_a_backup_beside_the_export_is_left_alone(trained):
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    for name in ('hf.old', 'hf.tmp'):
+        shutil.copytree(trained / 'hf', trained / name)
+    before = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
+    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained)
+    assert before and {path: path.read_bytes() for path in trained.glob('hf.*/*')} == before
+
+
+def test_an_export_samples_as_its_checkpoint_does(trained):
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    texts = [run('sample.py', f'--init_from={source}', '--start=The ', '--max_new_tokens=20', '--device=cpu',
+                 cwd=trained)[0] for source in ('hf', 'out/ckpt.pt')]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
+
+
+@pytest.mark.parametrize('trouble', [[], [500, 'ok', 'cut', 429, 'ok'], ['ok', 'wrong']], ids=len)
+def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
+    gpt2_of_transformers(n_layer=1).save_pretrained(tmp_path / 'theirs')
+    files = {name: (tmp_path / 'theirs' / name).read_bytes() for name in ('config.json', 'model.safetensors')}
+    hub = Hub({'openai-community/gpt2-medium': files})
+    hub.trouble = list(trouble)
+    command = [sys.executable, '-c', 'import sys; from folio.configurator import report; sys.excepthook = report; '
+               'from model import GPT; model = GPT.from_pretrained("gpt2-medium"); '
+               'print(sum(p.double().sum().item() for p in model.parameters()))']
+    environment = os.environ | hub.environment(tmp_path / 'hub') | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    if trouble and trouble[-1] == 'wrong':
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    hub.server.shutdown()
+    model = GPT.from_pretrained(str(tmp_path / 'theirs'))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == sum(p.double().sum().item() for p in model.parameters()) and not hub.trouble
+
+
+def test_no_space_left_keeps_the_earlier_export(trained):
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    kept = (trained / 'hf' / 'model.safetensors').read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2)
+    assert 'could not write hf' in refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained, preexec_fn=limit)
+    assert (trained / 'hf' / 'model.safetensors').read_bytes() == kept
+    assert not list(trained.glob('hf.*'))
+
+
+def test_exports_that_cannot_be(trained):
+    need_gpt2()
+    model = random_model(window=8)
+    folio.checkpoint.save(str(trained / 'window.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
+                                                 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}})
+    gpt2_of_transformers().save_pretrained(trained / 'theirs')
+    (trained / 'shadow').mkdir()
+    (trained / 'shadow' / 'tokenizers.py').write_text('raise ImportError')
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
+    for args, says in {('--out_dir=none',): 'no checkpoint none/ckpt.pt', ('--dtype=int8',): 'bfloat16',
+                       ('--to=book.txt',): 'give another --to', ('--to=theirs',): 'give another --to',
+                       ('--to=book.txt/hf',): 'could not write', ('--init_from=window.pt',): '--window=0',
+                       ('--init_from=theirs', '--to=new'): 'a model of 101 tokens'}.items():
+        assert says in refused('extras/export.py', '--out_dir=out', *args, cwd=trained)
+    environment = os.environ | {'PYTHONPATH': str(trained / 'shadow'), 'PYTHONDONTWRITEBYTECODE': '1'}
+    assert 'pip install tokenizers' in refused('extras/export.py', '--out_dir=out', cwd=trained, env=environment)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
+
+
+def test_export_with_a_note_beside_it_is_not_overwritten(trained):
+    run('extras/export.py', '--out_dir=out', cwd=trained)
+    (trained / 'out' / 'hf' / 'note.txt').write_text('mine')
+    assert 'give another --to' in refused('extras/export.py', '--out_dir=out', cwd=trained)
+    assert (trained / 'out' / 'hf' / 'note.txt').read_text() == 'mine'
+    (trained / 'empty').mkdir()
+    run('extras/export.py', '--out_dir=out', '--to=empty/', cwd=trained)
+    assert (trained / 'empty' / 'config.json').exists()
+
+
+def test_nanogpt_checkpoint_is_exported_with_the_characters_of_its_data(tmp_path):
+    char_folder(tmp_path / 'data' / 'shakespeare_char')
+    ours, _ = checkpoint_file(tmp_path / 'out' / 'ckpt.pt', len(CHARS), bias=False)
+    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf', local_files_only=True)
+    ids = tokenizer('To be, or not to be', return_tensors='pt')['input_ids']
+    assert tokenizer.decode(ids[0]) == 'To be, or not to be'
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / 'hf')(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
