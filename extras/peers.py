@@ -1,8 +1,13 @@
 """
-The same work by us and by what a user would pick instead, in turn in one process; bench.py prints it.
-    python bench.py config/train_fineweb.py --peers=all --batch_size=4 --block_size=256 --gradient_accumulation_steps=1
+Measure the same work done by folio and by what one would use instead, in turn in one process.
+    python extras/peers.py config/train_fineweb.py --which=training --batch_size=4 --block_size=256
+    python extras/peers.py --which=tokenizing --texts='my/*.parquet'
+    python extras/peers.py --which=race
 
-A peer that is not installed is left out, and so is work for which no data is given (--texts, --hellaswag_source).
+Prints a table of ratios: above 1, folio is the faster one. It takes train.py's config files and
+settings, as bench.py does. A peer that is not installed is left out, and so is work for which no
+data is given (--texts, --hellaswag_source). The race is between two training runs, each in a
+process of its own: the seconds until they reach a loss.
 """
 import copy
 import dataclasses
@@ -22,255 +27,428 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root
-from prepare import documents
-import hellaswag
+sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.tokenizer
+import hellaswag
+from bench import TRAIN, one_process, read_settings, set_up, show, write_metrics
+from folio import engine, fast
 from folio.configurator import UserError
 from folio.hugging_face import to_hugging_face
-from folio import engine
-from folio import fast
-from folio.fast import quantize
-from model import GPT
 from folio.optim import make_optimizers
+from model import GPT
+from prepare import documents
+
+# ---- Settings: these and train.py's --------------------------------------------------------------
+which = 'all'  # some of training,decoding,muon,tokenizing,hellaswag,race; all: all but the race
+steps = 20  # training steps to time
+new_tokens = 64  # decoding: tokens to generate, at most 100
+texts = ''  # tokenizing: documents, a pattern like 'my/*.parquet'
+hellaswag_source = ''  # hellaswag: a file of items in its format
+rounds = 3  # of all work but training
+race_ours = ('config/train_book.py --n_head=2 --block_size=128 --max_iters=260 '
+             '--lr_decay_iters=260 --cooldown_iters=208')  # arguments of train.py
+race_theirs = 'config/train_book_nanogpt.py --eval_interval=2000'
+race_loss = 1.575  # validation loss to reach
+json = ''  # write the measurements to this file as well
+
+COMPARISONS = ('training', 'decoding', 'muon', 'tokenizing', 'hellaswag')
+BPE_SIZE = 32000  # tokens of the BPE that is learned
+N_ITEMS = 100  # of HellaSwag, the first ones
 
 
-def in_turn(wait, times, *functions):
-    """The median seconds of each function, called in turn: what slows the machine down slows all of them."""
+# ---- Timing --------------------------------------------------------------------------------------
+def time_in_turn(wait, times, *functions):
+    """Return the median seconds of each function.
+
+    They are called in turn, so that whatever slows the machine down slows all of them. wait() waits
+    for the device.
+    """
     taken = [[] for _ in functions]
     for _ in range(times):
         for function, results in zip(functions, taken):
             wait()
-            clock = time.perf_counter()
+            start = time.perf_counter()
             function()
             wait()
-            results.append(time.perf_counter() - clock)
+            results.append(time.perf_counter() - start)
     return [statistics.median(results) for results in taken]
 
 
-def row(name, ours, theirs, unit, whose):
-    """(name, ratio, 'x', comment) of two speeds."""
-    return name, ours / theirs, 'x', f'{ours:,.4g} {unit}; {whose} {theirs:,.4g}'
+def no_wait():
+    """Return at once: what runs on the CPU is done when its call returns."""
 
 
-def compare(s, machine, config, compiled, tokens):
-    """Rows for the table, (name, ratio of speeds, 'x', comment): above 1 ours is the faster one. s: settings."""
-    works = {'training': lambda: compare_training(s, machine, config, compiled, tokens),
-             'decoding': lambda: compare_decoding(s, machine, config),
-             'muon': lambda: compare_muon(s, machine, config),
-             'tokenizing': lambda: compare_tokenizing(s.texts, s.rounds),
-             'hellaswag': lambda: compare_hellaswag(s, machine, config)}
-    needs = {'training': 'transformers', 'decoding': 'transformers', 'hellaswag': 'transformers'}
-    asked = list(works) if s.peers == 'all' else s.peers.split(',')
-    if not set(asked) <= works.keys():
-        raise UserError(f'peers is {s.peers!r}; it may be all, or some of {",".join(works)}')
-    for name in asked:
-        if name in needs and not importlib.util.find_spec(needs[name]):
-            print(f'{name} is left out: pip install {needs[name]}')
-        elif name in ('tokenizing', 'hellaswag') and not (s.texts if name == 'tokenizing' else s.hellaswag_source):
-            print(f"{name} is left out: give --{'texts' if name == 'tokenizing' else 'hellaswag_source'}=")
-        else:
-            yield from works[name]()
+def ratio(name, ours, theirs, unit, peer):
+    """Return a row of the table, (name, value, unit, comment), for two speeds in the same unit."""
+    return name, ours / theirs, 'x', f'{ours:,.4g} {unit}; {peer} {theirs:,.4g}'
 
 
 def in_transformers(model):
-    """The same model, with the same weights, in transformers."""
+    """Return the same model, with the same weights, in transformers."""
     import transformers
     hf, tensors = to_hugging_face(model.config, model.state_dict(), None)
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf))
+    config = transformers.AutoConfig.for_model(**hf)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    # A tied head is not among the tensors: transformers ties it itself.
     missing, unexpected = theirs.load_state_dict(tensors, strict=False)
     assert set(missing) <= {'lm_head.weight'} and not unexpected, 'all weights have a place there'
     return theirs.to(model.lm_head.weight.device).eval()
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 def compare_training(s, machine, config, compiled, tokens):
-    """A step with AdamW: transformers' with its own loss, compiled if it can be; ours compiled if settings say so."""
+    """Yield the row of a training step with AdamW, against transformers with its own loss.
+
+    Theirs is compiled where that works, ours where the settings say so.
+    """
     ours = fast.accelerate(GPT(dataclasses.replace(config, dropout=0.0))).to(machine.device)
     theirs = in_transformers(ours)
-    B, T = s.batch_size, s.block_size
-    idx_BT = torch.from_numpy(np.resize(tokens[:B * T], (B, T)).astype(np.int64)).to(machine.device)
+    shape = (s.batch_size, s.block_size)
+    n_tokens = s.batch_size * s.block_size
+    idx_BT = torch.from_numpy(np.resize(tokens[:n_tokens], shape).astype(np.int64))
+    idx_BT = idx_BT.to(machine.device)
     targets_BT = F.pad(idx_BT[:, 1:], (0, 1), value=-1)
-    losses = {'ours': lambda: ours(idx_BT, targets_BT)[1],
-              'theirs': lambda: theirs(idx_BT, labels=idx_BT, use_cache=False).loss}
+
+    def our_loss():
+        return ours(idx_BT, targets_BT)[1]
+
+    def their_loss():
+        return theirs(idx_BT, labels=idx_BT, use_cache=False).loss
+
+    # Equal losses show that both are given the same work.
     with torch.no_grad(), machine.autocast:
-        a, b = (loss().item() for loss in losses.values())
-    assert abs(a - b) < (1e-4 if machine.dtype == 'float32' else 0.02), f'not the same work: loss {a} and {b}'
-    theirs_compiled = machine.can_compile()
+        a = our_loss().item()
+        b = their_loss().item()
+    tolerance = 1e-4 if machine.dtype == 'float32' else 0.02
+    assert abs(a - b) < tolerance, f'not the same work: loss {a} and {b}'
+
+    name = 'training step'
+    peer = 'transformers'
+    if machine.can_compile():
+        theirs.compile()
+        peer += ', compiled'
     if compiled:
         ours.compile()
-    if theirs_compiled:
-        theirs.compile()
-    optimizers = {'ours': torch.optim.AdamW(ours.parameters(), fused=True),
-                  'theirs': torch.optim.AdamW(theirs.parameters(), fused=True)}
+        name += ', compiled'
 
-    def step(name):
-        with machine.autocast:
-            loss = losses[name]()
-        loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad(set_to_none=True)
-    steps = [functools.partial(step, name) for name in losses]
-    in_turn(machine.wait, 2, *steps)
-    a, b = in_turn(machine.wait, s.steps, *steps)
-    yield row('training step' + ', compiled' * compiled, B * T / a, B * T / b, 'tokens/s',
-              'transformers' + ', compiled' * theirs_compiled)
+    def make_step(model, loss_of_model):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step():
+            with machine.autocast:
+                loss = loss_of_model()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return step
+
+    both_steps = (make_step(ours, our_loss), make_step(theirs, their_loss))
+    time_in_turn(machine.synchronize, 2, *both_steps)  # compiles, and makes the optimizers' state
+    a, b = time_in_turn(machine.synchronize, s.steps, *both_steps)
+    yield ratio(name, n_tokens / a, n_tokens / b, unit='tokens/s', peer=peer)
 
 
 def compare_decoding(s, machine, config):
-    """Greedy decoding with a cache, the prompt not counted: 1 and 8 rows, after 16 tokens and late in the context."""
+    """Yield the rows of greedy decoding with a cache, the prompt not counted, against transformers.
+
+    One row and eight, after 16 tokens and late in the context; on a CPU with 8-bit weights as well.
+    """
     config = dataclasses.replace(config, block_size=1024)
     ours = fast.accelerate(GPT(config)).to(machine.device).eval()
     theirs = in_transformers(ours)
-    int8 = quantize(copy.deepcopy(ours)) if machine.type == 'cpu' else None
-    n = s.new_tokens
+    models = [ours]
+    if machine.type == 'cpu':
+        models.append(fast.quantize(copy.deepcopy(ours)))
 
-    def by_us(model, idx_BT, n):
-        return torch.stack(list(engine.generate(model, idx_BT, n, strategy='greedy')), dim=1)
+    def generate_ours(model, idx_BT, n_tokens):
+        return torch.stack(list(engine.generate(model, idx_BT, n_tokens, strategy='greedy')), dim=1)
 
-    def by_them(idx_BT, n):
-        return theirs.generate(idx_BT, attention_mask=torch.ones_like(idx_BT), max_new_tokens=n, min_new_tokens=n,
-                               do_sample=False, use_cache=True, pad_token_id=0)[:, idx_BT.size(1):]
+    def generate_theirs(idx_BT, n_tokens):
+        # As many tokens as ours in any case: at least and at most n_tokens.
+        return theirs.generate(
+            idx_BT, attention_mask=torch.ones_like(idx_BT), max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens, do_sample=False, use_cache=True, pad_token_id=0)
+
     for B, T in ((1, 16), (1, 256), (1, 900), (8, 16)):
         idx_BT = torch.randint(config.vocab_size, (B, T), device=machine.device)
-        works = [functools.partial(by_us, ours, idx_BT), functools.partial(by_them, idx_BT)]
-        works += [functools.partial(by_us, int8, idx_BT)] if int8 else []
+        generators = [functools.partial(generate_ours, model, idx_BT) for model in models]
+        generators.append(functools.partial(generate_theirs, idx_BT))
+        # Each runs for 1 token and for 1 + n: the difference is n tokens without the prompt.
+        calls = []
+        for generate in generators:
+            calls.append(functools.partial(generate, 1))
+            calls.append(functools.partial(generate, 1 + s.new_tokens))
         with torch.no_grad(), machine.autocast:
-            times = in_turn(machine.wait, s.rounds, *(functools.partial(work, k) for work in works for k in (1, 1 + n)))
-        rates = [B * n / (long - short) for short, long in zip(times[::2], times[1::2])]
-        yield row(f'decoding, {B} x {T} tokens', rates[0], rates[1], 'tokens/s', 'transformers')
-        if int8:
-            yield row(f'decoding, {B} x {T} tokens, int8', rates[2], rates[1], 'tokens/s', 'transformers, float32')
+            times = time_in_turn(machine.synchronize, s.rounds, *calls)
+        speeds = []
+        for short, long in zip(times[::2], times[1::2]):
+            speeds.append(B * s.new_tokens / (long - short))
+        *our_speeds, their_speed = speeds
+
+        name = f'decoding, {B} x {T} tokens'
+        yield ratio(name, our_speeds[0], their_speed, unit='tokens/s', peer='transformers')
+        if len(models) > 1:
+            yield ratio(f'{name}, int8', our_speeds[1], their_speed, unit='tokens/s',
+                        peer='transformers, float32')
 
 
 def compare_muon(s, machine, config):
-    """A step of the matrices of the blocks: of our Muon, and of torch's, which has them one after another."""
+    """Yield the row of Muon's step for the matrices of the blocks, against torch's.
+
+    Ours takes matrices of one shape together, torch's one after another.
+    """
     model = GPT(config).to(machine.device)
-    ours = make_optimizers(model, 'muon', 1e-3, 0.02, 0.0, (0.9, 0.95))[1]
+    _, ours = make_optimizers(model, 'muon', learning_rate=1e-3, muon_learning_rate=0.02,
+                              weight_decay=0.0, betas=(0.9, 0.95))
     matrices = [p for group in ours.param_groups for p in group['params']]
     theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    # A step takes as long for random gradients as for real ones.
     for p in matrices:
         p.grad = torch.randn_like(p)
-    a, b = in_turn(machine.wait, s.rounds, ours.step, theirs.step)
-    yield row("Muon's step", 1 / a, 1 / b, 'steps/s', "torch's")
+    a, b = time_in_turn(machine.synchronize, s.rounds, ours.step, theirs.step)
+    yield ratio("Muon's step", 1 / a, 1 / b, unit='steps/s', peer="torch's")
 
 
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
-def compare_tokenizing(pattern, rounds):
-    """Learning a BPE of 32,000 tokens, and GPT-2's tokens to disk, against a pool that gets document by document."""
-    installed = [name for name in LEARNERS if importlib.util.find_spec(name)]
-    for name in LEARNERS.keys() - set(installed):
-        print(f'{name} is left out: pip install {name}')
-    files = documents.source_files(pattern)
-    texts = [text for file in files for _, some in documents.read_chunks(file, 'text') for text in some]
-    size = sum(map(len, texts)) / 1e6
-    a, *others = in_turn(lambda: None, rounds, lambda: folio.tokenizer.train_bpe(texts, 32000),
-                         *(functools.partial(LEARNERS[name], texts) for name in installed))
-    for name, b in zip(installed, others):
-        yield row(f'learning a BPE of 32,000, {name}', size / a, size / b, 'M characters/s', name)
-    gpt2 = folio.tokenizer.load('gpt2')
-    with tempfile.TemporaryDirectory() as folder, \
-            multiprocessing.get_context('spawn').Pool(documents.n_cores(), start_peer) as their_pool:
-        path, counts = os.path.join(folder, 'tokens.bin'), []
-
-        def write(chunks):
-            with open(path, 'wb') as f:
-                counts.append(sum(f.write(tokens.astype('<u2').tobytes()) // 2 for tokens in chunks))
-        works = [lambda: write(tokens for file in files for _, tokens in documents.tokenize(file, gpt2)),
-                 lambda: write(their_pool.imap(encode_document, (text for file in files for _, some in
-                                                                 documents.read_chunks(file, 'text') for text in some),
-                                               chunksize=16))]
-        in_turn(lambda: None, 1, *works)  # the processes start
-        a, b = in_turn(lambda: None, rounds, *works)
-    assert len(set(counts)) == 1, f'not the same work: {counts} tokens'
-    yield row('tokenizing to a file', counts[0] / a / 1e6, counts[0] / b / 1e6, 'M tokens/s', 'a document a task')
+# ---- Tokenizers ----------------------------------------------------------------------------------
+def read_texts(files):
+    """Yield the documents of some files, one str each."""
+    for file in files:
+        for _, documents_of_chunk in documents.read_chunks(file, 'text'):
+            yield from documents_of_chunk
 
 
-def learn_by_tokenizers(texts):
+def compare_learning(s, files):
+    """Yield the rows of learning a BPE, against each of the two packages that is installed."""
+    corpus = list(read_texts(files))
+    n_million = sum(len(text) for text in corpus) / 1e6  # characters
+    learners = {'tokenizers': learn_by_tokenizers, 'rustbpe': learn_by_rustbpe}
+    for name in list(learners):
+        if importlib.util.find_spec(name) is None:
+            print(f'{name} is left out: pip install {name}')
+            del learners[name]
+
+    calls = [functools.partial(folio.tokenizer.train_bpe, corpus, BPE_SIZE)]
+    for learn in learners.values():
+        calls.append(functools.partial(learn, corpus))
+    our_seconds, *their_seconds = time_in_turn(no_wait, s.rounds, *calls)
+    for name, seconds in zip(learners, their_seconds):
+        yield ratio(f'learning a BPE of {BPE_SIZE:,}, {name}', n_million / our_seconds,
+                    n_million / seconds, unit='M characters/s', peer=name)
+
+
+def learn_by_tokenizers(corpus):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=32000, special_tokens=[folio.tokenizer.EOT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_SIZE, special_tokens=[folio.tokenizer.EOT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(corpus, trainer)
 
 
-def learn_by_rustbpe(texts):
+def learn_by_rustbpe(corpus):
     import rustbpe
-    rustbpe.Tokenizer().train_from_iterator(iter(texts), 31999, pattern=folio.tokenizer.SPLIT_PATTERN)
+    vocab_size = BPE_SIZE - 1  # it has no end-of-text token
+    learner = rustbpe.Tokenizer()
+    learner.train_from_iterator(iter(corpus), vocab_size, pattern=folio.tokenizer.SPLIT_PATTERN)
 
 
-LEARNERS = {'tokenizers': learn_by_tokenizers, 'rustbpe': learn_by_rustbpe}
+def compare_encoding(s, files):
+    """Yield the row of writing GPT-2's tokens to a file, against a pool that gets single documents.
+
+    The pool is what nanoGPT's and build-nanogpt's prepare scripts use.
+    """
+    gpt2 = folio.tokenizer.load('gpt2')
+    counts = []  # tokens written, by each call
+
+    def write(path, arrays):
+        n_tokens = 0
+        with open(path, 'wb') as f:
+            for tokens in arrays:
+                f.write(tokens.astype('<u2').tobytes())
+                n_tokens += len(tokens)
+        counts.append(n_tokens)
+
+    def tokenize_ours():
+        for file in files:
+            for _, tokens in documents.tokenize(file, gpt2):
+                yield tokens
+
+    def tokenize_theirs(pool):
+        return pool.imap(encode_document, read_texts(files), chunksize=16)
+
+    spawn = multiprocessing.get_context('spawn')
+    with tempfile.TemporaryDirectory() as folder, \
+            spawn.Pool(documents.n_cores(), initializer=load_encoding) as pool:
+        path = os.path.join(folder, 'tokens.bin')
+        calls = [lambda: write(path, tokenize_ours()), lambda: write(path, tokenize_theirs(pool))]
+        time_in_turn(no_wait, 1, *calls)  # the processes start
+        a, b = time_in_turn(no_wait, s.rounds, *calls)
+    assert len(set(counts)) == 1, f'not the same work: {counts} tokens'
+    n_million = counts[0] / 1e6
+    yield ratio('tokenizing to a file', n_million / a, n_million / b, unit='M tokens/s',
+                peer='a document a task')
 
 
-def start_peer():
+def load_encoding():
+    """Load GPT-2's tokenizer into a process of the pool, once, for all of its documents."""
     global encoding
     encoding = tiktoken.get_encoding('gpt2')
 
 
 def encode_document(text):
+    """Return the tokens of a document, with an end-of-text token in front."""
     return np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
-# ---- HellaSwag -------------------------------------------------------------------------------------------------------
-def compare_hellaswag(s, machine, config, limit=100):
-    """Scoring items against transformers with an item, four rows, in each forward pass."""
+# ---- HellaSwag -----------------------------------------------------------------------------------
+def compare_hellaswag(s, machine, config):
+    """Yield the row of scoring items, against transformers with one item, four rows, in a pass."""
     if config.vocab_size < 50257:
-        raise UserError("hellaswag is compared with GPT-2's tokens; this vocabulary is smaller: give another config")
-    items, config = hellaswag.load(s.hellaswag_source)[:limit], dataclasses.replace(config, block_size=1024)
+        raise UserError("hellaswag is compared with GPT-2's tokens; this vocabulary is smaller: "
+                        'give another config')
+    items = hellaswag.load(s.hellaswag_source)[:N_ITEMS]
+    config = dataclasses.replace(config, block_size=1024)
     ours = fast.accelerate(GPT(config)).to(machine.device).eval()
-    theirs, gpt2, scores = in_transformers(ours), folio.tokenizer.load('gpt2'), {}
+    theirs = in_transformers(ours)
+    gpt2 = folio.tokenizer.load('gpt2')
+    scores = {}  # the log-probability of each ending, (items, 4)
 
-    def by_us():
-        scores['ours'] = hellaswag.score(ours, items, gpt2, machine)[0]
+    def score_ours():
+        scores['ours'], _ = hellaswag.score(ours, items, gpt2, machine,
+                                            batch_tokens=hellaswag.batch_tokens)
 
-    @torch.no_grad()
-    def by_them():
+    def score_theirs():
         scores['theirs'] = torch.zeros(len(items), 4, dtype=torch.float64)
         for i, item in enumerate(items):
             rows = hellaswag.render(item, gpt2, config.block_size)
-            rows_B = [torch.tensor(context + ending) for context, ending in rows]
-            idx_BT = torch.nn.utils.rnn.pad_sequence(rows_B, batch_first=True).to(machine.device)
-            with machine.autocast:
-                logits_BTV = theirs(idx_BT[:, :-1], use_cache=False).logits
-            loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), idx_BT[:, 1:].flatten(), reduction='none')
-            loss_BT = loss_N.view(len(rows), -1)
-            for choice, (context, ending) in enumerate(rows):
-                scores['theirs'][i, choice] = -loss_BT[choice, len(context) - 1:][:len(ending)].sum()
-    a, b = in_turn(machine.wait, s.rounds, by_us, by_them)
-    name, ratio, unit, comment = row('HellaSwag', len(items) / a, len(items) / b, 'items/s', 'an item a forward pass')
-    apart = (scores['ours'] - scores['theirs']).abs().max().item()
-    yield name, ratio, unit, f'{comment}; the scores differ by {apart:.0e} at most'
+            scores['theirs'][i] = score_rows(theirs, rows, machine)
+
+    a, b = time_in_turn(machine.synchronize, s.rounds, score_ours, score_theirs)
+    name, value, unit, comment = ratio('HellaSwag', len(items) / a, len(items) / b, unit='items/s',
+                                       peer='an item a forward pass')
+    difference = (scores['ours'] - scores['theirs']).abs().max().item()
+    yield name, value, unit, f'{comment}; the scores differ by {difference:.0e} at most'
 
 
-# ---- The race --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def score_rows(model, rows, machine):
+    """Return the log-probability of each ending, (4,), by a model of transformers.
+
+    rows: (context ids, ending ids) for each of the four.
+    """
+    ids = [torch.tensor(context + ending) for context, ending in rows]
+    idx_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(machine.device)
+    with machine.autocast:
+        logits_BTV = model(idx_BT[:, :-1], use_cache=False).logits
+    targets_N = idx_BT[:, 1:].flatten()
+    loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction='none')
+    loss_BT = loss_N.view(len(rows), -1)
+    scores = torch.zeros(len(rows), dtype=torch.float64)
+    for choice, (context, ending) in enumerate(rows):
+        first = len(context) - 1  # the last token of the context predicts the first of the ending
+        scores[choice] = -loss_BT[choice, first:first + len(ending)].sum()
+    return scores
+
+
+# ---- The race ------------------------------------------------------------------------------------
 def seconds_to(loss, arguments, out_dir):
-    """(seconds, loss reached) of a training run, from its start until it prints a validation loss of at most `loss`."""
-    command = [sys.executable, '-u', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'),
-               *shlex.split(arguments), f'--out_dir={out_dir}']
-    clock, best = time.perf_counter(), float('inf')
+    """Return (seconds, loss reached) of a training run that is ended once it has reached a loss.
+
+    The clock runs from the start of its process until it prints a validation loss of at most
+    `loss`. arguments: of train.py, as on a command line.
+    """
+    command = [sys.executable, '-u', TRAIN, *shlex.split(arguments), f'--out_dir={out_dir}']
+    start = time.perf_counter()
+    best = float('inf')
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if ': val loss ' in line:
-                best = min(best, float(line.partition(': val loss ')[2].partition(',')[0]))
+                text = line.partition(': val loss ')[2].partition(',')[0]
+                best = min(best, float(text))
             if best <= loss:
-                taken = time.perf_counter() - clock
+                seconds = time.perf_counter() - start
                 process.kill()
-                return taken, best
+                return seconds, best
     if process.returncode:
         raise UserError(f'train.py {arguments} failed; what it says stands above')
-    raise UserError(f'{arguments} ended with a loss of {best}, above {loss}: give it more steps, or raise --race_loss')
+    raise UserError(f'{arguments} ended with a loss of {best}, above {loss}: give it more steps, '
+                    'or raise --race_loss')
 
 
 def race(s):
-    """Rows for the table: the seconds that two runs take to one loss, in turn."""
-    runs, taken = (s.race_ours, s.race_theirs), ([], [])
+    """Yield the rows of the race: the median seconds of two runs that take turns."""
+    runs = (s.race_ours, s.race_theirs)
+    taken = ([], [])
+    # In turn, as everywhere here: a slow minute of the machine slows both.
     for i in range(s.rounds):
         for number, arguments in enumerate(runs):
-            result, loss = seconds_to(s.race_loss, arguments, os.path.join(s.out_dir, 'race', str(number)))
-            taken[number].append(result)
-            print(f'round {i + 1}: loss {loss:.4f} in {result:.1f} s: {arguments}', flush=True)
-    a, b = (statistics.median(results) for results in taken)
-    yield f'race to {s.race_loss}', a, 's', s.race_ours
-    yield f'race to {s.race_loss}, theirs', b, 's', s.race_theirs
-    yield 'race, share of the time', a / b, '', 'ours / theirs'
+            out_dir = os.path.join(s.out_dir, 'race', str(number))
+            seconds, loss = seconds_to(s.race_loss, arguments, out_dir)
+            taken[number].append(seconds)
+            print(f'round {i + 1}: loss {loss:.4f} in {seconds:.1f} s: {arguments}', flush=True)
+    ours, theirs = (statistics.median(seconds) for seconds in taken)
+    yield f'race to {s.race_loss}', ours, 's', s.race_ours
+    yield f'race to {s.race_loss}, theirs', theirs, 's', s.race_theirs
+    yield 'race, share of the time', ours / theirs, '', 'ours / theirs'
+
+
+# ---- The script ----------------------------------------------------------------------------------
+def what_is_missing(name, s):
+    """Return what a comparison still needs, as a text for the user; '' if it can run."""
+    uses_transformers = name in ('training', 'decoding', 'hellaswag')
+    if uses_transformers and importlib.util.find_spec('transformers') is None:
+        return 'pip install transformers'
+    if name == 'tokenizing' and not s.texts:
+        return 'give --texts='
+    if name == 'hellaswag' and not s.hellaswag_source:
+        return 'give --hellaswag_source='
+    return ''
+
+
+def compare(names, s, machine):
+    """Yield the rows of some comparisons, of a model and data that the settings describe."""
+    model, tokens, compiled = set_up(s, machine)
+    for name in names:
+        missing = what_is_missing(name, s)
+        if missing:
+            print(f'{name} is left out: {missing}')
+        elif name == 'training':
+            yield from compare_training(s, machine, model.config, compiled, tokens)
+        elif name == 'decoding':
+            yield from compare_decoding(s, machine, model.config)
+        elif name == 'muon':
+            yield from compare_muon(s, machine, model.config)
+        elif name == 'tokenizing':
+            files = documents.source_files(s.texts)
+            yield from compare_learning(s, files)
+            yield from compare_encoding(s, files)
+        elif name == 'hellaswag':
+            yield from compare_hellaswag(s, machine, model.config)
+
+
+def main():
+    s = read_settings(globals(), ('steps', 'rounds', 'new_tokens'))
+    if s.new_tokens > 100:
+        raise UserError(f'new_tokens is {s.new_tokens}; at most 100 are decoded, after 900 of a '
+                        'context of 1,024')
+    names = COMPARISONS
+    if s.which != 'all':
+        names = s.which.split(',')
+    if not set(names) <= {*COMPARISONS, 'race'}:
+        raise UserError(f'which is {s.which!r}; it may be all, or some of '
+                        f'{",".join(COMPARISONS)},race')
+    machine = one_process(s)
+    comparisons = [name for name in names if name != 'race']
+    if comparisons:
+        for row in compare(comparisons, s, machine):
+            show(*row)
+    if 'race' in names:
+        for row in race(s):
+            show(*row)
+    if s.json:
+        write_metrics(s.json, machine)
+
+
+if __name__ == '__main__':  # the processes that tokenize import this file too
+    main()

@@ -1,8 +1,9 @@
 """
-The pictures of report.py: losses, HellaSwag, and measures of texts, each written as a PNG.
+Draw the pictures of report.py, each a PNG: losses, HellaSwag, and measures of texts.
     python report.py out/book
 
-A run here has a name, a color, its config, and what its log says: steps, evals, swags and best (see report.py).
+A run here has a name, a color, its config, and what its log says: steps, evals, swags and best (see
+report.py). References are values to compare with, {label: value}, drawn as level lines.
 """
 import math
 
@@ -10,111 +11,184 @@ import numpy as np
 
 from folio.configurator import UserError
 
+LOOK = {
+    'axes.grid': True,
+    'axes.spines.right': False,
+    'axes.spines.top': False,
+    'figure.constrained_layout.use': True,
+    'figure.dpi': 100,
+    'font.size': 14,
+    'grid.alpha': 0.3,
+    'legend.frameon': False,
+    'lines.linewidth': 1.8,
+    'text.parse_math': False,  # a $ in the name of a run is a dollar
+}
+TEXT_TITLES = {
+    'log-prob': 'mean log-probability (nats a token)',
+    'distinct-2': 'distinct pairs of words (share)',
+    'repeated-4': 'repeated 4-grams of words (share)',
+    'self-BLEU': 'self-BLEU (1: all texts the same)',
+}
 
-# ---- What pictures share ---------------------------------------------------------------------------------------------
+
+# ---- What the pictures share ---------------------------------------------------------------------
 def pyplot():
-    """matplotlib's, set to write files, which needs no screen."""
+    """Return matplotlib.pyplot, set to write files without a screen; UserError if it is missing."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError('report.py draws with a package: pip install matplotlib') from None
     plt.switch_backend('Agg')
-    plt.rcParams.update({'font.size': 14, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
-                         'grid.alpha': 0.3, 'figure.constrained_layout.use': True, 'figure.dpi': 100,
-                         'legend.frameon': False, 'lines.linewidth': 1.8, 'text.parse_math': False})
+    plt.rcParams.update(LOOK)
     return plt
 
 
 def save(path, figure, axes, *extra):
-    """Write a picture, its legend below all, where it covers no curve; extra: {label, color …} of what is no run."""
+    """Write a picture with the legend of axes below it, where it covers no curve.
+
+    extra: legend entries that are not runs, as keyword arguments of a Line2D: {label, color, …}.
+    """
     plt = pyplot()
-    handles = axes.get_legend_handles_labels()[0] + [plt.Line2D([], [], **look) for look in extra]
-    figure.legend(handles=handles, loc='outside lower center', ncols=4 if figure.get_figwidth() > 10 else 2)
+    handles, _ = axes.get_legend_handles_labels()
+    for line in extra:
+        handles.append(plt.Line2D([], [], **line))
+    columns = 4 if figure.get_figwidth() > 10 else 2
+    figure.legend(handles=handles, loc='outside lower center', ncols=columns)
     figure.savefig(path)
     plt.close(figure)
 
 
-def tokens_axis(axes):
-    """Label the x axis as tokens, 200 k or 1.5 B."""
+def label_tokens(axes):
+    """Label the x axis as tokens, as in 200 k or 1.5 B."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
     formatter = EngFormatter()
-    formatter.ENG_PREFIXES = formatter.ENG_PREFIXES | {9: 'B', 12: 'T'}  # tokens come in billions, not in giga
+    # Tokens come in billions and trillions, not in giga and tera
+    formatter.ENG_PREFIXES = formatter.ENG_PREFIXES | {9: 'B', 12: 'T'}
     axes.xaxis.set_major_formatter(formatter)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel('tokens seen')
 
 
-def level_lines(axes, levels):
-    """Draw {label: value} as level lines; returns how they look in a legend."""
-    looks = []
-    for (label, value), style in zip(levels.items(), (':', '--', '-.')):
+def draw_references(axes, references):
+    """Draw {label: value}, three at most, as level lines; return their entries for the legend."""
+    entries = []
+    for (label, value), style in zip(references.items(), (':', '--', '-.')):
         axes.axhline(value, color='black', linestyle=style, zorder=1)
-        looks.append(dict(label=f'{label}, {value:.4f}', color='black', linestyle=style))
-    return looks
+        entries.append({'label': f'{label}, {value:.4f}', 'color': 'black', 'linestyle': style})
+    return entries
 
 
 def smooth(values):
-    """The mean around each value of a noisy curve, weighed over a tenth of it."""
-    window = np.hanning(2 * (len(values) // 20) + 3)[1:-1]
-    return list(np.convolve(values, window, 'same') / np.convolve(np.ones(len(values)), window, 'same'))
+    """Return a noisy curve as a list of weighted means, each over a tenth of the curve."""
+    window = np.hanning(2 * (len(values) // 20) + 3)[1:-1]  # the ends of a Hann window are zero
+    sums = np.convolve(values, window, 'same')
+    weights = np.convolve(np.ones(len(values)), window, 'same')  # less near the ends of the curve
+    return list(sums / weights)
 
 
-# ---- The pictures ----------------------------------------------------------------------------------------------------
-def draw_losses(path, dataset, runs, levels):
-    """Of runs on one data set, over tokens and over time; levels: {label: loss} to compare with."""
-    figure, both = pyplot().subplots(1, 2, figsize=(12, 6), sharey=True)
-    longest = max([e['train_seconds'] for run in runs for e in run.steps + run.evals], default=0)
-    unit, seconds = ('hours', 3600) if longest > 7200 else ('minutes', 60) if longest > 300 else ('seconds', 1)
-    shown = list(levels.values())
-    for axes, key, scale in zip(both, ('tokens', 'train_seconds'), (1, seconds)):
+# ---- Losses --------------------------------------------------------------------------------------
+def time_unit(seconds):
+    """Return the (name, seconds) of the unit in which to show that long a time."""
+    if seconds > 7200:
+        return 'hours', 3600
+    if seconds > 300:
+        return 'minutes', 60
+    return 'seconds', 1
+
+
+def draw_run(axes, run, key, scale):
+    """Draw a run's losses over entry[key] / scale; return those that have to be in view.
+
+    The first steps come down from far above, and would press flat what one wants to see: a tenth of
+    the curve is left out of what is returned.
+    """
+    x = [entry[key] / scale for entry in run.steps]
+    y = [entry['loss'] for entry in run.steps]
+    smoothed = smooth(y) if y else []
+    axes.plot(x, y, color=run.color, alpha=0.25, linewidth=0.8)
+    axes.plot(x, smoothed, color=run.color, linewidth=1.2)
+
+    x = [entry[key] / scale for entry in run.evals]
+    val_losses = [entry['val_loss'] for entry in run.evals]
+    axes.plot(x, val_losses, 'o', color=run.color, label=run.name)
+    return smoothed[len(y) // 10:] + val_losses[max(1, len(val_losses) // 10):]
+
+
+def draw_losses(path, dataset, runs, references):
+    """Draw the losses of runs on one data set, over tokens on the left, over time on the right."""
+    # The two share their y axis, so its limits and label are set on the left one alone
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 6), sharey=True)
+    times = [entry['train_seconds'] for run in runs for entry in run.steps + run.evals]
+    unit, seconds = time_unit(max(times, default=0))
+
+    in_view = list(references.values())
+    for axes, key, scale in ((left, 'tokens', 1), (right, 'train_seconds', seconds)):
         for run in runs:
-            x, y = [e[key] / scale for e in run.steps], [e['loss'] for e in run.steps]
-            means = smooth(y) if y else []
-            axes.plot(x, y, color=run.color, alpha=0.25, linewidth=0.8)
-            axes.plot(x, means, color=run.color, linewidth=1.2)
-            axes.plot([e[key] / scale for e in run.evals], [e['val_loss'] for e in run.evals], 'o', color=run.color,
-                      label=run.name)
-            shown += means[len(y) // 10:] + [e['val_loss'] for e in run.evals[max(1, len(run.evals) // 10):]]
-        lines = level_lines(axes, levels)
-    shown = [loss for loss in shown if math.isfinite(loss)]
-    if len(shown) > 1:  # the first steps come from far above, and would press flat what one wants to see
-        margin = 0.05 * (max(shown) - min(shown)) + 0.01
-        both[0].set_ylim(min(shown) - margin, max(shown) + margin)
-    tokens_axis(both[0])
-    both[0].set(ylabel='loss (nats a token)')
-    both[1].set(xlabel=f'{unit} of training')
+            in_view += draw_run(axes, run, key, scale)
+        reference_entries = draw_references(axes, references)
+    in_view = [loss for loss in in_view if math.isfinite(loss)]
+    if len(in_view) > 1:
+        lowest = min(in_view)
+        highest = max(in_view)
+        margin = 0.05 * (highest - lowest) + 0.01
+        left.set_ylim(lowest - margin, highest + margin)
+
+    label_tokens(left)
+    left.set_ylabel('loss (nats a token)')
+    right.set_xlabel(f'{unit} of training')
     figure.suptitle(dataset)
-    save(path, figure, both[0], dict(label='training, smoothed', color='gray', linewidth=1.2),
-         dict(label='validation', color='gray', marker='o', linestyle='none'), *lines)
+    training = {'label': 'training, smoothed', 'color': 'gray', 'linewidth': 1.2}
+    validation = {'label': 'validation', 'color': 'gray', 'marker': 'o', 'linestyle': 'none'}
+    save(path, figure, left, training, validation, *reference_entries)
 
 
-def draw_hellaswag(path, runs, levels):
-    """The accuracy that train.py logs (acc_mean) over tokens; levels: {label: accuracy} to compare with."""
+# ---- HellaSwag and texts -------------------------------------------------------------------------
+def draw_hellaswag(path, runs, references):
+    """Draw over tokens the HellaSwag accuracy that train.py logged, of the runs that have any."""
     figure, axes = pyplot().subplots(figsize=(9, 5.6))
-    for run in (run for run in runs if run.swags):
-        step = math.prod(run.config[k] for k in ('gradient_accumulation_steps', 'batch_size', 'block_size'))
-        axes.errorbar([e['iter'] * step for e in run.swags], [e['hellaswag'] for e in run.swags],
-                      [e['acc_mean_stderr'] for e in run.swags], fmt='o-', color=run.color, capsize=3, label=run.name)
-    tokens_axis(axes)
-    axes.set(ylabel='HellaSwag accuracy ± standard error')
-    save(path, figure, axes, *level_lines(axes, levels))
+    for run in runs:
+        if not run.swags:
+            continue
+        config = run.config
+        # These log entries have the step alone, and the number of tokens follows from it
+        tokens_per_step = (config['gradient_accumulation_steps'] * config['batch_size']
+                           * config['block_size'])
+        axes.errorbar(
+            x=[entry['iter'] * tokens_per_step for entry in run.swags],
+            y=[entry['hellaswag'] for entry in run.swags],
+            yerr=[entry['acc_mean_stderr'] for entry in run.swags],
+            fmt='o-', color=run.color, capsize=3, label=run.name)
+    label_tokens(axes)
+    axes.set_ylabel('HellaSwag accuracy ± standard error')
+    save(path, figure, axes, *draw_references(axes, references))
 
 
 def draw_texts(path, run, measured, labels):
-    """measured: {(strategy, temperature): figures}; labels: of the strategies, of which greedy knows no temperature."""
+    """Draw four measures of a run's texts over the temperature, a curve for each strategy.
+
+    measured: {(strategy, temperature): metrics}. labels: {strategy: label}. Greedy has no
+    temperature, and is a level line.
+    """
     figure, panels = pyplot().subplots(2, 2, figsize=(12, 8.5), sharex=True)
-    titles = {'log-prob': 'mean log-probability (nats a token)', 'distinct-2': 'distinct pairs of words (share)',
-              'repeated-4': 'repeated 4-grams of words (share)', 'self-BLEU': 'self-BLEU (1: all texts the same)'}
-    for axes, (key, title) in zip(panels.flat, titles.items()):
+    for axes, (key, title) in zip(panels.flat, TEXT_TITLES.items()):
         for strategy, label in labels.items():
-            points = [(t, figures[key]) for (s, t), figures in measured.items() if s == strategy]
+            temperatures = [t for s, t in measured if s == strategy]
+            values = [metrics[key] for (s, _), metrics in measured.items() if s == strategy]
             if strategy == 'greedy':
-                axes.axhline(points[0][1], color='C7', label=label)
-            else:  # dashes, for without effect top-k is plain sampling
-                axes.plot(*zip(*points), 'o--' if strategy == 'sample' else 's-', label=label)
+                axes.axhline(values[0], color='C7', label=label)
+            elif strategy == 'sample':
+                # Dashed, so that the same curve of a top-k which cuts nothing off shows through it
+                axes.plot(temperatures, values, 'o--', label=label)
+            else:
+                axes.plot(temperatures, values, 's-', label=label)
         axes.set_title(title)
     for axes in panels[1]:
-        axes.set(xlabel='temperature')
+        axes.set_xlabel('temperature')
     figure.suptitle(run.name)
-    real = {'validation text': -run.best['val_loss']} if run.best and not run.masked else {}
-    save(path, figure, panels[0, 0], *level_lines(panels[0, 0], real))
+
+    # Real text beside the first panel, unless the loss is that of masked data, of answers alone
+    real_text = {}
+    if run.best and not run.masked:
+        real_text['validation text'] = -run.best['val_loss']
+    first = panels[0, 0]
+    save(path, figure, first, *draw_references(first, real_text))

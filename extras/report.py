@@ -1,11 +1,12 @@
 """
-Runs as one page: their curves, figures and texts, and what n-grams make of the same data.
+Compare runs on one page: their curves, figures and texts, and what n-grams make of the same data.
     python report.py out/book
     python report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
 
-Reads log.jsonl and best.pt (or ckpt.pt) of each run, and data/ where it is still there; writes report.md and pictures.
-A run that is going on, was cut short or never saved anything is reported as far as it goes. Four small runs took 55 s
-on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
+Reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set where that is still there;
+writes report.md and pictures. A run that is still going, was cut short or never saved anything is
+reported as far as it goes. Four small runs took 55 s on two cores of an AMD EPYC (torch 2.13,
+2026-11-21). Needs plots.py and ngrams.py beside it, model.py, folio/ and matplotlib.
 """
 import glob
 import html
@@ -18,267 +19,473 @@ import types
 import numpy as np
 import torch
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 from extras import ngrams
 from extras import plots
 import folio.tokenizer
 import folio.checkpoint
-from folio import engine
-from folio import fast
-from folio.checkpoint import read_log
+from folio import engine, fast
+from folio.checkpoint import read_log, steps_done
 from folio.configurator import UserError, configure
-from folio.data import Dataset, tokenizer_of
-from folio.evaluation import evaluate
+from folio.data import Dataset, evaluate
 from folio.machine import Machine, default_device
+from folio.tokenizer import tokenizer_of
 from model import GPT
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 to = 'out/report'  # the folder to write
 prompts = 'The|If|It is'  # what the texts begin with, | between two; the same for every run
 temperatures = '0.6 0.8 1.0 1.2'  # of the strategies that draw
-num_samples = 4  # texts a prompt, for each strategy and temperature; 0 leaves the texts out
-max_new_tokens = 200  # tokens a text, and at most what the context holds
-ngram_order = 6  # tokens of the longest n-gram; 0 leaves them out
+num_samples = 4  # texts per prompt, for each strategy and temperature; 0: no texts
+max_new_tokens = 200  # tokens in a text, at most; fewer where the context is shorter
+ngram_order = 6  # tokens in the longest n-gram; 0: no n-grams
 ngram_tokens = 5_000_000  # training tokens to count them in, from the first on
 seed = 1337  # of the texts
 device = default_device()  # cpu, cuda, cuda:1, mps …
-GPT2_LOSS = 3.2924  # of OpenAI's 124 M on FineWeb-Edu's validation split, in build-nanogpt's plot
-HELLASWAG = {'guessing': 0.25, 'GPT-2 124 M': 0.2945, 'GPT-3 124 M': 0.337}  # in it too
-STRATEGIES = {'greedy': 'greedy', 'top_k': 'top-k 50', 'nucleus': 'nucleus 0.9', 'sample': 'plain sampling'}
-MEASURES = ('log-prob', 'distinct-1', 'distinct-2', 'distinct-3', 'repeated-4', 'self-BLEU')
+
+# What build-nanogpt draws for comparison
+GPT2_LOSS = 3.2924  # of OpenAI's 124 M on the validation split of FineWeb-Edu
+HELLASWAG = {'guessing': 0.25, 'GPT-2 124 M': 0.2945, 'GPT-3 124 M': 0.337}
+
+COLUMNS = ['run', 'parameters', 'tokens', 'seconds', 'tokens/s', 'val loss', 'at step',
+           'perplexity', 'bits per byte', 'test perplexity', 'HellaSwag']
+MEASURES = ['log-prob', 'distinct-1', 'distinct-2', 'distinct-3', 'repeated-4', 'self-BLEU']
+STRATEGIES = {
+    'greedy': 'greedy',
+    'top_k': 'top-k 50',
+    'nucleus': 'nucleus 0.9',
+    'sample': 'plain sampling',
+}
 
 
-# ---- Runs ------------------------------------------------------------------------------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
+def val_loss_for_ranking(entry):
+    """Return the validation loss of a log entry, infinity if it is NaN."""
+    if math.isnan(entry['val_loss']):  # min() would keep a NaN that comes first
+        return math.inf
+    return entry['val_loss']
+
+
 def read_run(folder):
-    """A run as its log has it: its settings, the lines of each kind, and notes on what is missing."""
+    """Return a run as its log has it: settings, the entries of each kind, and notes on the gaps.
+
+    Raise UserError where there is no log, or where it does not begin with settings.
+    """
     path = os.path.join(folder, 'log.jsonl')
     if not os.path.isfile(path):
-        there = ', '.join(os.path.dirname(p) for p in sorted(glob.glob('out/*/log.jsonl')))
-        raise UserError(f'no run in {folder} (no log.jsonl); ' + (f'there are {there}' if there else
-                                                                 'train one: python train.py config/train_book.py'))
-    damaged = []
-    entries = read_log(path, damaged)
-    headers = [e for e in entries if 'config' in e]
+        advice = 'train one: python train.py config/train_book.py'
+        logs = sorted(glob.glob('out/*/log.jsonl'))
+        if logs:
+            advice = 'there are ' + ', '.join(os.path.dirname(log) for log in logs)
+        raise UserError(f'no run in {folder} (no log.jsonl); {advice}')
+    damaged_lines = []
+    entries = read_log(path, damaged_lines)
+    headers = [entry for entry in entries if 'config' in entry]
     if not headers:
-        raise UserError(f'{path} does not begin with the settings of a run (yet); wait until it does, or leave it out')
+        raise UserError(f'{path} does not begin with the settings of a run (yet); '
+                        'wait until it does, or leave it out')
+
+    # A run writes a header each time it is started; the newest has the settings that hold now
     run = types.SimpleNamespace(**headers[-1], folder=folder, name=os.path.basename(folder))
-    run.notes, run.test, run.data, run.spec, run.masked = [], {}, None, None, False
-    if damaged:
-        run.notes.append(f'left out as damaged: line {", ".join(map(str, damaged))} of its log')
-    run.steps, run.evals, run.swags = ([e for e in entries if key in e] for key in ('loss', 'val_loss', 'hellaswag'))
-    run.best = min(run.evals, key=lambda e: math.inf if math.isnan(e['val_loss']) else e['val_loss'], default={})
-    run.n_windows = run.config['eval_iters'] * run.config['batch_size']  # of an evaluation, 0: all of the split
-    iter_num = max([e['iter'] + ('loss' in e) for e in entries if 'iter' in e], default=0)
-    if iter_num < run.config['max_iters']:
-        run.notes.append(f'its log ends at step {iter_num} of {run.config["max_iters"]}')
+    run.steps = [entry for entry in entries if 'loss' in entry]
+    run.evals = [entry for entry in entries if 'val_loss' in entry]
+    run.swags = [entry for entry in entries if 'hellaswag' in entry]
+    run.best = min(run.evals, key=val_loss_for_ranking, default={})
+    # Windows in an evaluation; 0: the whole split
+    run.n_windows = run.config['eval_iters'] * run.config['batch_size']
+    # What only the files beside the log can tell: see open_data and examine
+    run.data = None
+    run.spec = None  # of the tokenizer
+    run.masked = False  # whether the loss is of some tokens alone
+    run.test = {}  # metrics on the test split
+
+    run.notes = []
+    if damaged_lines:
+        numbers = ', '.join(str(number) for number in damaged_lines)
+        run.notes.append(f'left out as damaged: line {numbers} of its log')
+    done = max((steps_done(entry) for entry in entries if 'iter' in entry), default=0)
+    if done < run.config['max_iters']:
+        run.notes.append(f'its log ends at step {done} of {run.config["max_iters"]}')
     if run.best and run.best is not run.evals[-1]:
-        run.notes.append(f'the last evaluation, at step {run.evals[-1]["iter"]}, gave {run.evals[-1]["val_loss"]:.4f}')
+        last = run.evals[-1]
+        run.notes.append(
+            f'the last evaluation, at step {last["iter"]}, gave {last["val_loss"]:.4f}')
     return run
 
 
-def open_files(run):
-    """The run's checkpoint, or None; run.data and run.spec become its data set and tokenizer; run.notes say why not."""
-    checkpoint = None
-    for name in (name for name in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(run.folder, name))):
+def open_checkpoint(run):
+    """Return a run's best.pt, else its ckpt.pt, else None; note which, and what is damaged."""
+    for name in ('best.pt', 'ckpt.pt'):
+        if not os.path.exists(os.path.join(run.folder, name)):
+            continue
         try:
             checkpoint = folio.checkpoint.load(os.path.join(run.folder, name))
-            run.saved = f'{name}, of step {checkpoint["iter_num"]}'
-            break
         except UserError as e:
             run.notes.append(str(e))
-    run.notes.append(f'its model is {run.saved}' if checkpoint else 'no checkpoint, so no test and no texts')
-    run.spec = checkpoint.get('tokenizer') if checkpoint else None
+            continue
+        run.saved = f'{name}, of step {checkpoint["iter_num"]}'
+        run.notes.append(f'its model is {run.saved}')
+        return checkpoint
+    run.notes.append('no checkpoint, so no test and no texts')
+    return None
+
+
+def open_data(run, checkpoint):
+    """Set run.data, run.spec and run.masked as far as the files tell them; note what is missing."""
+    if checkpoint:
+        run.spec = checkpoint.get('tokenizer')
     try:
         data = Dataset(run.config['dataset'])
-        run.spec = run.spec or data.spec
+        if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
+            run.spec = data.spec
+        # The folder may have been prepared again since, from another text
         if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
             raise UserError(f'{data.folder} has another vocabulary by now')
         run.data = data
         run.masked = data.mask('val') is not None
-        run.notes += ['its loss is of the answers alone, as its data have masks'] * run.masked
-        run.notes += [f'no test: {data.folder} has no such split'] * ('test' not in data.splits())
+        if run.masked:
+            run.notes.append('its loss is of the answers alone, as its data have masks')
+        if 'test' not in data.splits():
+            run.notes.append(f'no test: {data.folder} has no such split')
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
-    return checkpoint
 
 
 def is_fineweb_edu(run):
-    """In GPT-2's tokens, as prepare/fineweb writes it; where the data is not here any more, going by its name."""
+    """Return whether a run's losses are of FineWeb-Edu in GPT-2's tokens, as GPT2_LOSS is."""
     if run.spec and run.spec['kind'] != 'gpt2':
         return False
     if run.data:
-        return bool(re.search('fineweb-?edu', str(run.data.meta.get('source'))))
+        return re.search('fineweb-?edu', str(run.data.meta.get('source'))) is not None
+    # The data is not here any more: go by its name, as prepare/fineweb gives it
     return os.path.basename(run.config['dataset']).startswith('fineweb')
 
 
-# ---- Texts -----------------------------------------------------------------------------------------------------------
+def group_by_data(runs):
+    """Return lists of runs that can share a picture: their losses are of the very same tokens."""
+    groups = {}
+    for run in runs:
+        n_targets = run.n_windows * run.config['block_size']
+        vocabulary = run.spec and folio.tokenizer.spec_hash(run.spec)
+        key = (run.config['dataset'], n_targets, vocabulary)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def write_texts(model, tokenizer, machine, strategy, temperature):
-    """(texts, figures): a list of num_samples texts for each prompt, drawn as one batch, and what is measured."""
-    size, ends = model.config.block_size, {tokenizer.eot} - {None}
-    starts = [(tokenizer.encode(prompt) or [tokenizer.start])[-(size // 2 or 1):] for prompt in prompts.split('|')]
-    rows = [start for start in starts for _ in range(num_samples)]
-    count = min(max_new_tokens, size + 1 - max(map(len, rows)))  # so that one context holds it: see the loss below
-    idx_BT = torch.zeros(len(rows), max(map(len, rows)) + count, dtype=torch.long)
-    targets_BT, texts = torch.full_like(idx_BT, -1), []
+    """Return (groups, metrics): for each prompt a list of num_samples texts, and their MEASURES.
+
+    All texts are drawn as one batch.
+    """
+    size = model.config.block_size
+    ends = set()
+    if tokenizer.eot is not None:
+        ends.add(tokenizer.eot)
+    rows = []
+    for prompt in prompts.split('|'):
+        ids = tokenizer.encode(prompt) or [tokenizer.start]
+        ids = ids[-max(1, size // 2):]  # at least half of the context is for the text
+        rows += [ids] * num_samples
+
+    longest = max(len(row) for row in rows)
+    # Prompt and text must fit one context: the loss below comes from one forward pass over both
+    count = min(max_new_tokens, size + 1 - longest)
+    idx_BT = torch.zeros(len(rows), longest + count, dtype=torch.long)
+    targets_BT = torch.full_like(idx_BT, -1)  # what was not drawn does not count
+
+    texts = []
     with machine.autocast:
-        steps = list(engine.generate(model, rows, count, strategy=strategy, temperature=temperature, top_k=50,
-                                     top_p=0.9, seed=seed, stop=ends))
+        # STRATEGIES names the 50 of top-k and the 0.9 of nucleus
+        steps = list(engine.generate(model, rows, count, strategy=strategy, temperature=temperature,
+                                     top_k=50, top_p=0.9, seed=seed, stop=ends))
         for b, (start, new) in enumerate(zip(rows, torch.stack(steps, dim=1).tolist())):
-            new = new[:new.index(tokenizer.eot) + 1] if tokenizer.eot in new else new
-            idx_BT[b, :len(start + new)] = torch.tensor(start + new)
-            targets_BT[b, len(start):len(start + new)] = torch.tensor(new)
-            texts.append(tokenizer.decode([t for t in new if t not in ends]))
-        _, loss = model(idx_BT[:, :-1].to(machine.device), targets_BT[:, 1:].to(machine.device))
+            if tokenizer.eot in new:  # a row that has ended repeats it until all have
+                new = new[:new.index(tokenizer.eot) + 1]
+            ids = start + new
+            idx_BT[b, :len(ids)] = torch.tensor(ids)
+            targets_BT[b, len(start):len(ids)] = torch.tensor(new)
+            texts.append(tokenizer.decode([token for token in new if token not in ends]))
+        inputs_BT = idx_BT[:, :-1].to(machine.device)
+        # The model's own probabilities, whatever strategy and temperature drew the texts
+        _, loss = model(inputs_BT, targets_BT[:, 1:].to(machine.device))
     groups = [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
     return groups, {'log-prob': -loss.item()} | ngrams.measure(groups)
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------
+# ---- Sections of the page ------------------------------------------------------------------------
+# A section is a list of blocks of Markdown, which the page shows with an empty line between two.
 def table(head, rows):
-    """In Markdown; all cells are text."""
-    rows = [[cell.replace('|', '\\|') for cell in row] for row in (head, ['---'] * len(head), *rows)]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    """Return a table in Markdown; all cells are text."""
+    lines = []
+    for row in (head, ['---'] * len(head), *rows):
+        # Else a | in the name of a run would begin another cell
+        escaped = [text.replace('|', '\\|') for text in row]
+        lines.append(f'| {" | ".join(escaped)} |')
+    return '\n'.join(lines)
 
 
-def cells(figures, **formats):
-    """The figures that there are, as text: {key: format}; a dash for the others."""
-    return [format(v, spec) if (v := figures.get(key, math.nan)) == v else '–' for key, spec in formats.items()]
+def cell(value, spec):
+    """Return a number as text; a dash where there is None, or NaN."""
+    if value is None or math.isnan(value):
+        return '–'
+    return format(value, spec)
 
 
-def per_word(figures):
-    return f' ({figures["word_perplexity"]:,.4f} a word)' if 'word_perplexity' in figures else ''
+def loss_cells(metrics):
+    """Return the cells of validation loss, perplexity and bits per byte."""
+    return [cell(metrics.get('val_loss'), '.4f'),
+            cell(metrics.get('perplexity'), ',.4f'),
+            cell(metrics.get('bits_per_byte'), '.4f')]
 
 
-LOSS = dict(val_loss='.4f', perplexity=',.4f', bits_per_byte='.4f')
+def per_word(metrics):
+    """Return what stands behind a perplexity: that of a word, where the words were counted."""
+    if 'word_perplexity' not in metrics:
+        return ''
+    return f' ({metrics["word_perplexity"]:,.4f} a word)'
 
 
-def row_of(run):
-    """A run's line in the table."""
-    last = max(run.steps + run.evals, key=lambda e: e['tokens'], default={})
-    speed = {'median': np.median([e['tokens_per_second'] for e in run.steps])} if run.steps else {}
-    swag = ' ± '.join(cells(run.swags[-1], hellaswag='.4f', acc_mean_stderr='.4f')) if run.swags else '–'
-    loss, perplexity, bits = cells(run.best, **LOSS)
-    return [run.name, f'{run.parameters / 1e6:,.2f} M', *cells(last, tokens=',', train_seconds=',.0f'),
-            *cells(speed, median=',.0f'), loss, *cells(run.best, iter=','), perplexity + per_word(run.best), bits,
-            cells(run.test, perplexity=',.4f')[0] + per_word(run.test), swag]
+def run_row(run):
+    """Return a run's line in the first table: a cell for each of COLUMNS."""
+    # An evaluation may be newer than the newest step, and the other way round
+    newest = max(run.steps + run.evals, key=lambda entry: entry['tokens'], default={})
+    speed = None
+    if run.steps:
+        speed = np.median([entry['tokens_per_second'] for entry in run.steps])
+    hellaswag = '–'
+    if run.swags:
+        score = run.swags[-1]
+        accuracy = cell(score.get('hellaswag'), '.4f')
+        stderr = cell(score.get('acc_mean_stderr'), '.4f')
+        hellaswag = f'{accuracy} ± {stderr}'
+    loss, perplexity, bits_per_byte = loss_cells(run.best)
+    return [
+        run.name,
+        f'{run.parameters / 1e6:,.2f} M',
+        cell(newest.get('tokens'), ','),
+        cell(newest.get('train_seconds'), ',.0f'),
+        cell(speed, ',.0f'),
+        loss,
+        cell(run.best.get('iter'), ','),
+        perplexity + per_word(run.best),
+        bits_per_byte,
+        cell(run.test.get('perplexity'), ',.4f') + per_word(run.test),
+        hellaswag,
+    ]
 
 
-def dataset_section(picture, name, runs):
-    """Of runs evaluated on the same tokens: their curves, and n-grams beside them."""
-    models, levels, counted = [(run.name, run.best) for run in runs], {}, 'There are no n-grams beside them.'
+def ngram_metrics(data, losses):
+    """Return {'1-gram': metrics, …}, the metrics as a model's log has them.
+
+    losses: (order,), in nats per token.
+    """
+    bytes_per_token = data.per_token('val', 'bytes') or math.nan  # NaN: nobody counted them
+    metrics = {}
+    for n, loss in enumerate(losses, 1):
+        metrics[f'{n}-gram'] = {
+            'val_loss': loss,
+            'perplexity': math.exp(loss),
+            'bits_per_byte': loss * (1 / math.log(2) / bytes_per_token),
+        }
+    return metrics
+
+
+def loss_section(picture, runs):
+    """Draw the curves of a group of runs; return their section, with n-grams beside them."""
+    name = runs[0].config['dataset']
+    references = {}
     if any(is_fineweb_edu(run) for run in runs):
-        levels['GPT-2 124 M'] = GPT2_LOSS
-    try:
-        for data in [run.data for run in runs if run.data and run.best and ngram_order][:1]:
-            n_val = runs[0].n_windows * runs[0].config['block_size']
-            losses = ngrams.losses(data, ngram_order, ngram_tokens, n_val)
-            levels[f'{losses.argmin() + 1}-gram'] = losses.min()
+        references['GPT-2 124 M'] = GPT2_LOSS
+    counted = 'There are no n-grams beside them.'
+    models = {}
+    # The tokens are the same for all of these runs, so the first one's will do
+    datasets = [run.data for run in runs if run.data and run.best]
+    if datasets and ngram_order:
+        data = datasets[0]
+        n_targets = runs[0].n_windows * runs[0].config['block_size']  # 0: the whole split
+        try:
+            losses = ngrams.losses(data, ngram_order, ngram_tokens, n_val=n_targets)
+            # The best n-gram alone goes into the picture, all of them into the table
+            references[f'{losses.argmin() + 1}-gram'] = losses.min()
             total = len(data.tokens('train'))
-            counted = f'N-grams were counted in {min(ngram_tokens, total):,} of {total:,} training tokens.'
-            bits = 1 / math.log(2) / (data.per_token('val', 'bytes') or math.nan)
-            models = [(f'{n}-gram', {'val_loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': loss * bits})
-                      for n, loss in enumerate(losses, 1)] + models
-    except UserError as e:  # its tokens are damaged
-        runs[0].notes.append(f'no n-grams: {e}')
-    plots.draw_losses(os.path.join(to, picture), name, runs, levels)
+            counted = (f'N-grams were counted in {min(ngram_tokens, total):,} '
+                       f'of {total:,} training tokens.')
+            models = ngram_metrics(data, losses)
+        except UserError as e:  # its tokens are damaged
+            runs[0].notes.append(f'no n-grams: {e}')
+    plots.draw_losses(os.path.join(to, picture), name, runs, references=references)
+
+    rows = [[model, *loss_cells(metrics)] for model, metrics in models.items()]
+    rows += [[run.name, *loss_cells(run.best)] for run in runs]
     head = ['model', 'val loss', 'perplexity', 'bits per byte']
-    rows = [[model, *cells(figures, **LOSS)] for model, figures in models]
     return [f'### {name}', f'![losses on {name}]({picture})', counted, table(head, rows)]
 
 
-def text_section(picture, run, model, tokenizer, machine, levels):
-    """A run's texts: a table and a picture of their measures, and the first text of each kind."""
-    settings = [('greedy', 0.0)] + [(s, t) for s in ('top_k', 'nucleus', 'sample') for t in levels]
-    made = {setting: write_texts(model, tokenizer, machine, *setting) for setting in settings}
-    labels = {(s, t): STRATEGIES[s] + (f', temperature {t:g}' if s != 'greedy' else '') for s, t in settings}
-    rows = [[labels[setting], *(f'{figures[m]:.3f}' for m in MEASURES)] for setting, (_, figures) in made.items()]
-    parts = [f'### {run.name}: {run.saved}', table(['strategy', *MEASURES], rows),
-             f'![measures of the texts of {run.name}]({picture})']
-    plots.draw_texts(os.path.join(to, picture), run, {s: figures for s, (_, figures) in made.items()}, STRATEGIES)
+def label_of(strategy, temperature):
+    """Return how a table calls texts written in this way."""
+    if strategy == 'greedy':
+        return STRATEGIES[strategy]
+    return f'{STRATEGIES[strategy]}, temperature {temperature:g}'
+
+
+def text_section(picture, run, model, tokenizer, machine, temperature_list):
+    """Let a run write, draw the measures of its texts, and return their section.
+
+    It has the measures as a table and a picture, and after each prompt the first text of each kind,
+    that is, of each strategy and temperature.
+    """
+    kinds = [('greedy', 0.0)]  # whose temperature means nothing
+    for strategy in ('top_k', 'nucleus', 'sample'):
+        kinds += [(strategy, temperature) for temperature in temperature_list]
+    groups = {}  # kind: for each prompt a list of texts
+    measured = {}  # kind: metrics
+    for kind in kinds:
+        groups[kind], measured[kind] = write_texts(model, tokenizer, machine, *kind)
+    plots.draw_texts(os.path.join(to, picture), run, measured, labels=STRATEGIES)
+
+    rows = []
+    for kind in kinds:
+        rows.append([label_of(*kind)] + [f'{measured[kind][measure]:.3f}' for measure in MEASURES])
+    blocks = [f'### {run.name}: {run.saved}',
+              table(['strategy', *MEASURES], rows),
+              f'![measures of the texts of {run.name}]({picture})']
     for i, prompt in enumerate(prompts.split('|')):
-        parts.append(f'<details><summary>After “{html.escape(prompt)}”</summary>')
-        for setting, (groups, _) in made.items():
-            text = prompt + groups[i][0]
-            fence = '~' * (3 + max(map(len, re.findall('~+', text)), default=0))  # longer than any in the text
-            parts += [labels[setting] + ':', f'{fence}text\n{text}\n{fence}']
-        parts.append('</details>')
-    return parts
+        blocks.append(f'<details><summary>After “{html.escape(prompt)}”</summary>')
+        for kind in kinds:
+            first_text = groups[kind][i][0]
+            blocks += [label_of(*kind) + ':', fenced(prompt + first_text)]
+        blocks.append('</details>')
+    return blocks
 
 
-COLUMNS = ('run', 'parameters', 'tokens', 'seconds', 'tokens/s', 'val loss', 'at step', 'perplexity', 'bits per byte',
-           'test perplexity', 'HellaSwag')
-ABOUT_RUNS = """Tokens and seconds are of training, to where the log ends; tokens/s is the median of its lines. Loss,
-in nats a token, perplexity and bits per byte are the best evaluation's. Test perplexity is what `python train.py …
---init_from=FOLDER/best.pt --eval_only=True` prints. Across tokenizers only bits per byte can be compared."""
-ABOUT_LOSS = """An n-gram predicts the same validation tokens from the n - 1 before each, as counted in the training
-split: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose probabilities sum to one."""
-ABOUT_HELLASWAG = """The share of items of which the right ending has the lowest mean loss a token, as train.py logs it.
-The lines of GPT-2 and GPT-3 are those that build-nanogpt draws."""
-ABOUT_TEXTS = """{0} texts for each of {1} prompts, of at most {2} tokens and what the context holds; below, the first
-of each. log-prob is the model's own for a token, at temperature 1: text much likelier than real text is dull, much
-less likely is broken. Of the words of all texts, distinct-n is the share of different n-grams (Li et al. 2016);
-repeated-4 the share of 4-grams that stood in the same text before (Welleck et al. 2020); self-BLEU compares the texts
-of one prompt (Zhu et al. 2018). Greedy writes the same text {0} times, so its distinct-n is at most 1/{0}. All depends
-on the length: compare within a run, not across tokenizers."""
+def fenced(text):
+    """Return a text as a block of Markdown, its fence longer than any row of ~ in the text."""
+    longest = max((len(tildes) for tildes in re.findall('~+', text)), default=0)
+    fence = '~' * (3 + longest)
+    return f'{fence}text\n{text}\n{fence}'
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
-def main():
-    """What the command does; a function, so that tests can call it."""
-    folders = [a for a in sys.argv[1:] if not a.startswith('-') and not a.endswith('.py')]
-    configure(globals(), [a for a in sys.argv[1:] if a not in folders])
-    plots.pyplot()  # or say how to install it
+ABOUT_RUNS = """\
+Tokens and seconds are those of training, up to where the log ends; tokens/s is the median of its
+lines. Loss (in nats a token), perplexity and bits per byte are those of the best evaluation. Test
+perplexity is what `python train.py … --init_from=FOLDER/best.pt --eval_only=True` prints. Between
+models with different tokenizers only bits per byte can be compared."""
+ABOUT_LOSS = """\
+An n-gram predicts each of the same validation tokens from the n - 1 before it, as counted in the
+training split: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose probabilities
+sum to one."""
+ABOUT_HELLASWAG = """\
+The share of items whose right ending has the lowest mean loss per token, as train.py logs it. The
+lines of GPT-2 and GPT-3 are those that build-nanogpt draws."""
+ABOUT_TEXTS = """\
+{0} texts for each of {1} prompts, of at most {2} tokens and no more than the context holds; below,
+the first of each. log-prob is the model's own for a token, at temperature 1: text that is much
+likelier than real text is dull, text that is much less likely is broken. Of the words of all texts,
+distinct-n is the share of different n-grams (Li et al. 2016), and repeated-4 the share of 4-grams
+that stood in the same text before (Welleck et al. 2020); self-BLEU compares the texts of one prompt
+(Zhu et al. 2018). Greedy writes the same text {0} times, so its distinct-n is at most 1/{0}. All of
+these depend on the length of the texts: compare within a run, not across tokenizers."""
+
+
+# ---- The script ----------------------------------------------------------------------------------
+def parse_temperatures():
+    """Return the setting `temperatures` as a sorted list of numbers, or raise UserError."""
     try:
-        levels = sorted({float(t) for t in temperatures.split()})
+        values = sorted({float(word) for word in temperatures.split()})
     except ValueError:
-        levels = []
-    if not levels or not 0 < levels[0] <= levels[-1] < math.inf:
-        raise UserError(f"temperatures is {temperatures!r}; give numbers above 0, as in --temperatures='0.6 1.0'")
-    if num_samples < 0 or num_samples == 1 or max_new_tokens < 1 or ngram_order < 0 or ngram_tokens < 1:
-        raise UserError(f'num_samples ({num_samples}) must be 0 or at least 2, max_new_tokens ({max_new_tokens}) and '
-                        f'ngram_tokens ({ngram_tokens}) at least 1, ngram_order ({ngram_order}) at least 0')
-    Machine(device, 'auto')  # refuses one that is not there
+        values = []
+    if not values or not 0 < values[0] <= values[-1] < math.inf:
+        raise UserError(f'temperatures is {temperatures!r}; give numbers above 0, '
+                        "as in --temperatures='0.6 1.0'")
+    return values
+
+
+def check_counts():
+    """Raise UserError for a number of texts, tokens or n-grams that cannot be."""
+    if num_samples < 0 or num_samples == 1:  # self-BLEU compares a text with others
+        raise UserError(f'num_samples is {num_samples}; it must be 0 or at least 2')
+    if max_new_tokens < 1:
+        raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
+    if ngram_order < 0:
+        raise UserError(f'ngram_order is {ngram_order}; it must be at least 0')
+    if ngram_tokens < 1:
+        raise UserError(f'ngram_tokens is {ngram_tokens}; it must be at least 1')
+
+
+def examine(run, picture, temperature_list):
+    """Open a run's files, compute run.test, and return its section of texts; [] without a model.
+
+    Checkpoint and model are locals of this function, so that their memory is free before the next
+    run is opened.
+    """
+    checkpoint = open_checkpoint(run)
+    open_data(run, checkpoint)
+    if checkpoint is None:
+        return []
+    try:
+        machine = Machine(device, run.config.get('dtype', 'auto'))
+        model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device).eval()
+        if run.data and 'test' in run.data.splits():
+            run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
+                                batch_size=run.config['batch_size'], n_windows=run.n_windows,
+                                machine=machine)
+        if num_samples:
+            tokenizer = tokenizer_of(checkpoint)
+            return text_section(picture, run, model, tokenizer, machine, temperature_list)
+    except (UserError, RuntimeError) as e:
+        # Characters that its tokenizer does not know in a prompt, or no memory: report the rest
+        run.notes.append(str(e).partition('\n')[0])
+    return []
+
+
+def main():
+    """Write the report. This is a function so that tests can call it."""
+    folders = [arg for arg in sys.argv[1:] if not arg.startswith('-') and not arg.endswith('.py')]
+    # configure takes config files and settings, but no folders
+    configure(globals(), [arg for arg in sys.argv[1:] if arg not in folders])
+
+    # Say all that can be wrong now, and not when the first run has been examined for a minute
+    plots.pyplot()
+    temperature_list = parse_temperatures()
+    check_counts()
+    Machine(device, 'auto')
     if not folders:
         raise UserError('which runs? Name their folders: python report.py out/book [out/other …]')
     runs = [read_run(folder) for folder in dict.fromkeys(map(os.path.normpath, folders))]
-    names = [run.name for run in runs]
     try:
         os.makedirs(to, exist_ok=True)
     except OSError as e:
-        raise UserError(f'{to} cannot be written ({e.strerror}); give another --to=folder') from None
-    groups, texts = {}, []
+        raise UserError(f'{to} cannot be written ({e.strerror}); '
+                        'give another --to=folder') from None
+
+    names = [run.name for run in runs]
+    texts = []
     for i, run in enumerate(runs):
         print(f'{run.folder} …', flush=True)
-        run.name, run.color = run.name if names.count(run.name) == 1 else run.folder, f'C{i}'
-        checkpoint = open_files(run)
-        evaluated = run.n_windows * run.config['block_size'], run.spec and folio.tokenizer.spec_hash(run.spec)
-        groups.setdefault((run.config['dataset'], evaluated), []).append(run)
-        try:
-            if checkpoint:
-                machine = Machine(device, run.config.get('dtype', 'auto'))
-                model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device).eval()
-                if run.data and 'test' in run.data.splits():
-                    sizes = run.config['block_size'], run.config['batch_size'], run.n_windows
-                    run.test = evaluate(model, run.data, 'test', *sizes, machine)
-                if num_samples:
-                    texts += text_section(f'text{i + 1}.png', run, model, tokenizer_of(checkpoint), machine, levels)
-        except (UserError, RuntimeError) as e:  # a prompt of unknown characters, no memory: the rest is reported
-            run.notes.append(str(e).partition('\n')[0])
-        checkpoint = model = None  # before the next one is read
-    page = ['## Loss', ABOUT_LOSS]
-    for i, ((name, _), group) in enumerate(groups.items(), 1):
-        page += dataset_section(f'loss{i}.png', name, group)
+        run.color = f'C{i}'
+        if names.count(run.name) > 1:  # tell out/a from more/a
+            run.name = run.folder
+        texts += examine(run, f'text{i + 1}.png', temperature_list)
+
+    sections = ['## Loss', ABOUT_LOSS]
+    for i, group in enumerate(group_by_data(runs), 1):
+        sections += loss_section(f'loss{i}.png', group)
     if any(run.swags for run in runs):
         plots.draw_hellaswag(os.path.join(to, 'hellaswag.png'), runs, HELLASWAG)
-        page += ['## HellaSwag', ABOUT_HELLASWAG, '![accuracy on HellaSwag](hellaswag.png)']
+        sections += ['## HellaSwag', ABOUT_HELLASWAG, '![accuracy on HellaSwag](hellaswag.png)']
     if texts:
-        page += ['## Texts', ABOUT_TEXTS.format(num_samples, len(prompts.split('|')), max_new_tokens), *texts]
-    notes = '\n'.join(f'- {run.name}: {"; ".join(run.notes)}.' for run in runs)
-    page = [f'# {", ".join(run.name for run in runs)}', table(COLUMNS, map(row_of, runs)), ABOUT_RUNS, notes, *page]
-    with open(os.path.join(to, 'report.md'), 'w', encoding='utf-8', errors='replace') as f:
+        n_prompts = len(prompts.split('|'))
+        sections += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
+
+    title = '# ' + ', '.join(run.name for run in runs)
+    notes = '\n'.join(f'- {run.name}: {"; ".join(run.notes)}.' for run in runs)  # complete only now
+    page = [title, table(COLUMNS, [run_row(run) for run in runs]), ABOUT_RUNS, notes, *sections]
+    path = os.path.join(to, 'report.md')
+    with open(path, 'w', encoding='utf-8', errors='replace') as f:
         f.write('\n\n'.join(page) + '\n')
-    print(f'wrote {os.path.join(to, "report.md")}')
+    print(f'wrote {path}')
 
 
 if __name__ == '__main__':

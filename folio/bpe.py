@@ -1,9 +1,10 @@
 """
-How a byte-level BPE is learned, in plain Python: count the pieces of the text, then make merge after merge.
-    python -c "from folio.bpe import *; print(learn_merges({'low': 5, ' lower': 2, ' lowest': 3}, 3))"
+Learn a byte-level BPE, in plain Python: count the pieces of a text, then make merge after merge.
+    python -c "import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2, ' lowest': 3}, 3))"
 
-tokenizer.train_bpe has the rule. 31,743 merges from 30 MB of textbooks take 5 s on one core of an AMD EPYC, half of
-that to count; HF tokenizers take 4 s on two (2026-11-21).
+learn_merges_slowly is the algorithm to read, learn_merges the one to use: its merges are the same.
+31,743 merges from 30 MB of textbooks take 5 s on one core of an AMD EPYC, half of that to count;
+Hugging Face's tokenizers takes 4 s on two (2026-11-21).
 """
 import collections
 import functools
@@ -12,85 +13,195 @@ import itertools
 
 import regex
 
-CHUNK = 1_000_000  # characters whose pieces are counted at a time
-MAX_PIECES = 1_000_000  # distinct ones that are remembered; as many take 1.2 GB when the merges are learned
+CHUNK_CHARS = 1_000_000  # characters whose pieces are counted at a time
+MAX_PIECES = 1_000_000  # distinct pieces to remember; learning from that many takes 1.2 GB
+NO_TOKEN = -1  # in the row of learn_merges: no token here
 
+
+# ---- Counting the pieces of a text ---------------------------------------------------------------
 
 def count_pieces(texts, pattern, apply=map):
-    """{piece: how often it occurs} of an iterable of str, which may be a stream larger than memory.
+    """Return {piece: how often it occurs} of an iterable of str, maybe a stream larger than memory.
 
-    Whenever there are more than MAX_PIECES distinct pieces, all but half as many, the most frequent, are forgotten.
-    pattern: a regular expression that finds the pieces. apply: a map that may use many processes.
+    Of more than MAX_PIECES distinct pieces only the most frequent half of that number is kept, and
+    counting goes on. pattern: a regular expression that finds the pieces. apply: a map that may use
+    many processes.
     """
     counts = collections.Counter()
-    for chunk_counts in apply(functools.partial(count_chunk, pattern=pattern), chunks_of(texts)):
+    count = functools.partial(count_chunk, pattern=pattern)
+    for chunk_counts in apply(count, chunks_of(texts)):
         counts.update(chunk_counts)
+        # Rare pieces change few merges, and all of an endless stream would fill the memory.
         if len(counts) > MAX_PIECES:
             counts = collections.Counter(dict(counts.most_common()[:MAX_PIECES // 2]))
     return counts
 
 
 def chunks_of(texts):
-    """Lists of texts, of about CHUNK characters each; no text is cut, for that could cut a piece."""
-    chunk, held = [], 0
+    """Yield lists of whole texts, for a cut could go through a piece; about CHUNK_CHARS in each."""
+    chunk = []
+    n_chars = 0
     for text in texts:
         chunk.append(text)
-        held += len(text)
-        if held >= CHUNK:
+        n_chars += len(text)
+        if n_chars >= CHUNK_CHARS:
             yield chunk
-            chunk, held = [], 0
+            chunk = []
+            n_chars = 0
     yield chunk
 
 
 def count_chunk(texts, pattern):
-    find_pieces, counts = regex.compile(pattern).findall, collections.Counter()
+    """Return {piece: how often it occurs} of a list of texts."""
+    find_pieces = regex.compile(pattern).findall
+    counts = collections.Counter()
     for text in texts:
         counts.update(find_pieces(text))
     return counts
 
 
-def learn_merges(piece_counts, n_merges):
-    """At most n_merges merges, as (left, right) in bytes, from {piece: how often it occurs}.
+# ---- Learning the merges, the clear way ----------------------------------------------------------
 
-    The bytes of all pieces stand in one row, a gap after each piece. starts[i] is the token that begins at byte i, or
-    -1; ends[i] is the one that ends there; weights[i] is how often the piece occurs. A pair is the one number
-    left * size + right, its place the byte where it begins. All places of a pair are found at once, from left to
-    right, when the younger of its tokens is made; later it can only lose some, and `starts` shows which.
+def learn_merges_slowly(piece_counts, n_merges):
+    """Return at most n_merges merges, pairs (left, right) of bytes, in the order they were made.
+
+    piece_counts: {piece: how often it occurs}. The rule (Sennrich et al. 2016): cut every piece
+    into bytes, which are the tokens 0 to 255. Make the most frequent pair of neighbours a token,
+    replace it everywhere, and repeat, until there are enough merges or no pair occurs twice. Among
+    equally frequent pairs the one with the lower left id wins, then the lower right id.
+
+    >>> learn_merges_slowly({'low': 5, ' lower': 2, ' lowest': 3}, 3)
+    [(b'l', b'o'), (b'lo', b'w'), (b' ', b'low')]
     """
-    tokens, size = [bytes([i]) for i in range(256)], 256 + n_merges
-    starts, weights = [-1], [0]
-    for piece, n in piece_counts.items():
-        starts += piece.encode('utf-8')
-        starts.append(-1)
-        weights += [n] * (len(starts) - len(weights))
-    ends, pair_counts, found = starts.copy(), collections.defaultdict(int), collections.defaultdict(list)
-    for i, (left, right) in enumerate(itertools.pairwise(starts)):
-        if left >= 0 and right >= 0:
-            found[left * size + right].append(i)
-    places, heap, merges = {}, [], []
-    while True:
+    tokens = [bytes([i]) for i in range(256)]
+    # Each distinct piece as a list of ids. It stands here once, however often it occurs.
+    pieces = {piece: list(piece.encode('utf-8')) for piece in piece_counts}
+    merges = []
+    while len(merges) < n_merges:
+        pair_counts = collections.Counter()
+        for piece, ids in pieces.items():
+            for pair in itertools.pairwise(ids):
+                pair_counts[pair] += piece_counts[piece]
+        # The smallest of (-count, left, right): the most frequent, then the lowest ids.
+        best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair), default=None)
+        if best is None or pair_counts[best] < 2:
+            break
+        left, right = best
+        merges.append((tokens[left], tokens[right]))
+        for ids in pieces.values():
+            replace_pair(ids, best, new=len(tokens))
+        tokens.append(tokens[left] + tokens[right])
+    return merges
+
+
+def replace_pair(ids, pair, new):
+    """Replace a pair by the id `new` wherever it occurs in a list of ids, in place, from the left.
+
+    >>> ids = [7, 7, 7, 1, 7, 7]
+    >>> replace_pair(ids, (7, 7), new=9)
+    >>> ids
+    [9, 7, 1, 9]
+    """
+    i = 0
+    while i < len(ids) - 1:
+        if (ids[i], ids[i + 1]) == pair:
+            ids[i:i + 2] = [new]
+        i += 1
+
+
+# ---- The same merges, fast -----------------------------------------------------------------------
+
+def learn_merges(piece_counts, n_merges):
+    """Return the merges of learn_merges_slowly, without counting everything anew for each of them.
+
+    A merge changes little: the places where its pair occurs and their neighbours. So the pieces are
+    laid in one row, in which a place is the byte where a pair begins, and each pair remembers how
+    often it occurs and where. A pair's places are all found at once, from left to right, when the
+    younger of its two tokens is made: later merges can take places away but never add one.
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    merges = []
+    # The pair (left, right) is the number left * base + right: a faster key, and it sorts the same.
+    base = 256 + n_merges
+
+    # starts[i] is the token that starts at byte i, ends[i] the one that ends there. At first each
+    # token is one byte, and they are the same.
+    starts, weights = lay_in_a_row(piece_counts)
+    ends = starts.copy()
+    found = collections.defaultdict(list)  # {pair: places} of new pairs, not counted yet
+    for place, (left, right) in enumerate(itertools.pairwise(starts)):
+        if left != NO_TOKEN and right != NO_TOKEN:
+            found[left * base + right].append(place)
+
+    pair_counts = collections.defaultdict(int)
+    places = {}  # {pair: places}; at some of them it may no longer stand
+    heap = []  # (-count, pair): the first is the most frequent pair, and of equals the lowest
+    while len(merges) < n_merges:
+        # Count the new pairs. Added, not set, because a pair may have lost places before it was
+        # counted: when aa becomes X, aaaa is X a a for a moment, and then X X, without X a.
         for pair, where in found.items():
-            pair_counts[pair] += sum(weights[i] for i in where)
+            pair_counts[pair] += sum(weights[place] for place in where)
             if pair_counts[pair] > 1:
                 places[pair] = where
                 heapq.heappush(heap, (-pair_counts[pair], pair))
-        while heap and -heap[0][0] != pair_counts[heap[0][1]]:  # out of date: the heap does not hear of losses
-            heapq.heapreplace(heap, (-pair_counts[heap[0][1]], heap[0][1]))
-        if len(merges) == n_merges or not heap or heap[0][0] > -2:
-            return merges
-        pair = heapq.heappop(heap)[1]
-        left, right = divmod(pair, size)
-        new, middle, end = len(tokens), len(tokens[left]), len(tokens[left] + tokens[right])
+
+        best = pop_most_frequent(heap, pair_counts)
+        if best is None:
+            break
+        left, right = divmod(best, base)
+        new = len(tokens)
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
+        left_length = len(tokens[left])
+        new_length = len(tokens[new])
+
+        # Replace the pair wherever it still stands, and tell its neighbours.
         found = collections.defaultdict(list)
-        for i in places.pop(pair):
-            if starts[i] == left and starts[i + middle] == right:
-                before, after, n = ends[i - 1], starts[i + end], weights[i]
-                starts[i], starts[i + middle], ends[i + end - 1] = new, -1, new
-                if before >= 0:
-                    pair_counts[before * size + left] -= n
-                    found[before * size + new].append(i - len(tokens[before]))
-                if after >= 0:
-                    pair_counts[right * size + after] -= n
-                    found[new * size + after].append(i)
+        for place in places.pop(best):
+            middle = place + left_length
+            if starts[place] != left or starts[middle] != right:
+                continue  # one of the two is part of another token by now
+            end = place + new_length
+            before = ends[place - 1]
+            after = starts[end]
+            weight = weights[place]
+            starts[place] = new
+            starts[middle] = NO_TOKEN
+            ends[end - 1] = new  # ends[middle - 1] stays wrong; nothing looks inside a token
+            if before != NO_TOKEN:
+                pair_counts[before * base + left] -= weight
+                found[before * base + new].append(place - len(tokens[before]))
+            if after != NO_TOKEN:
+                pair_counts[right * base + after] -= weight
+                found[new * base + after].append(place)
+    return merges
+
+
+def lay_in_a_row(piece_counts):
+    """Return two lists with an entry for every byte: the byte, and how often its piece occurs.
+
+    NO_TOKEN stands before, between and after the pieces, so that no pair crosses their borders.
+    """
+    row = [NO_TOKEN]
+    weights = [0]
+    for piece, count in piece_counts.items():
+        row += piece.encode('utf-8')
+        row.append(NO_TOKEN)
+        weights += [count] * (len(row) - len(weights))
+    return row, weights
+
+
+def pop_most_frequent(heap, pair_counts):
+    """Take the most frequent pair off the heap and return it, or None if no pair occurs twice.
+
+    The heap isn't told when a pair loses places, so an entry may promise too much: then it goes
+    back with what is true now. Counts never grow, so the first true entry is the most frequent.
+    """
+    while heap:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count == -negative_count:
+            return pair
+        if count > 1:
+            heapq.heappush(heap, (-count, pair))
+    return None

@@ -1,7 +1,10 @@
 """
-Downloads one file, whole or not at all.
-    python -c "from folio.download import download; download(['https://example.org/a.txt'], 'data/downloads/a.txt')"
+Download one file, whole or not at all.
+    python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
+
+A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it.
 """
+import contextlib
 import hashlib
 import os
 import time
@@ -13,68 +16,126 @@ from tqdm import tqdm
 
 from folio.configurator import UserError
 
+HEADERS = {
+    'User-Agent': 'folio (a language-model code base)',
+    'Accept-Encoding': 'identity',  # the file's own bytes: half a compressed stream is of no use
+}
+
 
 def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
-    """Fetch the first of `urls` (mirrors of one file) that answers into path, unless it is there; returns path.
+    """Fetch a file to path, unless it is there, and return path.
 
-    A broken transfer goes on where it broke if the server can (HTTP ranges), else from the start; each address is tried
-    `tries` times, with waits of 1, 2, 4 … seconds. timeout: seconds to connect and between bytes. sha256: of the file,
-    in hexadecimal; one with another sum, there or newly come, is fetched again from the start. Raises UserError.
+    urls: mirrors of the file; the first one that answers is taken.
+    tries: attempts at each mirror, with waits of 1, 2, 4 … seconds between them.
+    timeout: seconds to connect, and seconds between bytes.
+    sha256: of the file, in hexadecimal. A file with another hash, there already or newly come, is
+    fetched again from the start.
+    Raises UserError if no mirror has the file or it cannot be written.
     """
-    if os.path.exists(path) and sha256 in (None, sha256_of(path)):
+    if os.path.exists(path) and is_expected(path, sha256):
         return path
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    why = ''
+    reason = ''  # why the last attempt failed
     for url in urls:
-        part = f'{path}.{zlib.crc32(url.encode())}.part'  # parts of different mirrors are never joined
+        # The address is in the name, so that parts from different mirrors are never joined.
+        part = f'{path}.{zlib.crc32(url.encode())}.part'
         for attempt in range(tries):
             try:
                 fetch(url, part, timeout)
-                if sha256 in (None, sha256_of(part)):
+                if is_expected(part, sha256):
                     os.replace(part, path)
                     return path
                 os.remove(part)
-                why = f'{url}: what came is another file, by its SHA-256'
+                reason = f'{url}: what came is another file, by its SHA-256'
             except requests.RequestException as e:
-                response = getattr(e, 'response', None)
-                status = None if response is None else response.status_code
-                why = f'{url}: {type(e).__name__ if status is None else "HTTP " + str(status)}'
-                if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
-                    break  # it is not there: asking again will not help, another mirror may
+                status = getattr(e.response, 'status_code', None)
+                answer = type(e).__name__ if status is None else f'HTTP {status}'
+                reason = f'{url}: {answer}'
+                if is_final(status):
+                    break
             except OSError as e:
                 raise UserError(f'could not write {part}: {e.strerror}') from e
             if attempt + 1 < tries:
                 time.sleep(2**attempt)
-    raise UserError(f'could not download {os.path.basename(path)} ({why}); check the address and the network, or '
-                    f'save the file yourself as {path}')
+    raise UserError(f'could not download {os.path.basename(path)} ({reason}); check the address '
+                    f'and the network, or save the file yourself as {path}')
+
+
+def is_final(status):
+    """Return whether the server would answer the same again, so that only a mirror can help."""
+    # 408 and 429 ask us to wait. 416 is about a part of ours, which is gone by the next attempt.
+    return status is not None and 400 <= status < 500 and status not in (408, 416, 429)
+
+
+def is_expected(path, sha256):
+    """Return whether a file has this hash; any file will do for None."""
+    return sha256 is None or sha256_of(path) == sha256
 
 
 def sha256_of(path):
+    """Return the SHA-256 of a file in hexadecimal, reading a megabyte at a time."""
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20):
+        while chunk := f.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def fetch(url, part, timeout):
-    """One attempt. Appends to the part of an earlier one if the server says that it continues there."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {'User-Agent': 'folio (a language-model code base)', 'Accept-Encoding': 'identity'}
-    headers |= {'Range': f'bytes={have}-'} if have else {}
+    """Make one attempt to complete the file `part`, from where an earlier one left it if possible.
+
+    Raises requests.RequestException if the server refuses or the transfer breaks.
+    """
+    n_there = 0
+    if os.path.exists(part):
+        n_there = os.path.getsize(part)
+    headers = dict(HEADERS)
+    if n_there:
+        headers['Range'] = f'bytes={n_there}-'
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416:  # the part is longer than the file: begin again
             os.remove(part)
         response.raise_for_status()
-        resumed = have if response.headers.get('Content-Range', '').startswith(f'bytes {have}-') and have else 0
-        size = int(response.headers.get('Content-Length', 0))
-        with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=resumed + size or None, initial=resumed, unit='B',
-                                                              unit_scale=True, desc=url.rsplit('/', 1)[-1]) as bar:
-            try:
-                while chunk := response.raw.read1(1 << 16):  # what has come, so that a broken transfer keeps it
-                    f.write(chunk)
-                    bar.update(len(chunk))
-            except urllib3.exceptions.HTTPError as e:
-                raise requests.ConnectionError(str(e)) from e
-        if size and os.path.getsize(part) != resumed + size:
-            raise requests.ConnectionError(f'{os.path.getsize(part)} of {resumed + size} bytes arrived')
+
+        # A server without ranges sends the whole file instead, and does not say Content-Range.
+        content_range = response.headers.get('Content-Range', '')
+        resumed = n_there > 0 and content_range.startswith(f'bytes {n_there}-')
+        n_kept = n_there if resumed else 0
+        n_coming = int(response.headers.get('Content-Length', 0))  # 0: the server does not say
+        save(response, part, name=url.rsplit('/', 1)[-1], n_kept=n_kept, n_coming=n_coming)
+        n_arrived = os.path.getsize(part)
+        if n_coming and n_arrived != n_kept + n_coming:
+            raise requests.ConnectionError(f'{n_arrived} of {n_kept + n_coming} bytes arrived')
+
+
+def save(response, part, name, n_kept, n_coming):
+    """Write what comes to the file `part`, after the n_kept bytes that it keeps, with a bar."""
+    total = n_kept + n_coming or None  # None: a bar without an end
+    with open(part, 'ab' if n_kept else 'wb') as f, \
+            tqdm(total=total, initial=n_kept, unit='B', unit_scale=True, desc=name) as bar:
+        try:
+            # read1 returns what has come, so that a transfer that breaks keeps all of it.
+            while chunk := response.raw.read1(2**16):
+                f.write(chunk)
+                bar.update(len(chunk))
+        except urllib3.exceptions.HTTPError as e:
+            raise requests.ConnectionError(str(e)) from e
+
+
+@contextlib.contextmanager
+def hub_errors(what, remedy='check the network'):
+    """Turn any exception of huggingface_hub or datasets into a UserError: what (why); remedy.
+
+    what: a sentence such as 'FineWeb could not be listed'. remedy: what to do about it, or ''. A
+    UserError that is raised inside goes through as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # offline, refused, no such file, disk full: these have no common class
+        first_line = str(e).strip().partition('\n')[0]
+        message = f'{what} ({type(e).__name__}: {first_line})'
+        if remedy:
+            message += f'; {remedy}'
+        raise UserError(message) from e

@@ -1,8 +1,9 @@
 """
-GPT-2 and NanoChat as transformers keeps them: read into our settings and weights, and ours written so.
-    python -c "from folio.hugging_face import *; print(load_hugging_face('gpt2')['model_args'])"
+Read a folder of transformers into our settings and weights, and write ours as transformers would.
+    python -c "from folio import hugging_face as hf; print(hf.load_hugging_face('gpt2'))"
 
-GPT2LMHeadModel is arch='gpt2', NanoChatForCausalLM is arch='modern'. A folder is data: nothing that it brings is run.
+GPT2LMHeadModel is arch='gpt2', NanoChatForCausalLM is arch='modern'. A folder is only ever data:
+JSON and safetensors are read, and code that comes with it is not run.
 """
 import json
 import os
@@ -13,141 +14,300 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from folio.checkpoint import padded
 from folio.configurator import UserError
-from folio.download import sha256_of
+from folio.download import hub_errors, sha256_of
+from model import padded
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-SIZES = {  # what a config.json calls vocab_size, block_size, n_layer, n_head, n_embd
+TOKENIZER = 'folio_tokenizer.json'  # in an exported folder, beside theirs: for tokenizer.load
+
+# What config.json calls our vocab_size, block_size, n_layer, n_head and n_embd, by its model_type.
+SIZES = {
     'gpt2': ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd'),
-    'nanochat': ('vocab_size', 'max_position_embeddings', 'num_hidden_layers', 'num_attention_heads', 'hidden_size')}
-FIXED = {  # what it may choose and our architectures may not
-    'gpt2': {'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-             'add_cross_attention': False, 'tie_word_embeddings': True},
-    'nanochat': {'hidden_act': 'relu2', 'rms_norm_eps': 1e-6, 'final_logit_softcapping': 15.0, 'attention_bias': False,
-                 'tie_word_embeddings': False}}
+    'nanochat': ('vocab_size', 'max_position_embeddings', 'num_hidden_layers',
+                 'num_attention_heads', 'hidden_size'),
+}
+# What a config.json may choose there, and model.py has only one way of doing.
+FIXED = {
+    'gpt2': {
+        'layer_norm_epsilon': 1e-5,
+        'scale_attn_weights': True,
+        'scale_attn_by_inverse_layer_idx': False,
+        'add_cross_attention': False,
+        'tie_word_embeddings': True,
+    },
+    'nanochat': {
+        'hidden_act': 'relu2',
+        'rms_norm_eps': 1e-6,
+        'final_logit_softcapping': 15.0,
+        'attention_bias': False,
+        'tie_word_embeddings': False,
+    },
+}
 ROPE = {'rope_type': 'default', 'rope_theta': 10000.0}
-TOKENIZER = 'folio_tokenizer.json'  # of an exported model: what tokenizer.load reads
-GELU = {'tanh': 'gelu_new', 'none': 'gelu'}
-CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # which GPT-2 stores as (in, out)
-NANOCHAT = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.', '.mlp.c_fc': '.mlp.fc1',
-            '.mlp.c_proj': '.mlp.fc2', '.attn.c_proj': '.self_attn.o_proj', '.attn.c_attn': '.self_attn.qkv_proj'}
-VOCABULARY = ('transformer.wte.weight', 'lm_head.weight')  # the two matrices with a row a token
+GELU = {'tanh': 'gelu_new', 'none': 'gelu'}  # our gelu: their activation_function
+
+WTE = 'transformer.wte.weight'  # this and the head have a row for each token of the vocabulary
+LM_HEAD = 'lm_head.weight'
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # GPT-2 stores these as (in, out)
+NANOCHAT = {  # parts of our names: parts of theirs
+    'transformer.wte': 'model.embed_tokens',
+    'transformer.h.': 'model.layers.',
+    '.mlp.c_fc': '.mlp.fc1',
+    '.mlp.c_proj': '.mlp.fc2',
+    '.attn.c_proj': '.self_attn.o_proj',
+    '.attn.c_attn': '.self_attn.qkv_proj',
+}
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
-def load_hugging_face(source):
-    """{model_args, model[, tokenizer]}, as in a checkpoint, of OpenAI's models, downloaded once, or of a folder.
-
-    Raises UserError for a folder that is damaged, or that holds a model which neither of our architectures can be.
-    """
-    folder = download_openai(source) if source in OPENAI else source
-    try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = dict(json.load(f))
-    except (OSError, ValueError, TypeError) as e:
-        hint = f'; did you mean {folder}/best.pt?' if os.path.exists(os.path.join(folder, 'best.pt')) else ''
-        raise UserError(f'{folder} is no Hugging Face folder: config.json could not be read ({e}){hint}') from None
-    if (kind := hf.get('model_type')) not in SIZES:
-        raise UserError(f'{folder} holds a {kind}; a gpt2 or a nanochat is needed')
-    try:
-        V, T, L, H, C = (int(hf[k]) for k in SIZES[kind])
-        args = {'vocab_size': V, 'block_size': T, 'n_layer': L, 'n_head': H, 'n_embd': C}
-        if kind == 'gpt2':
-            args['gelu'] = {theirs: ours for ours, theirs in GELU.items()}[hf['activation_function']]
-            usual, rope, n_parameters = {'n_inner': 4 * C}, ROPE, (V + T + 2) * C + L * (12 * C + 13) * C
-        else:
-            usual = {'num_key_value_heads': H, 'head_dim': C // H, 'intermediate_size': 4 * C}
-            rope = ROPE | {'rope_theta': hf.get('rope_theta', 10000.0)} | (hf.get('rope_scaling') or {})
-            rope |= hf.get('rope_parameters') or {}
-            args['arch'], n_parameters = 'modern', 2 * V * C + 12 * L * C * C
-        odd = [k for k, v in usual.items() if (hf.get(k) or v) != v] + ['rope_parameters'] * (rope != ROPE)
-        if odd := odd + [k for k, v in FIXED[kind].items() if hf.get(k, v) != v]:
-            raise UserError(f'{folder} holds a {kind} of another kind ({", ".join(odd)}), which cannot be loaded')
-        weights = load_weights(folder, kind)
-        if (n := sum(w.numel() for w in weights.values())) != n_parameters:
-            raise ValueError(f'config.json describes {n_parameters:,} parameters, the files hold {n:,}')
-        weights |= {k: F.pad(weights[k], (0, 0, 0, padded(V) - V)) for k in VOCABULARY if k in weights}
-        checkpoint = {'model_args': args, 'model': {'lm_head.weight': weights['transformer.wte.weight']} | weights}
-        if os.path.exists(path := os.path.join(folder, TOKENIZER)):
-            with open(path, encoding='utf-8') as f:
-                checkpoint['tokenizer'] = json.load(f)
-        return checkpoint
-    except (ArithmeticError, LookupError, TypeError, ValueError, OSError, SafetensorError) as e:
-        raise UserError(f'{folder} is damaged or of another kind ({type(e).__name__}: {e})') from e
-
-
-def load_weights(folder, kind):
-    """The tensors of a folder's .safetensors, one or several, under our names; of a tied head none."""
-    tensors, files = {}, ['model.safetensors']
-    if not os.path.exists(os.path.join(folder, files[0])):
-        with open(os.path.join(folder, 'model.safetensors.index.json'), encoding='utf-8') as f:
-            files = set(json.load(f)['weight_map'].values())
-    for file in files:
-        tensors |= load_file(os.path.join(folder, file))
-    if kind == 'gpt2':  # without masks, and without the copy of a tied head
-        return {'transformer.' + k.removeprefix('transformer.'): w.T if k.endswith(CONV1D) else w
-                for k, w in tensors.items() if not k.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight'))}
-    for q in [k for k in tensors if '.q_proj' in k]:
-        tensors[q.replace('.q_', '.qkv_')] = torch.cat([tensors.pop(q.replace('.q_', f'.{x}_')) for x in 'qkv'])
-    return {renamed(k, {theirs: ours for ours, theirs in NANOCHAT.items()}): w for k, w in tensors.items()}
-
-
-def renamed(name, parts):
+def rename(name, parts):
+    """Return the name of a tensor with each old part replaced by its new one."""
     for old, new in parts.items():
         name = name.replace(old, new)
     return name
 
 
+# ---- Reading -------------------------------------------------------------------------------------
+def load_hugging_face(source):
+    """Return {model_args, model[, tokenizer]}, as in a checkpoint, of a folder or an OpenAI model.
+
+    OpenAI's models are downloaded once. Raises UserError for a folder that is damaged, or that
+    holds a model which neither of our architectures can be.
+    """
+    folder = source
+    if source in OPENAI:
+        folder = download_openai(source)
+    hf = read_config(folder)
+    kind = hf.get('model_type')
+    if kind not in SIZES:
+        raise UserError(f'{folder} holds a {kind}; a gpt2 or a nanochat is needed')
+    try:
+        model_args = read_model_args(hf, kind)
+        unsupported = unsupported_settings(hf, kind, model_args)
+        if unsupported:
+            raise UserError(f'{folder} holds a {kind} that cannot be loaded, for what it sets: '
+                            f'{", ".join(unsupported)}')
+        weights = load_weights(folder, kind)
+        n_expected = count_parameters(kind, model_args)
+        n_found = sum(w.numel() for w in weights.values())
+        if n_found != n_expected:
+            raise ValueError(f'config.json describes {n_expected:,} parameters, '
+                             f'the files hold {n_found:,}')
+        weights = pad_vocabulary(weights, kind, model_args['vocab_size'])
+        checkpoint = {'model_args': model_args, 'model': weights}
+        if source in OPENAI:
+            checkpoint['tokenizer'] = {'kind': 'gpt2'}
+        path = os.path.join(folder, TOKENIZER)
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                checkpoint['tokenizer'] = json.load(f)
+        return checkpoint
+    except (ArithmeticError, LookupError, TypeError, ValueError, OSError, SafetensorError) as e:
+        # A key that is missing, a size of 0 or null, a file cut short: whatever damage brings.
+        why = f'{type(e).__name__}: {e}'
+        raise UserError(f'{folder} is damaged, or of a kind unknown here ({why})') from e
+
+
+def read_config(folder):
+    """Return the contents of a folder's config.json. Raises UserError where it cannot be read."""
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError) as e:
+        hint = ''
+        if os.path.exists(os.path.join(folder, 'best.pt')):  # the folder of a run
+            hint = f'; did you mean {folder}/best.pt?'
+        raise UserError(f'{folder} is not a Hugging Face folder: config.json could not be read '
+                        f'({e}){hint}') from None
+
+
+def read_model_args(hf, kind):
+    """Return the fields of GPTConfig that a config.json stands for."""
+    V, T, L, H, C = (int(hf[name]) for name in SIZES[kind])
+    model_args = {'vocab_size': V, 'block_size': T, 'n_layer': L, 'n_head': H, 'n_embd': C}
+    if kind == 'gpt2':
+        gelu_of = {theirs: ours for ours, theirs in GELU.items()}
+        model_args['gelu'] = gelu_of[hf['activation_function']]
+    else:
+        model_args['arch'] = 'modern'
+    return model_args
+
+
+def unsupported_settings(hf, kind, model_args):
+    """Return the names of the settings in a config.json that ask for what model.py cannot do."""
+    C = model_args['n_embd']
+    H = model_args['n_head']
+    if kind == 'gpt2':
+        derived = {'n_inner': 4 * C}
+    else:
+        derived = {'num_key_value_heads': H, 'head_dim': C // H, 'intermediate_size': 4 * C}
+    # Missing or null, a derived size is the one that we have.
+    names = [name for name, value in derived.items() if hf.get(name) not in (None, value)]
+
+    if kind == 'nanochat':
+        # transformers 4 spreads the rotary settings over two keys, transformers 5 has one.
+        rope = ROPE | {'rope_theta': hf.get('rope_theta', ROPE['rope_theta'])}
+        rope |= hf.get('rope_scaling') or {}
+        rope |= hf.get('rope_parameters') or {}
+        if rope != ROPE:
+            names.append('rope_parameters')
+
+    names += [name for name, value in FIXED[kind].items() if hf.get(name, value) != value]
+    return names
+
+
+def count_parameters(kind, model_args):
+    """Return how many parameters the files must hold; a head that is tied counts once."""
+    V, T, C = model_args['vocab_size'], model_args['block_size'], model_args['n_embd']
+    n_layer = model_args['n_layer']
+    matrices = 12 * C * C  # of a block: 4 C^2 in attention, 8 C^2 in the MLP
+    if kind == 'nanochat':
+        return 2 * V * C + n_layer * matrices  # it has no biases, and its norms have no gains
+    vectors = 13 * C  # of a block: 4 C in its two norms, 9 C biases of its matrices
+    return (V + T + 2) * C + n_layer * (matrices + vectors)  # the 2 C are those of the last norm
+
+
+def load_weights(folder, kind):
+    """Return {our name: tensor} of a folder's .safetensors, one or several, without a tied head."""
+    files = {'model.safetensors'}
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        with open(os.path.join(folder, 'model.safetensors.index.json'), encoding='utf-8') as f:
+            files = set(json.load(f)['weight_map'].values())
+    tensors = {}
+    for file in files:
+        tensors |= load_file(os.path.join(folder, file))
+    if kind == 'gpt2':
+        return gpt2_weights(tensors)
+    return nanochat_weights(tensors)
+
+
+def gpt2_weights(tensors):
+    """Return GPT2LMHeadModel's tensors under our names, without masks and its tied head."""
+    weights = {}
+    for name, w in tensors.items():
+        if name.endswith(('.attn.bias', '.attn.masked_bias', 'lm_head.weight')):
+            continue
+        # OpenAI's own files lack the prefix that transformers writes.
+        ours = 'transformer.' + name.removeprefix('transformer.')
+        weights[ours] = w.T if name.endswith(CONV1D) else w
+    return weights
+
+
+def nanochat_weights(tensors):
+    """Return NanoChatForCausalLM's tensors under our names: query, key and value are one matrix."""
+    for q_name in [name for name in tensors if '.q_proj' in name]:
+        qkv = [tensors.pop(q_name.replace('.q_', f'.{x}_')) for x in 'qkv']
+        tensors[q_name.replace('.q_', '.qkv_')] = torch.cat(qkv)
+    parts = {theirs: ours for ours, theirs in NANOCHAT.items()}
+    return {rename(name, parts): w for name, w in tensors.items()}
+
+
+def pad_vocabulary(weights, kind, vocab_size):
+    """Return the weights with zero rows up to the padded vocabulary, and GPT-2's head tied."""
+    padding = (0, 0, 0, padded(vocab_size) - vocab_size)  # of F.pad: left, right, top, bottom
+    weights = weights | {WTE: F.pad(weights[WTE], padding)}
+    if kind == 'gpt2':
+        return weights | {LM_HEAD: weights[WTE]}
+    return weights | {LM_HEAD: F.pad(weights[LM_HEAD], padding)}
+
+
+# ---- The hub -------------------------------------------------------------------------------------
 def download_openai(name):
-    """The folder that one of OpenAI's four models lies in, downloaded once by huggingface_hub, and then checked."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Return the folder of one of OpenAI's four models, which huggingface_hub downloads once.
+
+    Raises UserError where it cannot be had, and where its SHA-256 is wrong.
+    """
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import logging
-    logging.set_verbosity_error()  # in place of a line for each of its own attempts
-    repository, known = f'openai-community/{name}', True
-    for wait in (1, 2, 4, 0):  # seconds before another try, which goes on where the last broke off
-        try:
-            known = known and try_to_load_from_cache(repository, 'model.safetensors')
-            hf_hub_download(repository, 'config.json')
-            path = hf_hub_download(repository, 'model.safetensors')
-            break
-        except Exception as e:  # offline, no such file, disk full: the hub's errors have no common class
-            if not wait or isinstance(e, LocalEntryNotFoundError):  # which is: no connection, and it has tried for long
-                raise UserError(f'could not download {name}: {str(e).partition(chr(10))[0]}') from e
-            time.sleep(wait)
-    blob = os.path.realpath(path)  # which the hub's cache names by its SHA-256
-    if not known and len(os.path.basename(blob)) == 64 and sha256_of(blob) != os.path.basename(blob):
+    logging.set_verbosity_error()  # it would print a line for each of its own attempts
+    repository = f'openai-community/{name}'
+    with hub_errors(f'could not download {name}'):
+        was_cached = try_to_load_from_cache(repository, 'model.safetensors')
+        path = download_model(repository)
+    # The hub's cache keeps a file under its SHA-256, with a link to it under its name.
+    blob = os.path.realpath(path)
+    sha256 = os.path.basename(blob)
+    if not was_cached and len(sha256) == 64 and sha256_of(blob) != sha256:
         os.remove(path)
         os.remove(blob)
         raise UserError(f'{name} came damaged, by its SHA-256; run this again to download it again')
     return os.path.dirname(path)
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
-def to_hugging_face(config, weights, eot):
-    """(contents of config.json, tensors) of the same model in transformers; eot: the id that ends a text, or None.
+def download_model(repository):
+    """Return the path of a downloaded model.safetensors, config.json beside it; try four times."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    for seconds in (1, 2, 4, None):  # before the next try, which goes on where this one broke off
+        try:
+            hf_hub_download(repository, 'config.json')
+            return hf_hub_download(repository, 'model.safetensors')
+        except LocalEntryNotFoundError:  # no connection at all: the hub itself has tried for long
+            raise
+        except Exception:  # the hub's errors have no common class
+            if seconds is None:
+                raise
+            time.sleep(seconds)
 
-    A tied head is stored once; a bias that bias=False lacks becomes zeros. Raises UserError for a window.
+
+# ---- Writing -------------------------------------------------------------------------------------
+def to_hugging_face(config, weights, eot):
+    """Return (contents of config.json, {name: tensor}) of the same model in transformers.
+
+    config: a GPTConfig. weights: the model's state_dict. eot: the id of the token that ends a text,
+    or None. A tied head is stored once; a bias that bias=False lacks becomes zeros. Raises
+    UserError for a model with a window, which transformers does not have.
     """
     if 0 < config.window < config.block_size:
-        raise UserError(f'window is {config.window}, and transformers has no such model: train on without, with '
-                        '--window=0 --init_from=<this checkpoint> --out_dir=<another folder>, and export that')
-    V, T, L, H, C = config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd
+        raise UserError(f'window is {config.window}, and transformers has no such model: train on '
+                        'without, with --window=0 --init_from=<this checkpoint> '
+                        '--out_dir=<another folder>, and export that')
     kind = 'gpt2' if config.arch == 'gpt2' else 'nanochat'
-    hf = {'model_type': kind, **dict(zip(SIZES[kind], (V, T, L, H, C))), **FIXED[kind],
-          'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': None}
-    weights = weights | {k: weights[k][:V] for k in VOCABULARY}  # the padding stays here
+    sizes = (config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    hf = {'model_type': kind, **dict(zip(SIZES[kind], sizes)), **FIXED[kind]}
+    hf |= {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': None}
+    # The rows that pad our vocabulary stay here.
+    weights = weights | {name: weights[name][:config.vocab_size] for name in (WTE, LM_HEAD)}
     if kind == 'gpt2':
-        del weights['lm_head.weight']
-        biases = {k.replace('.weight', '.bias'): w.new_zeros(len(w)) for k, w in weights.items()
-                  if k.startswith(('transformer.h.', 'transformer.ln_f.'))}
-        hf |= {'architectures': ['GPT2LMHeadModel'], 'activation_function': GELU[config.gelu],
-               **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), config.dropout)}
-        return hf, {k: w.T if k.endswith(CONV1D) else w for k, w in (biases | weights).items()}
-    hf |= {'architectures': ['NanoChatForCausalLM'], 'num_key_value_heads': H, 'intermediate_size': 4 * C,
-           'rope_parameters': ROPE, 'attention_dropout': config.dropout}
-    tensors = {renamed(k, NANOCHAT): w for k, w in weights.items()}
-    for name in [k for k in tensors if '.qkv_proj' in k]:
-        tensors |= {name.replace('qkv', x): w for x, w in zip('qkv', tensors.pop(name).chunk(3))}
-    return hf, tensors
+        hf |= {
+            'architectures': ['GPT2LMHeadModel'],
+            'activation_function': GELU[config.gelu],
+            'resid_pdrop': config.dropout,
+            'embd_pdrop': config.dropout,
+            'attn_pdrop': config.dropout,
+        }
+        return hf, to_gpt2_tensors(weights)
+    hf |= {
+        'architectures': ['NanoChatForCausalLM'],
+        'num_key_value_heads': config.n_head,
+        'intermediate_size': 4 * config.n_embd,
+        'rope_parameters': ROPE,
+        'attention_dropout': config.dropout,
+    }
+    return hf, to_nanochat_tensors(weights)
+
+
+def to_gpt2_tensors(weights):
+    """Return our weights under GPT2LMHeadModel's names and in its layout, each with a bias."""
+    tensors = {}
+    for name, w in weights.items():
+        if name.startswith(('transformer.h.', 'transformer.ln_f.')):
+            tensors[name.replace('.weight', '.bias')] = w.new_zeros(len(w))
+    # Biases that the model has come after the zeros, and take their place.
+    for name, w in weights.items():
+        if name != LM_HEAD:  # tied
+            tensors[name] = w.T if name.endswith(CONV1D) else w
+    return tensors
+
+
+def to_nanochat_tensors(weights):
+    """Return our weights under NanoChatForCausalLM's names, with query, key and value apart."""
+    tensors = {}
+    for name, w in weights.items():
+        name = rename(name, NANOCHAT)
+        if '.qkv_proj' in name:
+            for x, part in zip('qkv', w.chunk(3)):
+                tensors[name.replace('qkv', x)] = part
+        else:
+            tensors[name] = w
+    return tensors

@@ -1,50 +1,60 @@
 """
-Tokenizers: characters, a byte-level BPE trained here, and GPT-2's.
-    python tokenizer.py my.txt gpt2 data/book        # how well does each tokenizer fit that text?
+Turn text into tokens and back: by characters, by a byte-level BPE trained here, or by GPT-2's.
+    python -c "from folio import tokenizer; print(tokenizer.load('data/book').encode('The'))"
 
-Each has encode(text) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> bytes, n_vocab, eot (the id between
-documents, or None), start (the id to begin a text with: eot or a line end) and spec: a dictionary of plain values that
-`load` turns into the same tokenizer again.
-Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the control token.
+Each tokenizer has
+    encode(text) -> list of ids
+    decode(ids) -> str
+    decode_bytes(ids) -> bytes
+    n_vocab: the number of ids
+    eot: the id between documents, or None
+    start: the id to begin a text with, which is eot or a line end
+    spec: a dictionary of plain values that `load` turns into the same tokenizer again
+
+Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the
+control token.
 """
 import functools
 import hashlib
 import itertools
 import json
 import os
-import sys
 
 import numpy as np
-import tiktoken
 
-from folio import bpe
-from folio.configurator import UserError, report
+from folio.configurator import UserError
 
 EOT = '<|endoftext|>'
-CUT = '<|cut|>'  # where a text is cut before it is encoded; no model ever sees it
+CUT = '<|cut|>'  # for encode_documents alone; no model ever sees it
+
+# GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
+# are endings like 's; words, numbers and punctuation, each with the space before it; white space.
+# LOOKAHEAD leaves the last of several spaces to the word that follows.
 LOOKAHEAD = r'\s+(?!\S)|'
-SPLIT_PATTERN = rf"""'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{LOOKAHEAD}\s+"""  # GPT-2's
-IS_WHITE = np.zeros(0x3002, dtype=bool)  # by code point: Unicode's White_Space, which is tiktoken's \s, not Python's
-IS_WHITE[[*range(9, 14), 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + LOOKAHEAD + r'\s+'
 
 
 class CharTokenizer:
     def __init__(self, chars):
         """chars: the characters of the vocabulary, in the order of their ids."""
         self.spec = {'kind': 'char', 'chars': chars}
-        self.n_vocab, self.eot, self.start = len(chars), None, max(0, chars.find('\n'))
+        self.n_vocab = len(chars)
+        self.eot = None
+        self.start = max(0, chars.find('\n'))  # id 0 if there is no line end
         self.id_of = {c: i for i, c in enumerate(chars)}
 
     def encode(self, text):
         unknown = sorted(set(text) - self.id_of.keys())
         if unknown:
-            raise UserError(f'this model knows {self.n_vocab} characters and never saw '
-                            f'{" ".join(map(repr, unknown[:20]))}; leave them out, or prepare the data with '
-                            '--tokenizer=bpe, which knows every character')
+            shown = ' '.join(repr(c) for c in unknown[:20])
+            raise UserError(
+                f'this model knows {self.n_vocab} characters and never saw {shown}; leave them '
+                'out, or prepare the data with --tokenizer=bpe, which knows every character')
         return [self.id_of[c] for c in text]
 
     def decode(self, ids):
-        return ''.join(self.spec['chars'][i] for i in ids)
+        chars = self.spec['chars']
+        return ''.join(chars[i] for i in ids)
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode('utf-8', 'surrogatepass')
@@ -53,34 +63,14 @@ class CharTokenizer:
 class BPETokenizer:
     def __init__(self, encoding, spec):
         """encoding: a tiktoken.Encoding whose one special token is EOT."""
-        self.encoding, self.spec = encoding, spec
-        self.n_vocab, self.eot, self.start = encoding.n_vocab, encoding.eot_token, encoding.eot_token
+        self.encoding = encoding
+        self.spec = spec
+        self.n_vocab = encoding.n_vocab
+        self.eot = encoding.eot_token
+        self.start = encoding.eot_token
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
-
-    def encode_documents(self, texts):
-        """A list of str as one array of uint32, an end-of-text token before each: encode's tokens, made faster.
-
-        tiktoken is fast with a pattern that does not look ahead. This one does so in one place: of white space before
-        other text, the last character begins a new piece. So the text is cut there, by a token that is then removed.
-        """
-        other_pattern = self.spec.get('pattern', SPLIT_PATTERN) != SPLIT_PATTERN
-        if other_pattern or not texts or any(CUT in t or EOT in t for t in texts):
-            return np.array([i for t in texts for i in [self.eot, *self.encode(t)]], dtype=np.uint32)
-        text = ''.join(EOT + t for t in texts)
-        codes = (np.frombuffer(text[i:i + 2**20].encode('utf-32-le'), '<u4') for i in range(0, len(text), 2**20))
-        white = np.concatenate([IS_WHITE.take(some, mode='clip') for some in codes])
-        white[np.cumsum([len(EOT) + len(t) for t in texts], dtype=int)[:-1]] = True  # what ends a document stays whole
-        cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
-        text = CUT.join(text[a:b] for a, b in itertools.pairwise([0, *cuts.tolist(), len(text)]))
-        ids = self.without_lookahead.encode_to_numpy(text, allowed_special='all')
-        return ids[ids != self.n_vocab] if len(cuts) else ids
-
-    @functools.cached_property
-    def without_lookahead(self):
-        return tiktoken.Encoding('pieces', pat_str=SPLIT_PATTERN.replace(LOOKAHEAD, ''), special_tokens={
-            EOT: self.eot, CUT: self.n_vocab}, mergeable_ranks=self.encoding._mergeable_ranks)
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -88,93 +78,212 @@ class BPETokenizer:
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
 
+    def encode_documents(self, texts):
+        """Return the tokens of a list of str, eot before each of them, as an array of uint32.
+
+        They are encode's tokens, found faster. What slows tiktoken down is LOOKAHEAD, and all that
+        it does is this: in white space before other text, the last character begins a new piece. So
+        we put CUT before that character, encode without LOOKAHEAD, and take CUT's tokens out again.
+        """
+        pattern = self.spec.get('pattern', SPLIT_PATTERN)
+        # Within a text these characters are text, and must not become the control token below.
+        looks_like_control = any(EOT in text or CUT in text for text in texts)
+        if not texts or pattern != SPLIT_PATTERN or looks_like_control:
+            return self.encode_one_by_one(texts)
+
+        joined = ''.join(EOT + text for text in texts)
+        ends = np.cumsum([len(EOT) + len(text) for text in texts])
+        cuts = cut_points(joined, ends)
+        with_cuts = insert_cuts(joined, cuts)
+        ids = self.without_lookahead.encode_to_numpy(with_cuts, allowed_special='all')
+        if len(cuts) == 0:
+            return ids
+        cut_id = self.n_vocab
+        return ids[ids != cut_id]
+
+    def encode_one_by_one(self, texts):
+        """Return what encode_documents does, the plain way."""
+        ids = []
+        for text in texts:
+            ids.append(self.eot)
+            ids += self.encode(text)
+        return np.array(ids, dtype=np.uint32)
+
+    @functools.cached_property
+    def without_lookahead(self):
+        """The same encoding without LOOKAHEAD in its pattern, and with CUT as one more token."""
+        import tiktoken
+        return tiktoken.Encoding(
+            'pieces',
+            pat_str=SPLIT_PATTERN.replace(LOOKAHEAD, ''),
+            mergeable_ranks=self.encoding._mergeable_ranks,
+            special_tokens={EOT: self.eot, CUT: self.n_vocab})
+
+
+# ---- Where encode_documents cuts -----------------------------------------------------------------
+
+SLICE_CHARS = 2**20  # characters that are looked up at a time, because each takes four bytes
+
+# Whether a code point is Unicode's White_Space, which is tiktoken's \s and not quite Python's. The
+# last entry, which is False, stands for all code points beyond the table.
+IS_WHITE = np.zeros(0x3002, dtype=bool)
+IS_WHITE[0x09:0x0e] = True  # tab, line feed, vertical tab, form feed, carriage return
+IS_WHITE[[0x20, 0x85, 0xa0, 0x1680, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
+IS_WHITE[0x2000:0x200b] = True  # spaces of many widths
+
+
+def cut_points(text, ends):
+    """Return the places of the white characters that follow a white one and precede one that isn't.
+
+    text: documents, EOT before each; ends: where each document ends and so the next EOT begins. The
+    white space at the end of a document is not cut, because no text follows it there.
+    """
+    white = np.empty(len(text), dtype=bool)
+    for i in range(0, len(text), SLICE_CHARS):
+        codes = np.frombuffer(text[i:i + SLICE_CHARS].encode('utf-32-le'), dtype='<u4')
+        white[i:i + SLICE_CHARS] = IS_WHITE.take(codes, mode='clip')
+    # The first character of EOT counts as white space, so that what is before it stays whole. This
+    # may put a cut right before EOT, where it changes nothing.
+    white[ends[:-1]] = True
+    return np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
+
+
+def insert_cuts(text, cuts):
+    """Return the text with CUT inserted at the places in `cuts`, an array in ascending order."""
+    edges = [0, *cuts.tolist(), len(text)]
+    return CUT.join(text[start:end] for start, end in itertools.pairwise(edges))
+
+
+# ---- Loading and saving --------------------------------------------------------------------------
 
 def load(source):
-    """A tokenizer from 'gpt2', from a spec, from the tokenizer.json that `save` wrote, or from a data folder.
+    """Return a tokenizer from 'gpt2', a spec, a tokenizer.json that `save` wrote, or its folder.
 
-    GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raises UserError.
+    GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raise
+    UserError if there is no tokenizer, a damaged one, or one of an unknown kind.
     """
     if source == 'gpt2':
-        source = {'kind': 'gpt2'}
-    if not isinstance(source, dict):
-        path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
-        try:
-            with open(path, encoding='utf-8') as f:
-                source = json.load(f)
-        except (OSError, ValueError) as e:
-            raise UserError(f'no tokenizer in {path} ({e}); it may be gpt2, or a tokenizer.json that '
-                            'prepare.py wrote') from None
+        return load_gpt2()
+    spec = source if isinstance(source, dict) else read_spec(source)
     try:
-        if source['kind'] == 'char':
-            return CharTokenizer(source['chars'])
-        if source['kind'] == 'bpe':
-            tokens = [bytes([i]) for i in range(256)]
-            tokens += [(left + right).encode('latin-1') for left, right in source['merges']]
-            ranks = {token: rank for rank, token in enumerate(tokens)}
-            return BPETokenizer(tiktoken.Encoding('folio', pat_str=source['pattern'], mergeable_ranks=ranks,
-                                                  special_tokens={EOT: len(tokens)}), source)
+        kind = spec['kind']
+        if kind == 'char':
+            return CharTokenizer(spec['chars'])
+        if kind == 'bpe':
+            return load_bpe(spec)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
-    if source['kind'] != 'gpt2':
-        raise UserError(f'unknown kind of tokenizer {source["kind"]!r}; choose from char, bpe, gpt2')
+        raise UserError(
+            f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
+    # Not in the try above: a download that failed is not a damaged tokenizer.
+    if kind == 'gpt2':
+        return load_gpt2()
+    raise UserError(f'unknown kind of tokenizer {kind!r}; choose from char, bpe, gpt2')
+
+
+def read_spec(path):
+    """Return the spec in a tokenizer.json, or in the one of a data folder. Raise UserError."""
+    if os.path.isdir(path):
+        path = os.path.join(path, 'tokenizer.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f'no tokenizer in {path} ({e}); it may be gpt2, or a tokenizer.json that prepare.py '
+            'wrote') from None
+
+
+def load_bpe(spec):
+    """Return the tokenizer of a spec of kind bpe: 256 bytes, then its merges, then EOT."""
+    import tiktoken
+    # A token's id is its place in this list. tiktoken joins the pair with the lowest id first.
+    tokens = [bytes([i]) for i in range(256)]
+    for left, right in spec['merges']:
+        tokens.append((left + right).encode('latin-1'))
+    encoding = tiktoken.Encoding(
+        'folio',
+        pat_str=spec['pattern'],
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={EOT: len(tokens)})
+    return BPETokenizer(encoding, spec)
+
+
+def load_gpt2():
+    """Return GPT-2's tokenizer, downloaded by tiktoken if need be. Raise UserError."""
+    import tiktoken
     try:
         return BPETokenizer(tiktoken.get_encoding('gpt2'), {'kind': 'gpt2'})
-    except (OSError, ValueError) as e:  # requests' errors are OSErrors; a damaged file is a ValueError
-        raise UserError("GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR to a "
-                        f'folder that has it ({type(e).__name__})') from e
+    except (OSError, ValueError) as e:
+        # The errors of requests are OSErrors; a damaged file is a ValueError.
+        raise UserError(
+            "GPT-2's tokenizer could not be downloaded: go online once, or set TIKTOKEN_CACHE_DIR "
+            f'to a folder that has it ({type(e).__name__})') from e
 
 
 def save(tokenizer, path):
-    """Write the spec as JSON; the bytes of a merge are written as Latin-1 characters, one a byte."""
+    """Write the spec as JSON, where a byte of a merge is the Latin-1 character of that number."""
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(tokenizer.spec, f)
 
 
+def tokenizer_of(checkpoint):
+    """Return the tokenizer that a checkpoint carries, or else the one of the data it names.
+
+    nanoGPT's checkpoints carry none, and those that name no data set here have GPT-2's. Raises
+    UserError where it does not fit the model.
+    """
+    from folio.data import Dataset  # which needs spec_hash from here
+    trained_on = checkpoint.get('config', {}).get('dataset', '')
+    spec = checkpoint.get('tokenizer')
+    if spec is None and os.path.exists(os.path.join('data', trained_on, 'train.bin')):
+        spec = Dataset(trained_on).spec
+    tokenizer = load(spec or {'kind': 'gpt2'})
+    vocab_size = checkpoint['model_args']['vocab_size']
+    if tokenizer.n_vocab != vocab_size:
+        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer '
+                        f'({tokenizer.spec["kind"]}) of {tokenizer.n_vocab}')
+    return tokenizer
+
+
 def spec_hash(spec):
-    """A fingerprint: equal for two tokenizers that give the same ids."""
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a fingerprint, equal for two tokenizers that give the same ids."""
+    text = json.dumps(spec, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# ---- Training a BPE --------------------------------------------------------------------------------------------------
+# ---- Training a BPE ------------------------------------------------------------------------------
 
 def train_bpe(texts, vocab_size, apply=map):
-    """A byte-level BPE of at most vocab_size tokens (256 bytes, merges, EOT) learned from an iterable of str.
+    """Return a byte-level BPE of at most vocab_size tokens, learned from an iterable of str.
 
-    Rule (Sennrich et al. 2016): cut the text into pieces, encode them with the vocabulary so far, make the most
-    frequent adjacent pair a token, repeat, until the vocabulary is full or no pair occurs twice. Among equally frequent
-    pairs the one with the lower left id wins, then the lower right id. No two pairs spell one token: what stands
-    between two ends of tokens is encoded as it would be alone, so the same bytes there are always the same tokens.
-    Of texts with over a million distinct pieces the rarest do not count (see bpe.count_pieces). apply: a map that may
-    use many processes; the merges do not depend on it. Raises UserError for a vocab_size under 257.
+    The vocabulary is 256 bytes, the merges that bpe.learn_merges_slowly defines, and EOT; there are
+    fewer merges if no pair occurs twice any more. Of texts with over a million distinct pieces the
+    rarest do not count (see bpe.count_pieces). apply: a map that may use many processes; the merges
+    do not depend on it. Raise UserError for a vocab_size under 257.
+
+    No two merges spell the same token: all through the learning, the bytes between two borders of
+    tokens are cut as they would be alone, so the same bytes are always the same tokens. `load` can
+    therefore look a token up by its bytes.
     """
-    if vocab_size < 257:
-        raise UserError(f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
-    merges = bpe.learn_merges(bpe.count_pieces(texts, SPLIT_PATTERN, apply), vocab_size - 257)
-    return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN,
-                 'merges': [[token.decode('latin-1') for token in pair] for pair in merges]})
+    from folio import bpe
+    n_fixed = 256 + 1  # the bytes and EOT
+    if vocab_size < n_fixed:
+        raise UserError(
+            f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
+    piece_counts = bpe.count_pieces(texts, SPLIT_PATTERN, apply)
+    merges = bpe.learn_merges(piece_counts, vocab_size - n_fixed)
+    # JSON has no bytes: see `save`.
+    as_text = [[left.decode('latin-1'), right.decode('latin-1')] for left, right in merges]
+    return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN, 'merges': as_text})
 
-
-# ---- Fertility -------------------------------------------------------------------------------------------------------
 
 def fertility(text, n_tokens):
-    """'x tokens a word, y bytes a token': how finely a tokenizer cuts a text; a word is what white space separates."""
-    words, size = max(1, len(text.split())), len(text.encode('utf-8', 'surrogatepass'))
-    return f'{n_tokens / words:.2f} tokens a word, {size / max(1, n_tokens):.2f} bytes a token'
+    """Return a line on how finely a tokenizer cuts a text. A word is what white space separates.
 
-
-if __name__ == '__main__':
-    sys.excepthook = report
-    if '--help' in sys.argv:
-        sys.exit(print(__doc__.strip()))
-    if len(sys.argv) < 3:
-        raise UserError('usage: python tokenizer.py TEXT_FILE TOKENIZER [TOKENIZER …]; '
-                        'a tokenizer is gpt2 or a data folder')
-    try:
-        with open(sys.argv[1], encoding='utf-8') as text_file:
-            sample = text_file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{sys.argv[1]} is no UTF-8 text that can be read: {error}') from None
-    for name in sys.argv[2:]:
-        tokenizer = load(name)
-        ids = tokenizer.encode(sample)
-        print(f'{name}: vocabulary of {tokenizer.n_vocab:,}, {len(ids):,} tokens, {fertility(sample, len(ids))}')
+    >>> fertility('to be or not to be', 9)
+    '1.50 tokens a word, 2.00 bytes a token'
+    """
+    n_words = max(1, len(text.split()))
+    n_bytes = len(text.encode('utf-8', 'surrogatepass'))
+    return (f'{n_tokens / n_words:.2f} tokens a word, '
+            f'{n_bytes / max(1, n_tokens):.2f} bytes a token')

@@ -1,6 +1,9 @@
 """
-Documents: found here or on the hub, streamed, and tokenized by all cores.
-    python -c "from prepare.documents import *; print(next(read_chunks('my.jsonl', 'text')))"
+Read documents, from here or from the hub, as a stream, and tokenize them with all cores.
+    python -c "from prepare.documents import read_chunks; print(next(read_chunks('my.jsonl', 'text')))"
+
+That prints the share of the file read so far and the first documents of my.jsonl, about a million
+characters of them. A file is .parquet, .jsonl, .json or .txt (one document), compressed or not.
 """
 import collections
 import concurrent.futures.process
@@ -12,119 +15,197 @@ import sys
 import threading
 
 from folio.configurator import UserError
+from folio.download import hub_errors
 
-KINDS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}  # names that datasets has for them
+# What the datasets library calls its reader of each kind of file.
+READERS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}
 COMPRESSED = ('.gz', '.zst', '.xz', '.bz2')
-CHUNK = 1_000_000  # characters that a core tokenizes at a time
+CHUNK_CHARS = 1_000_000  # characters that one core tokenizes at a time
+ROWS = 64  # read at a time: some documents have megabytes
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 def source_files(pattern):
-    """The files of a pattern, sorted: local ones, or the hub's ('hf://datasets/owner/name/folder/*.parquet')."""
-    if not pattern.startswith('hf://'):
-        files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    """Return the files that match a pattern, sorted: local ones, or the hub's.
+
+    pattern: 'my/*.parquet', or 'hf://datasets/owner/name/folder/*.parquet'. Raises UserError if the
+    hub cannot be reached or nothing matches.
+    """
+    if is_on_hub(pattern):
+        files = list_hub_files(pattern)
     else:
-        from huggingface_hub import HfFileSystem
-        try:
-            files = ['hf://' + path for path in sorted(HfFileSystem().glob(pattern))]
-        except Exception as e:  # offline, refused, no such data set: the hub's errors have no common class
-            raise UserError(f'{pattern} could not be listed ({first_line(e)}); check the network, or give --source='
-                            'files that you have') from e
+        files = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     if not files:
-        raise UserError(f"no file is called {pattern}; --source takes a pattern, for example --source='my/*.parquet'")
-    return files
+        raise UserError(f'no file is called {pattern}; '
+                        "--source takes a pattern, for example --source='my/*.parquet'")
+    return sorted(files)
+
+
+def list_hub_files(pattern):
+    """Return the files of the hub that match a pattern 'hf://…'."""
+    from huggingface_hub import HfFileSystem
+    remedy = 'check the network, or give --source=files that you have'
+    with hub_errors(f'{pattern} could not be listed', remedy):
+        return ['hf://' + path for path in HfFileSystem().glob(pattern)]
+
+
+def is_on_hub(file):
+    return file.startswith('hf://')
 
 
 def size_of(file):
-    """Bytes of a file, here or on the hub."""
+    """Return the bytes of a file, here or on the hub."""
     import fsspec
     fs, path = fsspec.url_to_fs(file)
     return fs.size(path)
 
 
-def first_line(error):
-    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-
-
-# ---- Text, then tokens -----------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 def read_chunks(file, column):
-    """(share of the file read, documents of about CHUNK characters) until it ends; streamed by datasets."""
-    import fsspec
-    import pyarrow.parquet
-    from datasets import load_dataset
+    """Yield (share of the file read, documents of about CHUNK_CHARS characters) until it ends.
+
+    column: where a .parquet or .jsonl file has its documents. Empty documents are left out.
+    Raises UserError if the file cannot be read.
+    """
+    reader = reader_of(file)
+    if reader == 'text':
+        column = 'text'  # what datasets calls the one column of a text file
+    remedy = ''
+    if is_on_hub(file):
+        remedy = 'what was done so far is kept, and the same command goes on'
+    with hub_errors(f'{file} could not be read', remedy):
+        size = measure(file, reader, column)
+        if size > 0:
+            yield from stream_chunks(file, reader, column, size=size)
+
+
+def reader_of(file):
+    """Return the reader for a file, by the ending of its name; raise UserError if there is none."""
     name = file
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
-    kind = KINDS.get(name.rpartition('.')[2])
-    if kind is None:
-        raise UserError(f'{file} is none of {", ".join("." + k for k in KINDS)}, compressed or not')
-    options = {'parquet': {'columns': [column], 'batch_size': 64}, 'text': {'sample_by': 'document'}}.get(kind, {})
-    column = 'text' if kind == 'text' else column
-    try:
-        with fsspec.open(file) as f:
-            parquet = pyarrow.parquet.ParquetFile(f) if kind == 'parquet' else None
-            size = parquet.metadata.num_rows if parquet else f.size
-            if parquet and column not in parquet.schema_arrow.names:
-                raise UserError(f'{file} has no column {column}; it has {", ".join(parquet.schema_arrow.names)}')
-        if size == 0:
-            return
-        read, texts, held, path = 0, [], 0, file if file.startswith('hf://') else glob.escape(file)
-        for table in load_dataset(kind, data_files=[path], split='train', streaming=True,
-                                  **options).with_format('arrow').iter(batch_size=64):
-            for text in filter(None, table[column].to_pylist()):
-                texts.append(text)
-                held += len(text)
-                if held >= CHUNK:
-                    yield min(1.0, read / size), texts
-                    texts, held = [], 0
-                read += 1 if kind == 'parquet' else len(text)
-        yield 1.0, texts
-    except UserError:
-        raise
-    except Exception as e:  # a broken file, no such column, a hub out of reach: datasets' errors have no common class
-        again = '; what was done so far is kept, and the same command goes on' if file.startswith('hf://') else ''
-        raise UserError(f'{file} could not be read ({first_line(e)}){again}') from e
+    _, _, extension = name.rpartition('.')
+    if extension not in READERS:
+        known = ', '.join('.' + known for known in READERS)
+        raise UserError(f'{file} is none of {known}, compressed or not')
+    return READERS[extension]
 
 
-def n_cores():
-    """Those that we may use, but at most the 61 that Windows allows a pool."""
-    return min(61, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+def measure(file, reader, column):
+    """Return how much there is to read: the rows of a .parquet file, the bytes of any other.
+
+    Raises UserError if a .parquet file lacks the column.
+    """
+    import fsspec
+    import pyarrow.parquet
+    with fsspec.open(file) as f:
+        if reader != 'parquet':
+            return f.size
+        parquet = pyarrow.parquet.ParquetFile(f)
+        columns = parquet.schema_arrow.names
+        if column not in columns:
+            raise UserError(f'{file} has no column {column}; it has {", ".join(columns)}')
+        return parquet.metadata.num_rows
 
 
+def stream_chunks(file, reader, column, size):
+    """Yield (share of the file read, documents); size is what measure returned."""
+    from datasets import load_dataset
+    options = {}
+    if reader == 'parquet':
+        options = {'columns': [column], 'batch_size': ROWS}
+    elif reader == 'text':
+        options = {'sample_by': 'document'}  # the whole file, not one row for each line
+    # load_dataset takes a pattern: a local name with a bracket in it has to be escaped.
+    path = file if is_on_hub(file) else glob.escape(file)
+    rows = load_dataset(reader, data_files=[path], split='train', streaming=True, **options)
+
+    texts = []  # documents not handed out yet
+    n_chars = 0  # characters in them
+    n_read = 0  # rows (parquet) or characters read before this document
+    for table in rows.with_format('arrow').iter(batch_size=ROWS):
+        for text in table[column].to_pylist():
+            if not text:
+                continue
+            texts.append(text)
+            n_chars += len(text)
+            if n_chars >= CHUNK_CHARS:
+                # Characters are not bytes, and those of a compressed file are more: the share of
+                # anything but a parquet file is a guess.
+                yield min(1.0, n_read / size), texts
+                texts = []
+                n_chars = 0
+            n_read += 1 if reader == 'parquet' else len(text)
+    yield 1.0, texts
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
 def tokenize(file, tokenizer, column='text'):
-    """(share of the file done, tokens) in order; by threads, for tiktoken runs outside of Python's lock."""
+    """Yield (share of the file done, tokens as an array of uint32), in order.
+
+    Every document follows an end-of-text token.
+    """
     def encode(chunk):
         share, texts = chunk
         return share, tokenizer.encode_documents(texts)
 
+    # Threads are enough: tiktoken releases Python's lock while it works.
     with concurrent.futures.ThreadPoolExecutor(n_cores()) as pool:
         try:
             yield from in_order(pool, encode, read_chunks(file, column))
         except KeyboardInterrupt:
-            print('\nstopped; what was finished is kept, and the same command goes on', file=sys.stderr)
+            print('\nstopped; what was finished is kept, and the same command goes on',
+                  file=sys.stderr)
             raise
 
 
+# ---- All cores -----------------------------------------------------------------------------------
+def n_cores():
+    """Return how many cores this process may use, but at most 61."""
+    if hasattr(os, 'sched_getaffinity'):  # Linux: we may have been given a few of many
+        n = len(os.sched_getaffinity(0))
+    else:
+        n = os.cpu_count()
+    return min(61, n)  # Windows allows a pool no more
+
+
 def start_pool():
-    """Processes, for work in Python itself; a script uses them under __name__ == '__main__', and by `with`: a pool that
-    Python's exit closes can end in "Bad file descriptor" (mended by python/cpython#125492).
+    """Return a pool of processes, for work that holds Python's lock.
+
+    A script may start one only under `if __name__ == '__main__':`, because each process imports the
+    script. Use it in a `with`: a pool that is closed by Python's exit can end in "Bad file
+    descriptor" (mended by python/cpython#125492).
     """
-    return concurrent.futures.ProcessPoolExecutor(n_cores(), multiprocessing.get_context('spawn'), start_process)
+    context = multiprocessing.get_context('spawn')
+    return concurrent.futures.ProcessPoolExecutor(n_cores(), context, initializer=start_process)
 
 
 def start_process():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, without which no process shall live on
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    """Let the parent handle Ctrl-C, and exit when it does. Each process of the pool begins so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # sys.exit would end this thread only
 
 
 def in_order(pool, function, chunks):
-    """map(function, chunks) by a pool, while a bounded number of chunks is with it."""
+    """Yield function(chunk) for each chunk, in order, computed by a pool.
+
+    Only a few chunks are in memory at a time, so `chunks` may be a stream without end.
+    Raises UserError if a process of the pool is killed.
+    """
     pending = collections.deque()
     try:
         for chunk in chunks:
             pending.append(pool.submit(function, chunk))
+            # Two for each core, one at work and one waiting, so that no core runs dry.
             if len(pending) > 2 * n_cores():
                 yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+        while pending:
+            yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise UserError('a process was killed, perhaps for want of memory; the same command goes on') from None
+        raise UserError('a process was killed, perhaps for want of memory; '
+                        'the same command goes on') from None

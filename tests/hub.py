@@ -1,38 +1,63 @@
-"""A Hugging Face hub on 127.0.0.1 that serves a folder, owner/name/file, and fails on demand."""
+"""A Hugging Face hub on 127.0.0.1 that serves files from memory, and fails on demand."""
 import hashlib
 import http.server
 import json
 import threading
 import urllib.parse
 
+# The hub names versions by hashes; the tests need only that they are there.
+COMMIT = 'c' * 40
+FILE_ID = 'a' * 40
+FOLDER_ID = 'b' * 40
+
 
 class Hub:
-    """url; files: {'owner/name': {path: bytes}}; `trouble`: what befalls the next requests for content, 'ok', 'cut',
-    'wrong' (bytes) or a status; seen: [(path, range, what befell it)] of the requests for content."""
+    """A server at `url`, until server.shutdown().
+
+    files: {'owner/name': {path: bytes}}.
+    trouble: what happens to the next requests for content: 'ok', 'cut' (half of it comes), 'wrong'
+    (other bytes) or a status. When the list is used up, all is well.
+    seen: [(path, range, what happened)] of the requests for content.
+    """
 
     def __init__(self, files):
-        self.files, self.trouble, self.seen = files, [], []
+        self.files = files
+        self.trouble = []
+        self.seen = []
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), self.handler())
         self.url = f'http://127.0.0.1:{self.server.server_port}'
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def environment(self, folder):
-        """Variables that make huggingface_hub and datasets use this hub, and caches of their own."""
+        """Return variables that make huggingface_hub and datasets use this hub, and a new cache."""
         return {'HF_ENDPOINT': self.url, 'HF_HOME': str(folder), 'NO_PROXY': '127.0.0.1'}
 
     def entry(self, repository, path):
+        """Return what the hub says of a file."""
         content = self.files[repository][path]
-        return {'type': 'file', 'oid': 'a' * 40, 'path': path, 'size': len(content), 'rfilename': path,
-                'lfs': {'oid': hashlib.sha256(content).hexdigest(), 'sha256': hashlib.sha256(content).hexdigest(),
-                        'size': len(content), 'pointerSize': 100}}
+        sha256 = hashlib.sha256(content).hexdigest()
+        lfs = {'oid': sha256, 'sha256': sha256, 'size': len(content), 'pointerSize': 100}
+        return {'type': 'file', 'oid': FILE_ID, 'path': path, 'rfilename': path,
+                'size': len(content), 'lfs': lfs}
 
     def listing(self, repository, folder, recursive):
-        paths = [p for p in self.files[repository] if p.startswith(folder)]
-        entries = [self.entry(repository, p) for p in paths if recursive or '/' not in p[len(folder):]]
-        folders = {folder + p[len(folder):].partition('/')[0] for p in paths if '/' in p[len(folder):]}
-        return entries + [{'type': 'directory', 'oid': 'b' * 40, 'path': p} for p in sorted(folders) if not recursive]
+        """Return what the hub says of a folder: '' or one that ends with a slash."""
+        entries = []
+        folders = set()
+        for path in self.files[repository]:
+            if not path.startswith(folder):
+                continue
+            first, slash, _ = path.removeprefix(folder).partition('/')
+            if recursive or not slash:
+                entries.append(self.entry(repository, path))
+            else:
+                folders.add(folder + first)
+        for path in sorted(folders):
+            entries.append({'type': 'directory', 'oid': FOLDER_ID, 'path': path})
+        return entries
 
     def handler(hub):
+        """Return the class that answers requests; in it `hub` is this object, `self` a request."""
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
 
@@ -44,54 +69,76 @@ class Hub:
                 self.end_headers()
                 if self.command != 'HEAD':
                     self.wfile.write(body[:len(body) // 2] if cut else body)
-                self.close_connection = self.close_connection or cut
+                if cut:
+                    self.close_connection = True
 
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
-                path = urllib.parse.unquote(urllib.parse.unquote(urllib.parse.urlparse(self.path).path)).strip('/')
+                path = urllib.parse.urlparse(self.path).path
+                path = urllib.parse.unquote(urllib.parse.unquote(path)).strip('/')  # quoted twice
                 parts = path.removeprefix('api/').split('/')
-                repository = '/'.join(parts[1:3] if parts[0] in ('datasets', 'models') else parts[:2])
+                if parts[0] in ('datasets', 'models'):
+                    repository = '/'.join(parts[1:3])
+                else:
+                    repository = '/'.join(parts[:2])
                 if repository not in hub.files:
                     self.answer(b'{}', 404, X_Error_Code='RepoNotFound')
                 elif path.startswith('api/'):
-                    self.answer(json.dumps(self.api(repository, parts[3:], body)).encode(),
-                                Content_Type='application/json')
+                    facts = self.api(repository, parts[3:], body)
+                    self.answer(json.dumps(facts).encode(), Content_Type='application/json')
                 else:
                     self.content(repository, path.partition('/resolve/')[2])
 
+            do_POST = do_GET
+            do_HEAD = do_GET
+
             def api(self, repository, parts, body):
+                """Return the answer to a question about a repository."""
+                files = hub.files[repository]
                 if parts and parts[0] == 'tree':
                     folder = '/'.join(self.without_revision(parts[1:]))
-                    return hub.listing(repository, folder + '/' * bool(folder), 'recursive=true' in self.path.lower())
+                    if folder:
+                        folder += '/'
+                    return hub.listing(repository, folder, 'recursive=true' in self.path.lower())
                 if parts and parts[0] == 'paths-info':
-                    paths = (json.loads(body) if body[:1] == b'{' else urllib.parse.parse_qs(body.decode()))['paths']
-                    return [hub.entry(repository, p) for p in paths if p in hub.files[repository]]
-                return {'id': repository, 'sha': 'c' * 40, 'private': False, 'tags': [], 'downloads': 0,
-                        'siblings': [hub.entry(repository, p) for p in hub.files[repository]]}
+                    is_json = body.startswith(b'{')  # else a form
+                    question = json.loads(body) if is_json else urllib.parse.parse_qs(body.decode())
+                    return [hub.entry(repository, path) for path in question['paths']
+                            if path in files]
+                return {'id': repository, 'sha': COMMIT, 'private': False, 'tags': [],
+                        'downloads': 0, 'siblings': [hub.entry(repository, path) for path in files]}
 
             def without_revision(self, parts):
-                return parts[3:] if parts[:2] == ['refs', 'convert'] else parts[1:]
+                """Return the parts of a path after 'main', a commit or 'refs/convert/parquet'."""
+                if parts[:2] == ['refs', 'convert']:
+                    return parts[3:]
+                return parts[1:]
 
             def content(self, repository, rest):
+                """Send a file, or the range of it that was asked for, or what `trouble` says."""
                 path = '/'.join(self.without_revision(rest.split('/')))
                 if path not in hub.files[repository]:
                     return self.answer(b'', 404, X_Error_Code='EntryNotFound')
-                how = hub.trouble.pop(0) if hub.trouble and self.command == 'GET' else 'ok'
-                hub.seen.append((path, self.headers.get('Range'), how))
+                how = 'ok'
+                if hub.trouble and self.command == 'GET':
+                    how = hub.trouble.pop(0)
+                asked = self.headers.get('Range')
+                hub.seen.append((path, asked, how))
                 if isinstance(how, int):
                     return self.answer(b'', how)
-                content = hub.files[repository][path]
-                headers = {'ETag': f'"{hashlib.sha256(content).hexdigest()}"', 'X_Repo_Commit': 'c' * 40,
-                           'Accept_Ranges': 'bytes'}
-                content = bytes(len(content)) if how == 'wrong' else content
-                if not self.headers.get('Range'):
-                    return self.answer(content, cut=how == 'cut', **headers)
-                first, _, last = self.headers['Range'].removeprefix('bytes=').partition('-')
-                first, last = int(first), min(int(last or len(content)), len(content) - 1)
-                self.answer(content[first:last + 1], 206, how == 'cut',
-                            Content_Range=f'bytes {first}-{last}/{len(content)}', **headers)
 
-            do_POST = do_HEAD = do_GET
+                content = hub.files[repository][path]
+                headers = {'ETag': f'"{hashlib.sha256(content).hexdigest()}"',
+                           'X_Repo_Commit': COMMIT, 'Accept_Ranges': 'bytes'}
+                if how == 'wrong':
+                    content = bytes(len(content))
+                if not asked:
+                    return self.answer(content, cut=how == 'cut', **headers)
+                first, _, last = asked.removeprefix('bytes=').partition('-')
+                first = int(first)
+                last = min(int(last or len(content)), len(content) - 1)
+                headers['Content_Range'] = f'bytes {first}-{last}/{len(content)}'
+                self.answer(content[first:last + 1], 206, cut=how == 'cut', **headers)
 
             def log_message(self, *args):
                 pass

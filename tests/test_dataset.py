@@ -6,7 +6,7 @@ import torch
 
 from folio.configurator import UserError
 from prepare.corpus import write_dataset
-from folio.data import Dataset, ahead, eval_batches, to_batch, train_batch, window_starts
+from folio.data import Dataset, prefetch, eval_batches, to_batch, train_batch, window_starts
 from model import GPT, GPTConfig
 from folio.tokenizer import EOT, CharTokenizer, train_bpe
 
@@ -86,17 +86,17 @@ def test_pickled_meta_can_build_nothing_but_plain_values(tmp_path):
         Dataset(str(tmp_path))
 
 
-def test_batches_made_ahead_are_the_same_and_an_error_in_one_is_raised():
+def test_batches_made_prefetch_are_the_same_and_an_error_in_one_is_raised():
     def make(n):
         for i in range(n):
             yield torch.tensor([i]), torch.tensor([-i])
         raise ValueError('of the batch')
     taken = []
     with pytest.raises(ValueError, match='of the batch'):
-        for idx, targets in ahead(make(3), pin_memory=False):
+        for idx, targets in prefetch(make(3), pin_memory=False):
             taken.append((idx.item(), targets.item()))
     assert taken == [(0, 0), (1, -1), (2, -2)]
-    assert list(ahead(iter([]), pin_memory=False)) == []
+    assert list(prefetch(iter([]), pin_memory=False)) == []
 
 
 def test_of_a_prompt_and_its_answer_only_the_answer_and_its_end_are_targets(tmp_path):

@@ -22,7 +22,7 @@ def refused(script, *args, cwd, **options):
     (['--dataset=novel'], 'prepare/book/prepare.py --dataset=novel'),
     (['--init_from=resume'], 'no checkpoint out/ckpt.pt'),
     (['--init_from=missing.pt'], 'no checkpoint missing.pt'),
-    (['--init_from=missing'], 'no Hugging Face folder'),
+    (['--init_from=missing'], 'not a Hugging Face folder'),
     (['--n_embd=33'], '--n_embd=36'),
     (['--n_layer=0'], 'at least 1'),
     (['--block_size=100000'], '--block_size='),

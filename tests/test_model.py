@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(model, tmp_path, monk
 
         def flush(self):
             pass
-    monkeypatch.setattr(checkpoints, 'open', FullDisk, raising=False)
+    monkeypatch.setattr(folio.checkpoint, 'open', FullDisk, raising=False)
     with pytest.raises(UserError, match='No space left'):
         folio.checkpoint.save(path, {'model': weights, 'model_args': args, 'iter_num': 2})
     assert folio.checkpoint.load(path)['iter_num'] == 1

@@ -7,48 +7,68 @@ from conftest import run, shared
 from folio.data import Dataset
 import folio.tokenizer
 
+BOOK = 'prepare/book/prepare.py'
 BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
-GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\n'
-             + BODY + '\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nlicence, licence\r\n').encode()
+START = '*** START OF THE PROJECT GUTENBERG EBOOK X ***'
+END = '*** END OF THE PROJECT GUTENBERG EBOOK X ***'
+GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n' + START + '\r\n\r\n' + BODY
+             + '\r\n\r\n' + END + '\r\nlicence, licence\r\n').encode()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        how = 'ok'
+        if self.server.script:
+            how = self.server.script.pop(0)
+        self.server.seen.append((self.path, self.headers.get('Range'), how))
+        if isinstance(how, int):
+            self.send_error(how)
+            return
+        asked = self.headers.get('Range')
+        start = 0
+        if asked and how != 'no-range':
+            start = int(asked.removeprefix('bytes=').removesuffix('-'))
+            self.send_response(206)
+            last = len(GUTENBERG) - 1
+            self.send_header('Content-Range', f'bytes {start}-{last}/{len(GUTENBERG)}')
+        else:
+            self.send_response(200)
+        self.send_header('Content-Length', str(len(GUTENBERG) - start))
+        self.end_headers()
+        end = start + 1000 if how == 'cut' else len(GUTENBERG)
+        self.wfile.write(GUTENBERG[start:end])
+
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def server():
-    """A server on 127.0.0.1 that answers as `script` says, one entry a request: 'ok', a status, 'cut', 'no-range'."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            how = self.server.script.pop(0) if self.server.script else 'ok'
-            self.server.seen.append((self.path, self.headers.get('Range'), how))
-            if isinstance(how, int):
-                self.send_error(how)
-                return
-            wanted = self.headers.get('Range') if how != 'no-range' else None
-            start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted else 0
-            self.send_response(206 if wanted else 200)
-            if wanted:
-                self.send_header('Content-Range', f'bytes {start}-{len(GUTENBERG) - 1}/{len(GUTENBERG)}')
-            self.send_header('Content-Length', str(len(GUTENBERG) - start))
-            self.end_headers()
-            self.wfile.write(GUTENBERG[start:start + 1000] if how == 'cut' else GUTENBERG[start:])
+    """A server on 127.0.0.1 that sends GUTENBERG, as its `script` says, one entry for each request.
 
-        def log_message(self, *args):
-            pass
+    An entry is 'ok', 'cut', 'no-range' or a status. seen: [(path, range, entry)] of the requests.
+    """
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.script, server.seen, server.url = [], [], f'http://127.0.0.1:{server.server_port}'
+    server.script = []
+    server.seen = []
+    server.url = f'http://127.0.0.1:{server.server_port}'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
 def text_of(folder, name='book'):
+    """Return the text of a prepared book: its three splits, decoded and joined."""
     data = Dataset(str(folder / 'data' / name))
     tokenizer = folio.tokenizer.load(data.spec)
-    start = 0 if tokenizer.eot is None else 1
-    return ''.join(tokenizer.decode(data.tokens(split)[start:].tolist()) for split in ('train', 'val', 'test'))
+    first = 0 if tokenizer.eot is None else 1
+    texts = [tokenizer.decode(data.tokens(split)[first:].tolist())
+             for split in ('train', 'val', 'test')]
+    return ''.join(texts)
 
 
 def gutenberg(server, folder, status=0, mirrors=None):
-    return run('prepare/book/prepare.py', '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder,
+    return run(BOOK, '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder,
                status=status)
 
 
@@ -63,7 +83,7 @@ def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, sc
     server.script = script
     gutenberg(server, tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
-    assert [wanted for _, wanted, _ in server.seen] == requests
+    assert [asked for _, asked, _ in server.seen] == requests
     assert {path for path, _, _ in server.seen} == {'/cache/epub/99/pg99.txt'}
     gutenberg(server, tmp_path)  # from the cached copy
     assert len(server.seen) == len(requests)
@@ -79,12 +99,14 @@ def test_a_mirror_stands_in_for_a_server_that_lacks_the_book(server, tmp_path):
 def test_a_book_that_cannot_be_had_is_one_line(server, tmp_path):
     server.script = [404]
     _, err = gutenberg(server, tmp_path, status=2)
-    assert err.startswith('error: could not download') and 'HTTP 404' in err and 'Traceback' not in err
+    assert err.startswith('error: could not download')
+    assert 'HTTP 404' in err
+    assert 'Traceback' not in err
     assert not (tmp_path / 'data' / 'book').exists()
 
 
 def test_any_address_will_do(server, tmp_path):
-    run('prepare/book/prepare.py', f'--book={server.url}/some/book.txt', '--tokenizer=bpe', '--vocab_size=300',
+    run(BOOK, f'--book={server.url}/some/book.txt', '--tokenizer=bpe', '--vocab_size=300',
         cwd=tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
 
@@ -92,17 +114,21 @@ def test_any_address_will_do(server, tmp_path):
 def test_parts_are_contiguous_ninety_five_five_and_reported(tmp_path):
     text = ''.join(f'line {i}\n' for i in range(1000))
     (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
-    out, _ = run('prepare/book/prepare.py', '--book=my.txt', '--dataset=mine', cwd=tmp_path)
+    out, _ = run(BOOK, '--book=my.txt', '--dataset=mine', cwd=tmp_path)
     data = Dataset(str(tmp_path / 'data' / 'mine'))
     sizes = {split: len(data.tokens(split)) for split in data.splits()}
-    assert sizes['train'] == len(text) * 90 // 100 and abs(sizes['val'] - sizes['test']) <= 1
+    assert sizes['train'] == len(text) * 90 // 100
+    assert abs(sizes['val'] - sizes['test']) <= 1
     assert text_of(tmp_path, 'mine') == text
-    assert f'{len(text):,} characters' in out and 'tokens a word' in out and '1.00 bytes a token' in out
+    assert f'{len(text):,} characters' in out
+    assert 'tokens a word' in out
+    assert '1.00 bytes a token' in out
 
 
 def test_bpe_is_trained_on_the_training_part_only(tmp_path):
-    (tmp_path / 'my.txt').write_text('plain words here. ' * 500 + 'zyzzyva ' * 100, encoding='utf-8')
-    run('prepare/book/prepare.py', '--book=my.txt', '--tokenizer=bpe', '--vocab_size=400', cwd=tmp_path)
+    text = 'plain words here. ' * 500 + 'zyzzyva ' * 100
+    (tmp_path / 'my.txt').write_text(text, encoding='utf-8')
+    run(BOOK, '--book=my.txt', '--tokenizer=bpe', '--vocab_size=400', cwd=tmp_path)
     merges = Dataset(str(tmp_path / 'data' / 'book')).spec['merges']
     assert not any('zy' in left + right for left, right in merges)
 
@@ -111,14 +137,17 @@ def test_gpt2_tokens_and_other_encodings(tmp_path):
     shared('tiktoken')
     text = 'Émile rêvait, déjà.\n' * 50
     (tmp_path / 'my.txt').write_bytes(text.encode('latin-1'))
-    run('prepare/book/prepare.py', '--book=my.txt', '--encoding=latin-1', '--tokenizer=gpt2', cwd=tmp_path)
+    run(BOOK, '--book=my.txt', '--encoding=latin-1', '--tokenizer=gpt2', cwd=tmp_path)
     data = Dataset(str(tmp_path / 'data' / 'book'))
-    assert text_of(tmp_path) == text and data.tokens('train')[0] == 50256 and data.vocab_size == 50257
+    assert text_of(tmp_path) == text
+    assert data.tokens('train')[0] == 50256
+    assert data.vocab_size == 50257
 
 
 def test_default_book_says_nothing_twice(tmp_path):
     """No paragraph of the test and validation parts was in the training part."""
-    run('prepare/book/prepare.py', cwd=tmp_path)
+    run(BOOK, cwd=tmp_path)
     text = text_of(tmp_path)
     paragraphs = [p.strip() for p in text.split('\n\n') if len(p) >= 40]
-    assert len(text) > 350_000 and len(paragraphs) == len(set(paragraphs))
+    assert len(text) > 350_000
+    assert len(paragraphs) == len(set(paragraphs))

@@ -1,7 +1,10 @@
+import io
 import json
 import math
 import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,21 +15,36 @@ from hub import Hub
 from model import GPT
 import folio.tokenizer
 
-WIKITEXT2, SMALL = 'prepare/wikitext2/prepare.py', ['--dataset=wikitext2', '--device=cpu', '--n_layer=1', '--n_head=2',
-                                                    '--n_embd=32', '--block_size=24', '--batch_size=8']
+WIKITEXT2 = 'prepare/wikitext2/prepare.py'
+SMALL = ['--dataset=wikitext2', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32',
+         '--block_size=24', '--batch_size=8', '--gradient_accumulation_steps=1', '--max_iters=20']
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The first lines of the stand-in: a folder as --source takes it."""
-    for name, file, size in (('train', 'valid', 60000), ('valid', 'test', 9000), ('test', 'test', 20000)):
+    """A folder as --source takes it: the first lines of the two splits that we have."""
+    for name, file, size in (
+            ('train', 'valid', 60000), ('valid', 'test', 9000), ('test', 'test', 20000)):
         text = shared(f'wikitext-2/{file}.txt').read_text(encoding='utf-8')
-        (tmp_path / f'{name}.txt').write_text(text[:text.index('\n', size) + 1], encoding='utf-8')
+        end = text.index('\n', size) + 1
+        (tmp_path / f'{name}.txt').write_text(text[:end], encoding='utf-8')
     return tmp_path
 
 
 def words_of(text):
     return sum(len(line.split()) + 1 for line in text.splitlines())
+
+
+def nats_of(model, ids, block_size):
+    """Return the sum of -log p of all tokens but the first, window by window."""
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, block_size):
+            window = torch.tensor([ids[start:start + block_size + 1]])
+            logits, _ = model(window[:, :-1], all_logits=True)
+            log_p = F.log_softmax(logits[0].double(), dim=-1)
+            nats -= log_p.gather(1, window[0, 1:, None]).sum().item()
+    return nats
 
 
 def test_words_are_counted_as_the_benchmark_counts_them():
@@ -38,59 +56,65 @@ def test_each_split_is_one_document_in_the_tokens_of_its_own_bpe(folder):
     out, _ = run(WIKITEXT2, '--source=.', '--vocab_size=1000', cwd=folder)
     data = Dataset(str(folder / 'data' / 'wikitext2'))
     tokenizer = folio.tokenizer.load(data.spec)
-    assert data.splits() == ['train', 'val', 'test'] and tokenizer.n_vocab == 1000 and 'test.bin' in out
+    assert data.splits() == ['train', 'val', 'test']
+    assert tokenizer.n_vocab == 1000
+    assert 'test.bin' in out
     for split, file in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
-        ids, text = data.tokens(split).tolist(), (folder / f'{file}.txt').read_text(encoding='utf-8')
-        assert ids[0] == tokenizer.eot and tokenizer.eot not in ids[1:] and tokenizer.decode(ids[1:]) == text
+        text = (folder / f'{file}.txt').read_text(encoding='utf-8')
+        first, *ids = data.tokens(split).tolist()
+        assert first == tokenizer.eot
+        assert tokenizer.eot not in ids
+        assert tokenizer.decode(ids) == text
         assert data.meta['splits'][split]['words'] == words_of(text)
 
 
 def test_perplexity_a_word_is_that_of_a_computation_by_hand(folder):
     run(WIKITEXT2, '--source=.', '--vocab_size=500', cwd=folder)
-    run('train.py', *SMALL, '--gradient_accumulation_steps=1', '--learning_rate=3e-3', '--warmup_iters=0',
-        '--max_iters=20', '--eval_interval=20', '--eval_iters=0', cwd=folder)
-    out, _ = run('train.py', *SMALL, '--init_from=resume', '--gradient_accumulation_steps=1', '--max_iters=20',
-                 '--eval_only=True', '--eval_iters=0', cwd=folder)
+    run('train.py', *SMALL, '--learning_rate=3e-3', '--warmup_iters=0', '--eval_interval=20',
+        '--eval_iters=0', cwd=folder)
+    out, _ = run('train.py', *SMALL, '--init_from=resume', '--eval_only=True', '--eval_iters=0',
+                 cwd=folder)
     model = GPT.from_pretrained(str(folder / 'out' / 'ckpt.pt')).eval()
     data = Dataset(str(folder / 'data' / 'wikitext2'))
     for split, file in (('val', 'valid'), ('test', 'test')):
-        ids, nats = data.tokens(split).tolist(), 0.0
-        with torch.no_grad():
-            for start in range(0, len(ids) - 1, 24):
-                window = torch.tensor([ids[start:start + 25]])
-                logp = F.log_softmax(model(window[:, :-1], all_logits=True)[0][0].double(), dim=-1)
-                nats -= logp.gather(1, window[0, 1:, None]).sum().item()
         text = (folder / f'{file}.txt').read_text(encoding='utf-8')
+        ids = data.tokens(split).tolist()
+        nats = nats_of(model, ids, block_size=24)
+        loss = nats / (len(ids) - 1)
+        expected = {
+            'loss': pytest.approx(loss, abs=1e-4),
+            'perplexity': pytest.approx(math.exp(loss), rel=1e-4),
+            'word_perplexity': pytest.approx(math.exp(nats / words_of(text)), rel=1e-4),
+            'bits_per_byte': pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4),
+        }
+        # The line is "val: loss 4.1234, perplexity 61.77, …".
         line = next(line for line in out.splitlines() if line.startswith(split + ':'))
-        figures = dict(part.rsplit(' ', 1) for part in line.removeprefix(split + ': ').split(', '))
-        assert float(figures['loss']) == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
-        assert float(figures['perplexity']) == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
-        assert float(figures['word_perplexity']) == pytest.approx(math.exp(nats / words_of(text)), rel=1e-4)
-        assert float(figures['bits_per_byte']) == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4)
+        printed = dict(part.rsplit(' ', 1) for part in line.removeprefix(split + ': ').split(', '))
+        for name, value in expected.items():
+            assert float(printed[name]) == value, name
 
 
 @pytest.mark.parametrize('variant', ['raw', 'v1'])
 def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
-    import io
-    import pyarrow
-    import pyarrow.parquet
     name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
     files = {}
+    card = f'---\nconfigs:\n- config_name: {name}\n  data_files:\n'
     for split in ('train', 'validation', 'test'):
         lines = ['', f' = {variant} {split} = \n', '', ' Some text , and more <unk> text . \n']
-        table = pyarrow.table({'text': lines * 5})
-        pyarrow.parquet.write_table(table, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({'text': lines * 5}), buffer)
         files[f'{name}/{split}-00000-of-00001.parquet'] = buffer.getvalue()
-    card = f'---\nconfigs:\n- config_name: {name}\n  data_files:\n' + ''.join(
-        f'  - split: {split}\n    path: {name}/{split}-*\n' for split in ('train', 'validation', 'test')) + '---\n'
-    hub = Hub({'Salesforce/wikitext': files | {'README.md': card.encode()}})
+        card += f'  - split: {split}\n    path: {name}/{split}-*\n'
+    files['README.md'] = (card + '---\n').encode()
+    hub = Hub({'Salesforce/wikitext': files})
     run(WIKITEXT2, f'--variant={variant}', '--tokenizer=gpt2', cwd=tmp_path,
         env=os.environ | hub.environment(tmp_path / 'hub'))
     hub.server.shutdown()
     data = Dataset(str(tmp_path / 'data' / 'wikitext2'))
     text = folio.tokenizer.load('gpt2').decode(data.tokens('test')[1:].tolist())
     assert text == f' \n = {variant} test = \n \n Some text , and more <unk> text . \n' * 5
-    assert json.loads((tmp_path / 'data/wikitext2/meta.json').read_text())['splits']['test']['words'] == words_of(text)
+    meta = json.loads((tmp_path / 'data/wikitext2/meta.json').read_text())
+    assert meta['splits']['test']['words'] == words_of(text)
 
 
 @pytest.mark.parametrize('args, says', [
@@ -100,11 +124,14 @@ def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
 ])
 def test_mistakes_get_one_line(tmp_path, args, says):
     _, error = run(WIKITEXT2, *args, cwd=tmp_path, status=2)
-    assert error.startswith('error: ') and says in error and error.count('\n') == 1
+    assert error.startswith('error: ')
+    assert says in error
+    assert error.count('\n') == 1
 
 
 def test_a_hub_out_of_reach_gets_one_line(tmp_path):
-    _, error = run(WIKITEXT2, cwd=tmp_path, status=2,
-                   env=os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'hub')})
+    nowhere = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'hub')}
+    _, error = run(WIKITEXT2, cwd=tmp_path, status=2, env=os.environ | nowhere)
     last = error.strip().splitlines()[-1]
-    assert last.startswith('error: WikiText-2 could not be downloaded') and '--source=' in last
+    assert last.startswith('error: WikiText-2 could not be downloaded')
+    assert '--source=' in last

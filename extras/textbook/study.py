@@ -1,11 +1,14 @@
 """
-The study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small: four models, several seeds, one table.
+Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
     python prepare/textbook/prepare.py && python textbook.py --allow_code_execution=True
 
-Trains one model on raw code and one on the textbook with as many tokens, fine-tunes each on the exercises, and lets all
-four solve the held-out problems. What is done already is not done again: --out_dir says where it is kept. `val loss` is
-that of the solutions of exercises for validation; ± is the standard error of the mean over the seeds or, where that is
-larger, the mean of those over the problems. The README has the table, with the machine and the time it took.
+Trains one model on raw code and one on the textbook, with as many tokens, fine-tunes each on the
+exercises, lets all four solve the held-out problems, and prints one table. What was done before is
+not done again: its results are in --out_dir.
+
+`val loss` is measured on the solutions of validation exercises. After ± comes the standard error of
+the mean over the seeds or, where it is larger, the mean of the standard errors over the problems.
+The README has the table, with the machine and the time it took.
 """
 import hashlib
 import json
@@ -14,105 +17,170 @@ import statistics
 import subprocess
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 from extras import confine
 from folio.checkpoint import read_log
 from folio.configurator import UserError, configure
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
-out_dir = 'out/textbook_study'  # a folder in it for each run
+# ---- Settings ------------------------------------------------------------------------------------
+out_dir = 'out/textbook_study'  # holds a folder for each run
 seeds = 3  # of each model
 problems = 'builtin'  # or humaneval, or a file: see humaneval.py
 num_samples = 10  # for each problem
 temperature = 0.2  # of the samples
 max_new_tokens = 64  # of a solution
-settings = ''  # for each training run as well, such as '--device=cpu --max_iters=10'
-allow_code_execution = False  # True says that code which a model wrote may be run on this machine
+settings = ''  # more settings for each training run, such as '--device=cpu --max_iters=10'
+allow_code_execution = False  # True allows code that a model wrote to run on this machine
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STAGES = {'raw code': ('train_textbook_raw.py', None), 'textbook': ('train_textbook.py', None),
-          'raw code, exercises': ('finetune_exercises.py', 'raw code'),
-          'textbook, exercises': ('finetune_exercises.py', 'textbook')}
+ROOT = os.path.dirname(os.path.abspath(__file__))
+# The four models: each one's config and, if it is fine-tuned, the model that it starts from. A
+# model comes after the one that it needs.
+CONFIGS = {
+    'raw code': 'train_textbook_raw.py',
+    'textbook': 'train_textbook.py',
+    'raw code, exercises': 'finetune_exercises.py',
+    'textbook, exercises': 'finetune_exercises.py'}
+PRETRAINED = {
+    'raw code, exercises': 'raw code',
+    'textbook, exercises': 'textbook'}
 
 
-# ---- One model -------------------------------------------------------------------------------------------------------
+# ---- One model -----------------------------------------------------------------------------------
 def run(script, *arguments):
-    """Run a script of ours, whose errors go to the screen; returns its standard output."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    """Run one of our scripts and return its standard output; its errors go to the screen.
+
+    If the script fails, exit with its status.
+    """
+    command = [sys.executable, os.path.join(ROOT, script), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
         sys.exit(done.returncode)
     return done.stdout
 
 
-def evaluations(folder):
-    """The validation losses of a run, the first at step 0."""
-    return [entry['val_loss'] for entry in read_log(os.path.join(folder, 'log.jsonl')) if 'val_loss' in entry]
+def folder_of(name, seed):
+    """Return the folder of a run: out/textbook_study/raw_code_exercises_1, say."""
+    name = name.replace(', ', '_').replace(' ', '_')
+    return os.path.join(out_dir, f'{name}_{seed}')
 
 
 def made_with():
-    """What a result depends on: the settings, and a hash of what describes the data. UserError if there is none."""
+    """Return what a result depends on: the settings, and a hash of the descriptions of the data.
+
+    Raise UserError if the data is not there.
+    """
     described = b''
     for name in ('raw', 'filtered', 'exercises'):
         try:
             with open(f'data/textbook_{name}/meta.json', 'rb') as f:
                 described += f.read()
         except FileNotFoundError:
-            raise UserError(f'data/textbook_{name} is not there: python prepare/textbook/prepare.py') from None
-    return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature, 'settings': settings,
-            'max_new_tokens': max_new_tokens, 'data': hashlib.sha256(described).hexdigest()}
+            raise UserError(f'data/textbook_{name} is not there; '
+                            'python prepare/textbook/prepare.py writes it') from None
+    return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature,
+            'settings': settings, 'max_new_tokens': max_new_tokens,
+            'data': hashlib.sha256(described).hexdigest()}
+
+
+def train(name, seed):
+    """Train one of the models into its folder."""
+    arguments = [os.path.join(ROOT, 'config', CONFIGS[name]),
+                 f'--out_dir={folder_of(name, seed)}',
+                 f'--seed={seed}']
+    if name in PRETRAINED:
+        arguments.append(f'--init_from={folder_of(PRETRAINED[name], seed)}/ckpt.pt')
+    # The user's settings come last, so that they win
+    run('train.py', *arguments, *settings.split())
+
+
+def score(name, seed):
+    """Return the metrics of a trained model on the problems, a dictionary: see humaneval.py."""
+    printed = run('humaneval.py',
+                  f'--out_dir={folder_of(name, seed)}',
+                  f'--problems={problems}',
+                  '--allow_code_execution=True',
+                  f'--num_samples={num_samples}',
+                  '--strategy=sample',
+                  f'--temperature={temperature}',
+                  f'--seed={seed}',
+                  f'--max_new_tokens={max_new_tokens}',
+                  '--batch_size=500')
+    return json.loads(printed.splitlines()[-1])
 
 
 def result_of(name, seed):
-    """The figures of one model, trained and scored if that has not been done yet. UserError if done otherwise."""
+    """Return the metrics of a model, which is trained and scored first if it was not before.
+
+    Raise UserError if it was, but with other settings or data.
+    """
     folder = folder_of(name, seed)
-    path, (config, start) = os.path.join(folder, 'result.json'), STAGES[name]
+    path = os.path.join(folder, 'result.json')
     if not os.path.exists(path):
-        start = [f'--init_from={folder_of(start, seed)}/ckpt.pt'] if start else []
         print(f'seed {seed}: {name}', file=sys.stderr)
-        run('train.py', os.path.join(ROOT, 'extras/textbook', config), f'--out_dir={folder}', f'--seed={seed}', *start,
-            *settings.split())
-        printed = run('extras/humaneval.py', f'--out_dir={folder}', f'--problems={problems}', '--allow_code_execution=True',
-                      f'--num_samples={num_samples}', '--strategy=sample', f'--temperature={temperature}',
-                      f'--seed={seed}', f'--max_new_tokens={max_new_tokens}', '--batch_size=500')
+        train(name, seed)
+        result = score(name, seed) | {'made_with': made_with()}
+        # Renamed when it is whole: a result that is there is never half a result
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump(json.loads(printed.splitlines()[-1]) | {'made_with': made_with()}, f)
+            json.dump(result, f)
         os.replace(path + '.tmp', path)
     with open(path, encoding='utf-8') as f:
         result = json.load(f)
     if result['made_with'] != made_with():
-        raise UserError(f'{folder} was made with other settings or data; give another --out_dir, or remove {out_dir}')
+        raise UserError(f'{folder} was made with other settings or data; '
+                        f'give another --out_dir, or remove {out_dir}')
     return result
 
 
-def folder_of(name, seed):
-    return os.path.join(out_dir, f'{name.replace(", ", "_").replace(" ", "_")}_{seed}')
+# ---- The table -----------------------------------------------------------------------------------
+def val_losses(name, seed):
+    """Return the validation losses in the log of a run, oldest first."""
+    log = read_log(os.path.join(folder_of(name, seed), 'log.jsonl'))
+    return [entry['val_loss'] for entry in log if 'val_loss' in entry]
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
-def error_of(values):
-    """The standard error of the mean."""
-    return statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+def loss_on_exercises(name, seed):
+    """Return the validation loss of a model on the solutions of exercises."""
+    if name in PRETRAINED:
+        return val_losses(name, seed)[-1]
+    # A pretrained model's own log has its loss on other data. But its fine-tuning begins with an
+    # evaluation, before the first step.
+    return val_losses(f'{name}, exercises', seed)[0]
 
 
-def share(figures, key):
-    """'mean ± standard error' of one of the figures over the seeds."""
-    values = [f[key] for f in figures]
-    error = max(error_of(values), statistics.fmean(f[f'{key}_stderr'] for f in figures))
+def standard_error(values):
+    """Return the standard error of the mean; 0 for a single value."""
+    if len(values) == 1:
+        return 0.0
+    return statistics.stdev(values) / len(values)**0.5
+
+
+def percentage(results, metric):
+    """Return 'mean ± standard error %' of one of the metrics over the results of all seeds."""
+    values = [result[metric] for result in results]
+    over_seeds = standard_error(values)
+    over_problems = statistics.fmean(result[f'{metric}_stderr'] for result in results)
+    error = max(over_seeds, over_problems)
     return f'{100 * statistics.fmean(values):.1f} ± {100 * error:.1f} %'
+
+
+def main():
+    confine.permit(allow_code_execution)
+    if seeds < 1 or num_samples < 10:
+        raise UserError('seeds must be at least 1, and num_samples at least 10, for pass@10')
+    all_seeds = range(1, seeds + 1)
+    results = {name: [result_of(name, seed) for seed in all_seeds] for name in CONFIGS}
+    print('| trained on | val loss | pass@1 | pass@10 |\n| --- | --- | --- | --- |')
+    for name in CONFIGS:
+        losses = [loss_on_exercises(name, seed) for seed in all_seeds]
+        loss = f'{statistics.fmean(losses):.3f} ± {standard_error(losses):.3f}'
+        pass_at_1 = percentage(results[name], 'pass@1')
+        pass_at_10 = percentage(results[name], 'pass@10')
+        print(f'| {name} | {loss} | {pass_at_1} | {pass_at_10} |')
+    n_problems = results['textbook'][0]['n']
+    print(f'{seeds} seeds, {n_problems} problems, '
+          f'{num_samples} samples each at temperature {temperature}')
 
 
 if __name__ == '__main__':
     configure(globals())
-    confine.permit(allow_code_execution)
-    if seeds < 1 or num_samples < 10:
-        raise UserError('seeds is at least 1, num_samples at least 10, for pass@10')
-    results = {name: [result_of(name, seed) for seed in range(1, seeds + 1)] for name in STAGES}
-    print('| trained on | val loss | pass@1 | pass@10 |\n| --- | --- | --- | --- |')
-    for name, figures in results.items():
-        after = name if STAGES[name][1] else f'{name}, exercises'  # which begins with an evaluation of what it is given
-        at = -1 if STAGES[name][1] else 0
-        losses = [evaluations(folder_of(after, seed))[at] for seed in range(1, seeds + 1)]
-        print(f'| {name} | {statistics.fmean(losses):.3f} ± {error_of(losses):.3f} | {share(figures, "pass@1")} | '
-              f'{share(figures, "pass@10")} |')
-    print(f'{seeds} seeds, {results["textbook"][0]["n"]} problems, {num_samples} samples each at temperature '
-          f'{temperature}')
+    main()

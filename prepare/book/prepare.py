@@ -1,16 +1,17 @@
 """
-One book to train.bin, val.bin and test.bin: its first 90 %, the next 5 % and the last 5 %.
-    python prepare/book/prepare.py                             # the Python Language Reference, which every Python has
-    python prepare/book/prepare.py --book=gutenberg:1342       # any number of Project Gutenberg
+Turn one book into train.bin, val.bin and test.bin: its first 90 %, the next 5 % and the last 5 %.
+    python prepare/book/prepare.py                        # the Python Language Reference
+    python prepare/book/prepare.py --book=gutenberg:1342  # any book of Project Gutenberg
     python prepare/book/prepare.py --book=my.txt --dataset=mine --tokenizer=bpe
 
-Prints what it wrote: characters, tokens, tokens a word (fertility) and bytes a token.
+The default book comes with every Python, so it needs no network. Prints what it wrote: characters,
+tokens, tokens per word (fertility) and bytes per token.
 """
 import os
 import re
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import write_dataset
@@ -21,19 +22,41 @@ dataset = 'book'  # the folder under data/ to write
 encoding = 'utf-8'  # of the text
 tokenizer = 'char'  # char, bpe (trained on the training part) or gpt2
 vocab_size = 1024  # bpe only
-mirrors = 'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org'  # Gutenberg's, in order
+mirrors = (  # Gutenberg's, in the order in which they are asked
+    'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org')
 configure(globals())
 
 
-def python_reference():
-    """The topics of Python's own help(), in the order of their names, without paragraphs that an earlier one has.
+# ---- The text ------------------------------------------------------------------------------------
+def read_book():
+    """Return the text of the setting `book`, downloaded if it has to be; raise UserError."""
+    if book == 'python':
+        return python_reference()
+    path = book
+    if book.startswith('gutenberg:'):
+        number = book.removeprefix('gutenberg:')
+        if not number.isdecimal():
+            raise UserError(f'{book}: a number is needed, for example --book=gutenberg:1342')
+        urls = [f'{mirror.rstrip("/")}/cache/epub/{number}/pg{number}.txt'
+                for mirror in mirrors.split()]
+        path = download(urls, f'data/downloads/gutenberg-{number}.txt')
+    elif book.startswith(('https://', 'http://')):
+        file_name = re.sub(r'[^\w.-]+', '_', book.split('://')[1])
+        path = download([book], f'data/downloads/{file_name}')
+    return without_gutenberg_licence(read_text(path))
 
-    A fifth of the text stands in two topics; left in, a part of what we test on would have been trained on.
+
+def python_reference():
+    """Return the topics of Python's own help(), sorted by name, each paragraph only once.
+
+    A fifth of the text stands in two topics. If it stayed, we would test on what we trained on.
     """
     from pydoc_data.topics import topics
-    seen, kept = set(), []
+    seen = set()
+    kept = []
     for name in sorted(topics):
         for paragraph in topics[name].strip('\n').split('\n\n'):
+            # Short ones are headings and the like, which the text needs where they stand.
             if len(paragraph) < 40 or paragraph.strip() not in seen:
                 seen.add(paragraph.strip())
                 kept.append(paragraph)
@@ -41,55 +64,60 @@ def python_reference():
 
 
 def read_text(path):
-    """The text of a file, with \\n for every line end."""
+    """Return the text of a file, with \\n for every line end and without a byte-order mark."""
     try:
         with open(path, encoding=encoding) as f:
             return f.read().removeprefix('\ufeff')
     except OSError as e:
-        raise UserError(f'{path} cannot be read: {e.strerror}; --book takes python, gutenberg:NUMBER, an address or a '
-                        'file') from None
+        raise UserError(f'{path} cannot be read: {e.strerror}; '
+                        '--book takes python, gutenberg:NUMBER, an address or a file') from None
     except (UnicodeError, LookupError) as e:
-        raise UserError(f'{path} is not {encoding} ({e}); name its encoding, for example --encoding=latin-1') from None
+        raise UserError(f'{path} is not {encoding} ({e}); '
+                        'name its encoding, for example --encoding=latin-1') from None
 
 
 def without_gutenberg_licence(text):
-    """What stands between Project Gutenberg's START and END lines, or all of it where there are none."""
+    """Return what stands between Project Gutenberg's START and END lines; without them, all."""
     line = r'^\s*\*\*\* ?{} OF (?:THE|THIS) PROJECT GUTENBERG.*?\*\*\*'
-    start = re.search(line.format('START'), text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
-    end = re.search(line.format('END'), text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
-    return text[start.end() if start else 0:end.start() if end else len(text)].strip() + '\n'
+    # DOTALL, because a long title may go on in the next line.
+    flags = re.MULTILINE | re.DOTALL | re.IGNORECASE
+    start = re.search(line.format('START'), text, flags)
+    end = re.search(line.format('END'), text, flags)
+    first = start.end() if start else 0
+    last = end.start() if end else len(text)
+    return text[first:last].strip() + '\n'
 
 
-if book == 'python':
-    text = python_reference()
-elif book.startswith('gutenberg:'):
-    number = book.removeprefix('gutenberg:')
-    if not number.isdecimal():
-        raise UserError(f'{book}: a number is needed, for example --book=gutenberg:1342')
-    urls = [f'{mirror.rstrip("/")}/cache/epub/{number}/pg{number}.txt' for mirror in mirrors.split()]
-    text = without_gutenberg_licence(read_text(download(urls, f'data/downloads/gutenberg-{number}.txt')))
-elif book.startswith(('https://', 'http://')):
-    path = 'data/downloads/' + re.sub(r'[^\w.-]+', '_', book.split('://')[1])
-    text = without_gutenberg_licence(read_text(download([book], path)))
-else:
-    text = without_gutenberg_licence(read_text(book))
-
-if len(text.strip()) < 200:
-    raise UserError(f'{book} has {len(text.strip())} characters; a book to learn from needs at least 200')
-cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
-splits = {name: text[a:b] for name, a, b in zip(('train', 'val', 'test'), cuts, cuts[1:])}
-if tokenizer == 'char':
-    tok = folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
-elif tokenizer == 'bpe':
-    tok = folio.tokenizer.train_bpe([splits['train']], vocab_size)
-elif tokenizer == 'gpt2':
-    tok = folio.tokenizer.load('gpt2')
-else:
+# ---- Tokens --------------------------------------------------------------------------------------
+def make_tokenizer(text, train_text):
+    """Return the tokenizer that the settings ask for."""
+    if tokenizer == 'char':
+        return folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
+    if tokenizer == 'bpe':
+        return folio.tokenizer.train_bpe([train_text], vocab_size)
+    if tokenizer == 'gpt2':
+        return folio.tokenizer.load('gpt2')
     raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
+
+
+text = read_book()
+n_chars = len(text)
+if len(text.strip()) < 200:
+    raise UserError(f'{book} has {len(text.strip())} characters; '
+                    'a book to learn from needs at least 200')
+# Whole stretches of the book: sentences drawn at random would have neighbours in training.
+train_end = n_chars * 90 // 100
+val_end = n_chars * 95 // 100
+splits = {'train': text[:train_end], 'val': text[train_end:val_end], 'test': text[val_end:]}
+
+tok = make_tokenizer(text, splits['train'])
 folder = os.path.join('data', dataset)
-meta = write_dataset(folder, tok, {name: [part] for name, part in splits.items()}, source=book)
+documents = {name: [part] for name, part in splits.items()}  # each split is one document
+meta = write_dataset(folder, tok, documents, source=book)
+
 counts = {name: split['tokens'] for name, split in meta['splits'].items()}
-print(f'{folder}: {len(text):,} characters as {sum(counts.values()):,} tokens '
+n_tokens = sum(counts.values())
+print(f'{folder}: {n_chars:,} characters as {n_tokens:,} tokens '
       f'of a {tokenizer} vocabulary of {tok.n_vocab:,}')
 print('    ' + ', '.join(f'{name} {n:,}' for name, n in counts.items()) + ' tokens; '
-      + folio.tokenizer.fertility(text, sum(counts.values())))
+      + folio.tokenizer.fertility(text, n_tokens))

