@@ -1,6 +1,6 @@
 """
 Define the model: GPT-2, and a modern successor with the same interface.
-    python -c "from model import GPT, GPTConfig; print(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128)))"
+    python -c "from model import *; print(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128)))"
 
 arch='gpt2' is OpenAI's GPT-2 (Radford et al. 2019). arch='modern' has rotary positions (Su et al.
 2021), RMSNorm (Zhang and Sennrich 2019), normalised queries and keys (Henry et al. 2020), a squared
@@ -49,8 +49,8 @@ class GPTConfig:
         if self.n_embd % self.n_head != 0:
             # twice n_head, so that the head size is even, as rotary positions need it
             nearest = math.ceil(self.n_embd / self.n_head / 2) * self.n_head * 2
-            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}); '
-                             f'try --n_embd={nearest}')
+            raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head '
+                             f'({self.n_head}); try --n_embd={nearest}')
         if self.arch == 'modern' and self.n_embd // self.n_head % 2 != 0:
             raise ValueError('rotary positions need an even head size; '
                              f'n_embd / n_head is {self.n_embd // self.n_head}')
@@ -196,7 +196,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every parameter once, as the GPT-2 paper does; modern begins with a head of zeros."""
+        """Draw every parameter once, as GPT-2's paper says; modern begins with a head of zeros."""
         # Each block adds to the residual stream twice. This keeps its variance about the same.
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():

@@ -1,6 +1,6 @@
 """
 Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
-    python -c "import checkpoint; print(checkpoint.load('out/book')['model_args'])"
+    python -c "from folio import checkpoint; print(checkpoint.load('out/book')['model_args'])"
 
 A checkpoint is a dictionary of tensors and plain values. Reading one never runs what it brings.
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from folio.configurator import UserError
+from folio.tokenizer import spec_hash
 from model import GPT, GPTConfig, padded
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
@@ -47,10 +48,9 @@ def load_file(path):
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
                         '--out_dir=…') from None
     except pickle.UnpicklingError as e:
-        raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors and '
-                        'plain values') from e
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        # a damaged pickle can end in any of these
+        raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors '
+                        'and plain values') from e
+    except Exception as e:  # a damaged pickle may raise anything
         raise UserError(f'{path} is damaged or cut short ({type(e).__name__}); use another copy of '
                         'it') from e
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -115,8 +115,40 @@ def check_weights(checkpoint, source):
         if name not in expected:
             raise UserError(f'{source} has a weight that folio does not have: {name}')
         if weights[name].shape != expected[name].shape:
-            raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where its '
-                            f'settings ask for {tuple(expected[name].shape)}')
+            raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where '
+                            f'its settings ask for {tuple(expected[name].shape)}')
+
+
+# ---- Does it fit this run? -----------------------------------------------------------------------
+def require_same_shape(checkpoint, model_args, path):
+    """Raise UserError unless the model in a checkpoint has the shape that the settings ask for."""
+    saved = checkpoint['model_args'] | checkpoint.get('config', {})
+    different = []
+    for name, value in model_args.items():
+        # Dropout and flash may change from run to run; gelu stays as the weights have it.
+        if name not in ('dropout', 'flash', 'gelu') and saved.get(name, value) != value:
+            different.append(f'{name} is {saved[name]}, not {value}')
+    if different:
+        raise UserError(f'{path} has another shape ({"; ".join(different)}): give its settings, or '
+                        'another --out_dir')
+
+
+def require_same_tokenizer(checkpoint, source, data):
+    """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
+    spec = checkpoint.get('tokenizer', data.spec)  # where nothing is known, the sizes must do
+    vocab_size = checkpoint['model_args']['vocab_size']
+    if vocab_size != data.vocab_size or spec_hash(spec) != spec_hash(data.spec):
+        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, '
+                        f'{data.vocab_size} tokens) than {source} ({spec["kind"]}, {vocab_size}): '
+                        'it can only go on with its own')
+
+
+def require_training_state(checkpoint, path):
+    """Raise UserError unless a checkpoint holds what a run goes on from."""
+    for name in ('iter_num', 'best_val_loss', 'optimizer'):
+        if name not in checkpoint:
+            raise UserError(f'{path} holds weights but no {name}, so no run can be resumed from '
+                            f'it; start one with --init_from={path} and another --out_dir')
 
 
 # ---- Saving --------------------------------------------------------------------------------------
@@ -144,7 +176,10 @@ def save(path, checkpoint):
 
 # ---- The folder of a run -------------------------------------------------------------------------
 def set_aside(out_dir):
-    """Move the run in a folder into its previous/, in place of the one there; return whether there was one."""
+    """Move the run in a folder into its previous/, in place of the one there.
+
+    Return whether there was a run.
+    """
     if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
         return False
     previous = os.path.join(out_dir, 'previous')
@@ -187,8 +222,8 @@ def steps_done(entry):
     return entry['iter'] + 1 if 'loss' in entry else entry['iter']
 
 
-def forget_log_after(path, iter_num):
-    """Drop what a killed run logged after its checkpoint at iter_num: the resumed run logs it again."""
+def truncate_log(path, iter_num):
+    """Drop what a killed run logged after its checkpoint at iter_num, to be logged again."""
     if not os.path.exists(path):
         return
     entries = [entry for entry in read_log(path) if steps_done(entry) <= iter_num]

@@ -1,170 +1,319 @@
 """
-Token files, as a prepare script writes them, read as deterministic batches.
+Read token files as deterministic batches, and a model's loss on them.
     python -c "from folio.data import Dataset; print(Dataset('book').tokens('train')[:20])"
 
-data/<name>/ holds {train,val,test}.bin, raw little-endian uint16 or uint32 tokens, and meta.json, which describes them.
-A folder without meta.json is nanoGPT's: characters if it has a meta.pkl, GPT-2's BPE if not.
+data/<name>/ holds {train,val,test}.bin, raw little-endian tokens of uint16 or uint32, and
+meta.json, which describes them. A folder without meta.json is nanoGPT's: characters if it has a
+meta.pkl, GPT-2's tokens if not.
 """
 import concurrent.futures
 import difflib
 import functools
+import gzip
 import json
+import math
 import os
 import pickle
+import zlib
 
 import numpy as np
 import torch
 
-import folio.tokenizer
 from folio.configurator import UserError
+from folio.tokenizer import spec_hash
+
+ROOT = os.path.abspath(__file__ + '/../..')  # of the checkout
+SPLITS = ('train', 'val', 'test')
+GZIP_MAGIC = b'\x1f\x8b'  # how every gzip file begins
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- A data set ----------------------------------------------------------------------------------
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
+    """Unpickle dictionaries, lists, strings and numbers; refuse whatever names a class."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
 
 class Dataset:
+    """A folder of token files: .spec of its tokenizer, .vocab_size, .meta, tokens(split) …"""
+
     def __init__(self, name):
-        """name: of a folder under data/, or an absolute path. UserError, with the prepare command, if it is missing."""
-        self.folder, self.meta = os.path.join('data', name), {}
-        name, root = os.path.basename(os.path.normpath(name)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        own = [n for n in (name, name.partition('_')[0]) if os.path.isdir(f'{root}/prepare/{n}')]
-        script = f'{own[0]}/prepare.py' if own else f'book/prepare.py --dataset={name}'
-        self.remedy = f'prepare it with: python prepare/{script}'
-        if not os.path.isfile(os.path.join(self.folder, 'train.bin')):
-            known = [d for folder in ('data', f'{root}/prepare') if os.path.isdir(folder) for d in os.listdir(folder)]
-            near = [] if own else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        """name: of a folder under data/, or an absolute path. Raises UserError if it is missing."""
+        self.folder = os.path.join('data', name)
+        self.remedy = f'prepare it with: {prepare_command(name)}'
+        self.meta = {}
+        if not os.path.isfile(self.path('train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin); '
-                            + (f'did you mean --dataset={near[0]}?' if near else self.remedy))
+                            f'{similar_data_set(name) or self.remedy}')
         try:
-            if os.path.isfile(os.path.join(self.folder, 'meta.json')):
-                with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
-                    self.meta = json.load(f)
-                kind = self.meta['tokenizer']['kind']
-                self.spec = folio.tokenizer.load('gpt2' if kind == 'gpt2' else self.folder).spec
-                if folio.tokenizer.spec_hash(self.spec) != self.meta['tokenizer']['hash']:
-                    raise ValueError('tokenizer.json does not belong to meta.json')
-                self.vocab_size = self.meta['vocab_size']
-            elif os.path.isfile(os.path.join(self.folder, 'meta.pkl')):
-                with open(os.path.join(self.folder, 'meta.pkl'), 'rb') as f:
-                    itos = PlainUnpickler(f).load()['itos']
-                self.vocab_size = len(itos)
-                self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
+            if os.path.isfile(self.path('meta.json')):
+                self.read_meta_json()
+            elif os.path.isfile(self.path('meta.pkl')):
+                self.read_meta_pkl()
             else:
-                self.vocab_size, self.spec = 50257, {'kind': 'gpt2'}
+                self.vocab_size = 50257
+                self.spec = {'kind': 'gpt2'}
         except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
-            raise UserError(f'the description of {self.folder} cannot be used ({e}); {self.remedy}') from e
+            raise UserError(f'the description of {self.folder} cannot be used ({e}); '
+                            f'{self.remedy}') from e
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def read_meta_json(self):
+        with open(self.path('meta.json'), encoding='utf-8') as f:
+            self.meta = json.load(f)
+        self.vocab_size = self.meta['vocab_size']
+        self.spec = {'kind': 'gpt2'}
+        if self.meta['tokenizer']['kind'] != 'gpt2':
+            with open(self.path('tokenizer.json'), encoding='utf-8') as f:
+                self.spec = json.load(f)
+        if spec_hash(self.spec) != self.meta['tokenizer']['hash']:
+            raise ValueError('tokenizer.json does not belong to meta.json')
+
+    def read_meta_pkl(self):
+        """nanoGPT's description of a character set."""
+        with open(self.path('meta.pkl'), 'rb') as f:
+            itos = PlainUnpickler(f).load()['itos']
+        self.vocab_size = len(itos)
+        self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
 
     def splits(self):
-        return [s for s in ('train', 'val', 'test') if os.path.isfile(os.path.join(self.folder, f'{s}.bin'))]
+        return [split for split in SPLITS if os.path.isfile(self.path(f'{split}.bin'))]
+
+    def counts(self, split):
+        """Return what meta.json counted in a split: tokens, documents, bytes …; {} if nothing."""
+        return self.meta.get('splits', {}).get(split, {})
 
     def tokens(self, split):
-        """The tokens of a split, a read-only array on disk (memmap)."""
-        path, dtype = os.path.join(self.folder, f'{split}.bin'), np.dtype(self.meta.get('dtype', '<u2'))
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
-        expected = self.meta.get('splits', {}).get(split, {}).get('tokens', max(0, size) // dtype.itemsize)
-        if size != expected * dtype.itemsize or expected < 2:
+        """Return the tokens of a split, a read-only array on disk (memmap)."""
+        path = self.path(f'{split}.bin')
+        dtype = np.dtype(self.meta.get('dtype', '<u2'))
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        n_tokens = self.counts(split).get('tokens', size // dtype.itemsize)
+        if size != n_tokens * dtype.itemsize or n_tokens < 2:
             raise UserError(f'{path} is missing, damaged or empty; {self.remedy}')
         return np.memmap(path, dtype=dtype, mode='r')
 
     def mask(self, split):
-        """One byte a token, 1 where the token is a target; None where all of them are."""
-        path, counts = os.path.join(self.folder, f'{split}.mask.bin'), self.meta.get('splits', {}).get(split, {})
-        mask = np.memmap(path, dtype=np.uint8, mode='r') if os.path.isfile(path) else None
-        if (mask is None and 'targets' in counts) or (mask is not None and len(mask) != len(self.tokens(split))):
+        """Return one byte a token, 1 where the token is a target; None where all of them are."""
+        path = self.path(f'{split}.mask.bin')
+        if os.path.isfile(path):
+            mask = np.memmap(path, dtype=np.uint8, mode='r')
+            fits = len(mask) == len(self.tokens(split))
+        else:
+            mask = None
+            fits = 'targets' not in self.counts(split)
+        if not fits:
             raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
         return mask
 
     def per_token(self, split, what):
-        """'bytes' (of UTF-8) or 'words' that a target stands for on average; None where nobody counted them."""
-        counts = self.meta.get('splits', {}).get(split, {})
-        targets = counts.get('targets', counts.get('tokens', 0) - (self.meta.get('eot') is not None))  # it comes first
-        return counts.get(f'target_{what}', counts.get(what, 0)) / max(1, targets) or None
+        """Return the 'bytes' (of UTF-8) or 'words' in a target on average; None: unknown."""
+        counts = self.counts(split)
+        if 'targets' in counts:  # masked: only the targets' bytes count
+            n_targets = counts['targets']
+            total = counts.get(f'target_{what}', counts.get(what, 0))
+        else:
+            n_targets = counts.get('tokens', 0)
+            total = counts.get(what, 0)
+            if self.meta.get('eot') is not None:
+                n_targets -= 1  # nothing predicts the end-of-text token in front
+        if total == 0:
+            return None
+        return total / max(1, n_targets)
 
 
-def tokenizer_of(checkpoint):
-    """The tokenizer that a checkpoint carries; of a nanoGPT's, the one that its data folder has, or else GPT-2's."""
-    spec, trained_on = checkpoint.get('tokenizer', {'kind': 'gpt2'}), checkpoint.get('config', {}).get('dataset', '')
-    if 'tokenizer' not in checkpoint and os.path.exists(os.path.join('data', trained_on, 'meta.pkl')):
-        spec = Dataset(trained_on).spec
-    tokenizer, vocab_size = folio.tokenizer.load(spec), checkpoint['model_args']['vocab_size']
-    if tokenizer.n_vocab != vocab_size:
-        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer ({spec["kind"]}) of '
-                        f'{tokenizer.n_vocab}')
-    return tokenizer
+def prepare_command(name):
+    """Return the command that prepares a data set: its own script, or that of a book."""
+    name = os.path.basename(os.path.normpath(name))
+    for script in (name, name.partition('_')[0]):
+        if os.path.isdir(os.path.join(ROOT, 'prepare', script)):
+            return f'python prepare/{script}/prepare.py'
+    return f'python prepare/book/prepare.py --dataset={name}'
 
 
-# ---- Batches ---------------------------------------------------------------------------------------------------------
+def similar_data_set(name):
+    """Return a hint for a mistyped name, or None."""
+    name = os.path.basename(os.path.normpath(name))
+    known = []
+    for folder in ('data', os.path.join(ROOT, 'prepare')):
+        if os.path.isdir(folder):
+            known += os.listdir(folder)
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if not similar or similar[0] == name or name.startswith(similar[0] + '_'):
+        return None
+    return f'did you mean --dataset={similar[0]}?'
+
+
+# ---- Batches -------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, block_size, seed, epoch):
-    """(offset, order of the windows) of one epoch, by RandomState, whose draws NumPy promises never to change."""
+    """Return (offset, order of the windows) of one epoch."""
+    # RandomState is old, and the one generator whose draws NumPy promises never to change.
     rng = np.random.RandomState([seed % 2**32, epoch])
-    return rng.randint(n_tokens), rng.permutation(n_tokens // block_size)
+    offset = rng.randint(n_tokens)
+    return offset, rng.permutation(n_tokens // block_size)
 
 
 def window_starts(n_tokens, block_size, seed, first, count):
-    """Where windows first … first + count - 1 of the endless training stream begin: (count,) token positions.
+    """Return where windows first … first + count - 1 of the training stream begin: (count,).
 
-    The tokens, thought of as a ring, are cut into windows of block_size, from a fresh offset each epoch and visited in
-    a fresh order, each once: no token is seen twice in an epoch.
+    The tokens, thought of as a ring, are cut into windows of block_size, from a fresh offset each
+    epoch and visited in a fresh order: no token is seen twice in an epoch.
 
-    >>> window_starts(n_tokens=12, block_size=4, seed=0, first=0, count=3).tolist()  # one epoch: three starts, 4 apart
+    >>> window_starts(n_tokens=12, block_size=4, seed=0, first=0, count=3).tolist()
     [9, 5, 1]
     """
     n_windows = n_tokens // block_size
     starts = []
     for window in range(first, first + count):
-        offset, order = epoch_order(n_tokens, block_size, seed, window // n_windows)
+        offset, order = epoch_order(n_tokens, block_size, seed, epoch=window // n_windows)
         starts.append((offset + order[window % n_windows] * block_size) % n_tokens)
     return np.array(starts)
 
 
 def to_batch(tokens, mask, positions):
-    """(idx_BT, targets_BT), int64, of the tokens at positions (B, T + 1); a target is -1 where its mask is 0."""
+    """Return (idx_BT, targets_BT), int64, of the tokens at positions, (B, T + 1).
+
+    A target whose mask is 0 becomes -1, which does not count.
+    """
     window = tokens[positions].astype(np.int64)
-    idx_BT, targets_BT = window[:, :-1], window[:, 1:].copy()
+    idx_BT = np.ascontiguousarray(window[:, :-1])
+    targets_BT = window[:, 1:].copy()
     if mask is not None:
         targets_BT[mask[positions[:, 1:]] == 0] = -1
-    return torch.from_numpy(np.ascontiguousarray(idx_BT)), torch.from_numpy(targets_BT)
+    return torch.from_numpy(idx_BT), torch.from_numpy(targets_BT)
 
 
 def train_batch(tokens, mask, block_size, batch_size, micro_steps, seed, step, micro_step):
-    """The batch of one micro-step out of micro_steps (over all processes): a pure function, so nothing to save."""
+    """Return the batch of one micro-step, out of micro_steps that a step has over all processes.
+
+    A pure function of its arguments: a resumed run needs no saved position.
+    """
     first = (step * micro_steps + micro_step) * batch_size
     starts = window_starts(len(tokens), block_size, seed, first, batch_size)
-    return to_batch(tokens, mask, (starts[:, None] + np.arange(block_size + 1)) % len(tokens))
+    positions = starts[:, None] + np.arange(block_size + 1)
+    return to_batch(tokens, mask, positions % len(tokens))
 
 
-def ahead(batches, pin_memory):
-    """The same batches, each made by a thread while the one before is in use, in pinned memory if it is for a GPU."""
-    def fetch():
+def prefetch(batches, pin_memory):
+    """Yield the same batches, each made by a thread while the one before is in use.
+
+    pin_memory: for a GPU, to which pinned memory is copied without waiting.
+    """
+    def next_batch():
         batch = next(batches, None)
-        return tuple(t.pin_memory() for t in batch) if batch and pin_memory else batch
-    device = torch.cuda.current_device() if pin_memory else None  # a new thread would begin with the first GPU
-    start = functools.partial(torch.cuda.set_device, device) if pin_memory else None
-    with concurrent.futures.ThreadPoolExecutor(1, initializer=start) as thread:
-        future = thread.submit(fetch)
-        while batch := future.result():
-            future = thread.submit(fetch)
+        if batch is not None and pin_memory:
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        return batch
+
+    start_thread = None
+    if pin_memory:  # a new thread would begin with the first GPU, whichever we are on
+        start_thread = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=start_thread) as thread:
+        future = thread.submit(next_batch)
+        while (batch := future.result()) is not None:
+            future = thread.submit(next_batch)
             yield batch
 
 
 def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, world_size=1):
-    """The first n_windows windows of a split (0: all of it), each token a target once, as equally shaped batches.
+    """Yield the first n_windows windows of a split (0: all of it), each token a target once.
 
-    The last window is filled up with targets of -1, and so is the last batch. A rank takes every world_size-th batch,
-    and all take equally many: a sharded model needs every process for each.
+    All batches have one shape: the last window and the last batch are filled up with targets of
+    -1. A rank takes every world_size-th batch, and all take equally many: a sharded model needs
+    every process for each.
     """
-    n_all = -(-(len(tokens) - 1) // block_size)
-    n_windows = min(n_windows, n_all) if n_windows else n_all
+    n_all = math.ceil((len(tokens) - 1) / block_size)
+    n_windows = min(n_windows, n_all) if n_windows > 0 else n_all
     for first in range(0, n_windows, world_size * batch_size):
-        windows = np.arange(first, first + batch_size)[:, None] + rank * batch_size
-        positions = windows * block_size + np.arange(block_size + 1)
-        real = (positions < len(tokens)) & (windows < n_windows)
-        idx_BT, targets_BT = to_batch(tokens, mask, np.where(real, positions, 0))
-        targets_BT[~torch.from_numpy(real[:, 1:])] = -1
+        windows_B1 = np.arange(batch_size)[:, None] + first + rank * batch_size
+        positions = windows_B1 * block_size + np.arange(block_size + 1)
+        exists = (positions < len(tokens)) & (windows_B1 < n_windows)
+        idx_BT, targets_BT = to_batch(tokens, mask, np.where(exists, positions, 0))
+        targets_BT[~torch.from_numpy(exists[:, 1:])] = -1
         yield idx_BT, targets_BT
+
+
+# ---- The loss on a split -------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
+    """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
+
+    data: a Dataset. The loss is in nats a token; what was not counted in bytes or words is left
+    out. With several processes each takes its share, and all get the same.
+    """
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    count = 0
+    batches = eval_batches(data.tokens(split), data.mask(split), block_size, batch_size,
+                           n_windows=n_windows, rank=machine.rank, world_size=machine.world_size)
+    for idx_BT, targets_BT in batches:
+        idx_BT = idx_BT.to(machine.device)
+        targets_BT = targets_BT.to(machine.device)
+        with machine.autocast:
+            _, loss = model(idx_BT, targets_BT)
+        n_targets = (targets_BT != -1).sum().item()
+        nats += loss.item() * n_targets
+        count += n_targets
+    model.train(was_training)
+    nats, count = machine.sum(nats, count)
+    loss = nats / max(1, count)
+    metrics = {'loss': loss, 'perplexity': perplexity(loss)}
+    bytes_per_token = data.per_token(split, 'bytes')
+    if bytes_per_token is not None:
+        metrics['bits_per_byte'] = loss / math.log(2) / bytes_per_token
+    words_per_token = data.per_token(split, 'words')
+    if words_per_token is not None:
+        metrics['word_perplexity'] = perplexity(loss / words_per_token)
+    return metrics
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # beyond this a float overflows
+
+
+# ---- Lines of JSON -------------------------------------------------------------------------------
+def read_jsonl(path, keys, hint):
+    """Return the objects of a .jsonl or .jsonl.gz file, one from each line that is not blank.
+
+    Each must have text under all of the keys. Raises UserError otherwise, which ends with the hint.
+    """
+    try:
+        with open(path, 'rb') as f:
+            data = f.read()
+        # Look at the content, not at the name: a download may have been unpacked on the way.
+        if data.startswith(GZIP_MAGIC):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise UserError(f'{path} cannot be read ({reason}); {hint}') from None
+    rows = []
+    for number, line in enumerate(data.split(b'\n'), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for key in keys:
+                if not isinstance(row[key], str):
+                    raise TypeError(f'{key} is not text')
+        # RecursionError: brackets nested deeper than Python's stack
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f'{path}, line {number}: a line must be an object with the texts '
+                            f'{", ".join(keys)} ({type(e).__name__}: {e}); {hint}') from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f'{path} is empty; {hint}')
+    return rows
+
+
+def write_jsonl(path, rows):
+    """Write each row as a line of JSON. The file appears whole or not at all."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)

@@ -25,7 +25,7 @@ class KVCache:
     """
 
     def __init__(self, model, batch_size, padding=None, size=None):
-        """padding: a list of batch_size numbers. size: the tokens a row may hold; None: block_size."""
+        """padding: a list of batch_size numbers. size: tokens a row may hold; None: block_size."""
         config = model.config
         size = size or config.block_size
         head_size = config.n_embd // config.n_head
@@ -95,7 +95,8 @@ class StaticKVCache:
 
 
 # ---- Drawing a token -----------------------------------------------------------------------------
-def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0, generator=None):
+def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0,
+               generator=None):
     """Return a token for each row, (B,), drawn by the rules of next_token_logits.
 
     generator: a torch.Generator for the noise; None: torch's own.
@@ -258,7 +259,7 @@ def newer_half(start, end, limit):
 
 
 def read(model, history_BN, starts, use_cache):
-    """Read the text of each row, history[b, starts[b]:], in one pass: return (logits (B, V), cache)."""
+    """Read each row's text, history[b, starts[b]:], in one pass; return (logits (B, V), cache)."""
     first = min(starts)
     idx_BT = history_BN[:, first:]
     padding = [start - first for start in starts]

@@ -36,16 +36,16 @@ def accelerate(model):
 
 
 # ---- Matrix products by oneDNN -------------------------------------------------------------------
-# torch multiplies float32 on x86 CPUs by MKL, which leaves AVX-512 unused on AMD processors. oneDNN,
-# which every such torch carries too, uses it: on two cores of an AMD EPYC 430 GFLOP/s to MKL's 190
-# (1,024 x 768 x 3,072; 2026-11-21).
+# torch multiplies float32 on x86 CPUs by MKL, which leaves AVX-512 unused on AMD processors.
+# oneDNN, which every such torch carries too, uses it: on two cores of an AMD EPYC 430 GFLOP/s to
+# MKL's 190 (1,024 x 768 x 3,072; 2026-11-21).
 class OneDNNLinear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 def linear(x, weight, bias=None):
-    """Return F.linear's x weight' + bias: x (..., C), weight (N, C), bias (N,) or None: (..., N)."""
+    """Return x weight' + bias, (..., N), as F.linear: x (..., C), weight (N, C), bias (N,)."""
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     is_large = x.numel() * weight.size(0) >= SMALL_PRODUCT
     if ONEDNN and x.device.type == 'cpu' and is_float32 and is_large:
@@ -111,7 +111,8 @@ class BlockwiseAttention(CausalSelfAttention):
         q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
         pos_1S = torch.arange(2 * size, device=q.device)[None]
         mask = can_see(pos_1S[:, size:], pos_1S, self.config.window)[0]
-        first = super().attend(q[:, :1], k[:, :1], v[:, :1], mask[:, size:])  # no block is before it
+        # The first block has none before it.
+        first = super().attend(q[:, :1], k[:, :1], v[:, :1], mask[:, size:])
         rest = super().attend(q[:, 1:], with_the_block_before(k), with_the_block_before(v), mask)
         y = torch.cat((first, rest), dim=1)
         return y.view(B, H, -1, D)[:, :, :T]
