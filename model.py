@@ -47,7 +47,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
         if self.n_embd % self.n_head != 0:
-            # twice n_head, so that the head size is even, as rotary positions need it
+            # A multiple of twice n_head: rotary positions need an even head size.
             nearest = math.ceil(self.n_embd / self.n_head / 2) * self.n_head * 2
             raise ValueError(f'n_embd ({self.n_embd}) must be a multiple of n_head '
                              f'({self.n_head}); try --n_embd={nearest}')
@@ -59,7 +59,7 @@ class GPTConfig:
         if self.window < 0:
             raise ValueError(f'window is {self.window}; it must be at least 0')
         if self.arch == 'modern':
-            self.bias = False
+            self.bias = False  # it has none, whatever was asked for
 
 
 def padded(vocab_size):
@@ -75,6 +75,7 @@ def padded(vocab_size):
 
 # ---- Blocks --------------------------------------------------------------------------------------
 def rms_norm(x):
+    """Scale the last dimension to a mean square of 1."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
@@ -86,6 +87,7 @@ def make_norm(config):
 
 def rotate(x_BHTD, cos, sin):
     """Turn each pair (i, i + D/2) of a head's channels by an angle that grows with the position."""
+    # The product of a query and a key, so turned, depends on how far apart they are, not on where.
     a, b = x_BHTD.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BHTD)
 
@@ -105,8 +107,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
-        self.layer = layer
-        # query, key and value in one product
+        self.layer = layer  # the cache keeps keys and values layer by layer
+        # Query, key and value in one product: one large matrix is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -118,6 +120,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, H, C // H).transpose(1, 2)
         v = v.view(B, T, H, C // H).transpose(1, 2)
         if rotary is not None:
+            # Queries and keys of one length keep the softmax from growing too sharp.
             q = rms_norm(rotate(q, *rotary))
             k = rms_norm(rotate(k, *rotary))
         if cache is not None:
@@ -133,11 +136,13 @@ class CausalSelfAttention(nn.Module):
         """
         T, D = q_BHTD.shape[-2:]
         dropout = self.config.dropout if self.training else 0.0
-        # A single query is the newest token: all keys are its past. Otherwise there are T keys.
+        # A single query is the newest token: all keys are its past. Otherwise without a mask there
+        # are T keys for T queries, and the fused kernel hides the future faster than a mask would.
         causal = mask is None and T > 1
         if self.config.flash:
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask,
                                                   dropout_p=dropout, is_causal=causal)
+        # The same, written out.
         scores_BHTS = q_BHTD @ k_BHSD.mT / math.sqrt(D)
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()
@@ -190,18 +195,19 @@ class GPT(nn.Module):
             ln_f=make_norm(config)))
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.arch == 'gpt2':
-            # tied: one matrix reads tokens and writes them
+            # Tied: one matrix reads tokens and writes them.
             self.transformer.wte.weight = self.lm_head.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Draw every parameter once, as GPT-2's paper says; modern begins with a head of zeros."""
-        # Each block adds to the residual stream twice. This keeps its variance about the same.
+        # Each block adds to the residual stream twice, by its two c_proj. So scaled, 2 * n_layer
+        # such terms add up to a stream of about the same variance, however deep the model is.
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if name == 'lm_head.weight' and self.config.arch == 'modern':
-                nn.init.zeros_(p)  # so the first prediction is uniform
+                nn.init.zeros_(p)  # the first prediction is uniform
             elif name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=residual_std)
             elif p.ndim == 2:
@@ -211,6 +217,7 @@ class GPT(nn.Module):
             else:
                 assert p.ndim == 1, f'no rule initialises {name}'
                 nn.init.ones_(p)
+        # The padding stays zero: it is never looked up, and its logits never count.
         self.transformer.wte.weight[self.config.vocab_size:] = 0
 
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
@@ -228,9 +235,10 @@ class GPT(nn.Module):
             pos_BT, key_pos_BS = cache.positions(T)
         assert T <= self.config.block_size, f'{T} tokens are longer than the context'
 
+        # Padding has negative positions, for which there is no row in wpe.
         x = self.transformer.wte(idx_BT)
         if self.config.arch == 'gpt2':
-            x = x + self.transformer.wpe(pos_BT.clamp(min=0))  # padding has a negative position
+            x = x + self.transformer.wpe(pos_BT.clamp(min=0))
             rotary = None
         else:
             x = rms_norm(x)
@@ -240,8 +248,9 @@ class GPT(nn.Module):
         mask = self.attention_mask(pos_BT, key_pos_BS, hides_keys)
         for block in self.transformer.h:
             x = block(x, rotary, mask, cache)
+        # To draw the next token the last position is enough, and the head is the largest product.
         if targets_BT is None and not all_logits:
-            x = x[:, -1:]  # to draw the next token, the last position is enough
+            x = x[:, -1:]
         x = self.transformer.ln_f(x)
         if targets_BT is None:
             return self.logits(x), None
@@ -269,6 +278,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Return float32 logits of the tokens that exist, (B, T, V)."""
+        # In float32 whatever autocast says: a softmax over a large vocabulary needs its digits.
         logits_BTV = self.lm_head(x).float()
         if self.config.arch == 'modern':
             logits_BTV = LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
@@ -319,7 +329,8 @@ class GPT(nn.Module):
                              f'{args["block_size"]}')
         model = cls(config)
         weights = dict(source['model'])
-        if config.arch == 'gpt2':  # a shorter context has no use for the later positions
+        # A shorter context has no use for the later positions; rotary ones are not stored.
+        if config.arch == 'gpt2':
             wpe = weights['transformer.wpe.weight']
             weights['transformer.wpe.weight'] = wpe[:config.block_size]
         model.load_state_dict(weights)
@@ -333,9 +344,11 @@ class GPT(nn.Module):
         which reads the whole text again for each token; folio/engine.py has the fast one.
         """
         for _ in range(max_new_tokens):
+            # A text longer than the context loses its beginning.
             context_BT = idx_BT[:, -self.config.block_size:]
             logits_BTV, _ = self(context_BT)
             logits_BV = logits_BTV[:, -1] / temperature
+            # Rule out what is less likely than the k-th best.
             if top_k is not None:
                 best_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).values
                 logits_BV = logits_BV.masked_fill(logits_BV < best_BK[:, -1:], -math.inf)

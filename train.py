@@ -99,6 +99,7 @@ if wandb_log:
     except ImportError:
         raise UserError('wandb_log needs a package: pip install wandb') from None
 
+# Under torchrun this script runs once for each GPU, told apart by rank; rank 0 does the talking.
 machine = Machine(device, dtype)
 device = machine.device  # under torchrun each process has its own
 rank = machine.rank
@@ -113,6 +114,7 @@ if fsdp and machine.dtype == 'float16':
     raise UserError('float16 scales the loss by what each process sees; with fsdp give '
                     '--dtype=bfloat16 or float32')
 machine.init_processes(backend)
+# Compiling takes a minute or so, and pays on a GPU. Where it does not work, the reason is printed.
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
@@ -121,7 +123,7 @@ print0(f'{machine}, compile {compile}{", sharded" if fsdp else ""}')
 # ---- Data ----------------------------------------------------------------------------------------
 data = Dataset(dataset)
 train_tokens = data.tokens('train')
-train_mask = data.mask('train')
+train_mask = data.mask('train')  # None, or which tokens are targets (instruction tuning)
 val_tokens = data.tokens('val')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} '
@@ -148,6 +150,7 @@ if init_from == 'resume':
 elif init_from == 'scratch' and os.path.exists(ckpt_path):  # that run will be moved aside
     folio.checkpoint.require_same_shape(folio.checkpoint.load(ckpt_path), model_args, ckpt_path)
 
+# Every process draws the same weights.
 torch.manual_seed(seed)
 if init_from == 'scratch':
     model = GPT(model_config)
@@ -163,6 +166,7 @@ else:
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2))
+# Gradients in float16 underflow unless the loss is scaled up; in any other format this does nothing.
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
@@ -223,6 +227,7 @@ if hellaswag_interval > 0 or sample_interval > 0:
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
 def save(path, iter_num):
     """Write a checkpoint of the run as it is before step iter_num."""
+    # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
     if rank != 0:
@@ -379,6 +384,7 @@ for iter_num in range(first_iter, max_iters + 1):
             _, loss = ddp_model(idx_BT, targets_BT)
         loss_sum += loss.detach()
         scaler.scale(loss / micro_steps).backward()
+    # Clip the gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
     max_norm = grad_clip if grad_clip > 0 else math.inf
