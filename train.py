@@ -166,7 +166,7 @@ else:
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2))
-# Gradients in float16 underflow unless the loss is scaled up; in any other format this does nothing.
+# Gradients in float16 underflow unless the loss is scaled up. In other formats this does nothing.
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
