@@ -236,6 +236,7 @@ def save(path, iter_num):
         'model': states[0],
         'model_args': asdict(model.config),
         'tokenizer': data.spec,
+        'template': data.meta.get('template'),  # of prompts, for sample.py --chat
         'optimizer': states[1:],
         'scaler': scaler.state_dict(),
         'config': config,

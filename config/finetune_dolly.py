@@ -1,7 +1,7 @@
 # Instruction tuning: GPT-2 (124 M) on databricks-dolly-15k, with the loss on the responses alone; one GPU.
 #     python prepare/dolly/prepare.py
 #     python train.py config/finetune_dolly.py
-#     python sample.py --out_dir=out/gpt2_dolly --start=$'Instruction:\nName three uses of a brick.\n\nResponse:\n'
+#     python sample.py --out_dir=out/gpt2_dolly --chat=True
 # 5.9 M tokens, estimated to be two epochs. Memory, time and loss: not measured yet (no hub within reach, where weights
 # and data come from). On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8.
 out_dir = 'out/gpt2_dolly'

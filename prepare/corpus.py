@@ -89,7 +89,7 @@ def publish(folder, tokenizer, meta):
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source, words=None):
+def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
     splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer). Of a
@@ -97,9 +97,12 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
     Each document starts with the end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, where a loss per word is wanted.
+    template: how a prompt is made of what a user asks, which stands at {}; for sample.py --chat.
     Raises UserError if the disk is full or the folder cannot be written.
     """
     meta = new_meta(tokenizer, source)
+    if template is not None:
+        meta['template'] = template
     try:
         os.makedirs(folder, exist_ok=True)
         remove_unfinished(folder)  # publish would take the masks of a killed run for ours
