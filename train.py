@@ -199,9 +199,13 @@ ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
 n_parameters = sum(p.numel() for p in model.parameters())
+n_tokens = (max_iters - first_iter) * tokens_per_step
+memory = machine.expected_memory(model, optimizers, batch_size)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
-       f'{len(train_tokens):,} tokens, {tokens_per_step:,} a step, '
-       f'{len(train_tokens) / tokens_per_step:.1f} steps an epoch')
+       f'{len(train_tokens):,} tokens')
+print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
+       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**30:.1f} GiB of memory '
+       f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 if eval_only:
     for split in data.splits():
@@ -307,13 +311,23 @@ def my_batches():
                               micro_step=micro_step * world_size + rank)
 
 
+def time_to_go(iter_num, step_seconds):
+    """Return how long the run takes after step iter_num, with the evaluations that are to come."""
+    n_steps = max_iters - iter_num - 1
+    n_evaluations = math.ceil((n_steps + 1) / eval_interval)
+    seconds = n_steps * step_seconds + n_evaluations * eval_seconds
+    return datetime.timedelta(seconds=int(seconds))
+
+
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
 clock = time.perf_counter()
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
+eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
-    train_seconds += time.perf_counter() - clock  # the clock stands still until the next step
+    pause = time.perf_counter()
+    train_seconds += pause - clock  # the clock stands still until the next step
     is_last = iter_num == max_iters
     # A resumed run was saved after its evaluation, which is in the log already.
     is_new = iter_num > first_iter or init_from != 'resume'
@@ -362,6 +376,8 @@ for iter_num in range(first_iter, max_iters + 1):
 
     # Step
     clock = time.perf_counter()
+    if validate:
+        eval_seconds = clock - pause
     lr = learning_rate_at(iter_num, lr_decay_iters, peak=learning_rate, floor=min_lr,
                           warmup=warmup_iters, schedule=schedule, cooldown=cooldown_iters)
     share = lr / learning_rate if decay_lr else 1.0
@@ -401,12 +417,17 @@ for iter_num in range(first_iter, max_iters + 1):
     scaler.update()
 
     # Log
-    if iter_num % log_interval == 0:
-        loss = machine.sum(loss_sum.item())[0] / gradient_accumulation_steps  # .item() waits
+    is_logged = iter_num % log_interval == 0
+    is_tenth = iter_num == first_iter + 9  # soon enough to tell how long the run takes
+    if is_logged or is_tenth:
+        machine.synchronize()
         seconds = train_seconds + time.perf_counter() - clock
         step_seconds = (seconds - logged_seconds) / (iter_num + 1 - logged_iter)
+        to_go = time_to_go(iter_num, step_seconds)
+    if is_logged:
         logged_iter = iter_num + 1
         logged_seconds = seconds
+        loss = machine.sum(loss_sum.item())[0] / gradient_accumulation_steps
         tokens_per_second = tokens_per_step / step_seconds
         entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
                  'grad_norm': norm.item(), 'tokens': (iter_num + 1) * tokens_per_step,
@@ -417,10 +438,11 @@ for iter_num in range(first_iter, max_iters + 1):
             entry['mfu'] = flops / (machine.peak_flops * world_size)
             mfu_text = f', MFU {entry["mfu"]:.1%}'
         log(entry)
-        to_go = datetime.timedelta(seconds=int(step_seconds * (max_iters - iter_num - 1)))
         print0(f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, '
                f'norm {entry["grad_norm"]:.2f}, {tokens_per_second:,.0f} tokens/s{mfu_text}, '
                f'{to_go} to go')
+    elif is_tenth:
+        print0(f'ten steps done: {to_go} to go')
 
 # ---- The end -------------------------------------------------------------------------------------
 if stopping and not is_last:
