@@ -16,6 +16,7 @@ import sys
 import time
 import types
 
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -25,6 +25,7 @@ import json
 import math
 import os
 
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

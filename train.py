@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -204,7 +205,7 @@ memory = machine.expected_memory(model, optimizers, batch_size)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens')
 print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
-       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**30:.1f} GiB of memory '
+       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**20:,.0f} MiB of memory '
        f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 if eval_only:
