@@ -8,8 +8,8 @@ An item, shortened:
      "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
 
-The last line of output is JSON: acc, acc_norm, acc_mean, the standard error of each (acc_stderr …),
-and n. Guessing gives 0.25. The ending chosen is the one with
+The last line of output is JSON: acc, acc_norm, acc_mean, the standard error of each (acc_stderr
+…), and n. Guessing gives 0.25. The ending chosen is the one with
     acc       the highest log-probability: the acc of lm-evaluation-harness
     acc_norm  the highest log-probability per character: the acc_norm of lm-evaluation-harness
     acc_mean  the lowest loss per token: what build-nanogpt and llm.c call acc_norm (GPT-2 124M
@@ -182,8 +182,11 @@ def score_batch(model, batch, device):
 
 
 @torch.no_grad()
-def score(model, items, tokenizer, machine, batch_tokens, progress=False):
-    """Return (sums, counts), both (n, 4): log-probability in nats, and tokens, of each ending."""
+def score(model, items, tokenizer, machine, batch_tokens, progress=False, should_stop=None):
+    """Return (sums, counts), both (n, 4): log-probability in nats, and tokens, of each ending.
+
+    should_stop: asked before each batch; where it says True, (None, None) is returned.
+    """
     batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
     sums = torch.zeros(len(items), 4, dtype=torch.float64)
     counts = torch.zeros(len(items), 4, dtype=torch.float64)
@@ -193,6 +196,9 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False):
     # many, if need be with a batch that another one scores.
     n_turns = math.ceil(len(batches) / machine.world_size)
     for turn in tqdm(range(n_turns), desc='HellaSwag', disable=not progress or machine.rank > 0):
+        if should_stop is not None and should_stop():
+            model.train(was_training)
+            return None, None
         i = turn * machine.world_size + machine.rank
         batch = batches[min(i, len(batches) - 1)]
         with machine.autocast:
@@ -223,9 +229,14 @@ def accuracies(items, sums, counts):
     return result | {'n': n}
 
 
-def evaluate(model, items, tokenizer, machine, batch_tokens):
-    """Return the accuracies of a model, which stays as it was, the same on every process."""
-    sums, counts = score(model, items, tokenizer, machine, batch_tokens)
+def evaluate(model, items, tokenizer, machine, batch_tokens, should_stop=None):
+    """Return the accuracies of a model, which stays as it was, the same on every process.
+
+    should_stop: asked before each batch; where it says True, None is returned.
+    """
+    sums, counts = score(model, items, tokenizer, machine, batch_tokens, should_stop=should_stop)
+    if sums is None:
+        return None
     return accuracies(items, sums, counts)
 
 

@@ -27,9 +27,10 @@ import folio.checkpoint
 from folio import fast
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 require_choice, user_errors)
-from folio.data import Dataset, evaluate, prefetch, train_batch
+from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
 from folio.machine import Machine, default_device
-from folio.optim import SCHEDULES, learning_rate_at, load_states, make_optimizers
+from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
+                         make_optimizers)
 from model import GPT, GPTConfig
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults --------------
@@ -73,6 +74,7 @@ weight_decay = 1e-1  # of matrices
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
+skip_spikes = False  # skip a step whose gradient norm is far outside the last hundred
 decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000
@@ -85,15 +87,19 @@ fsdp = False  # divide parameters and optimizer among the processes, for models 
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
+deterministic = False  # on a GPU: kernels that give the same bits each time, and are slower
 config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'gradient_accumulation_steps', 'batch_size', 'block_size',
                  'eval_interval', 'log_interval')
 require_at_least(0, config, 'max_iters', 'eval_iters', 'warmup_iters', 'cooldown_iters', 'patience',
-                 'sample_interval', 'hellaswag_interval')
+                 'sample_interval', 'hellaswag_interval', 'min_lr', 'grad_clip')
 require_choice(config, 'compile', ('auto', True, False))
 require_choice(config, 'schedule', SCHEDULES)
+if schedule == 'trapezoid' and decay_lr and cooldown_iters == 0:
+    raise UserError('a trapezoid falls over its last cooldown_iters steps, which are 0: give '
+                    f'--cooldown_iters={max(1, lr_decay_iters // 5)} or so, or --decay_lr=False')
 if wandb_log:
     try:
         import wandb
@@ -115,6 +121,8 @@ if fsdp and machine.dtype == 'float16':
     raise UserError('float16 scales the loss by what each process sees; with fsdp give '
                     '--dtype=bfloat16 or float32')
 machine.init_processes(backend)
+if deterministic:
+    machine.make_deterministic()
 # Compiling takes a minute or so, and pays on a GPU. Where it does not work, the reason is printed.
 if compile == 'auto':
     compile = machine.type == 'cuda'
@@ -138,16 +146,23 @@ best_path = os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+# torchrun has restarted this run after a worker died: go on, and not once more from the beginning.
+if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0 and os.path.exists(ckpt_path):
+    init_from = 'resume'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
 
 checkpoint = None
+if os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
+    raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give another '
+                    '--out_dir, or --init_from=resume')
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
 if init_from == 'resume':
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
+    folio.checkpoint.require_same_data(checkpoint, data, seed, ckpt_path)
 elif init_from == 'scratch' and os.path.exists(ckpt_path):  # that run will be moved aside
     folio.checkpoint.require_same_shape(folio.checkpoint.load(ckpt_path), model_args, ckpt_path)
 
@@ -171,12 +186,19 @@ optimizers = make_optimizers(
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
+first_window = 0  # of the training stream, where this process begins
+is_validated = False  # whether the evaluation at first_iter has been made
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
+norms = []  # of the gradients of the last hundred steps, if skip_spikes
 if init_from == 'resume':
     folio.checkpoint.require_training_state(checkpoint, ckpt_path)
     first_iter = checkpoint['iter_num']
+    # Where the batches had another size, they were counted in windows.
+    first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
+    is_validated = checkpoint.get('is_validated', True)
+    norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
     train_seconds = checkpoint.get('train_seconds', 0.0)
@@ -199,6 +221,13 @@ if compile:
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
+    # After its first backward pass DDP groups the gradients anew, and their sums round otherwise.
+    # Let that be now: then the first step of a resumed run has the same bits as in an undisturbed.
+    idx_BT = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
+    with machine.autocast:
+        _, loss = ddp_model(idx_BT, idx_BT)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
 n_parameters = sum(p.numel() for p in model.parameters())
 n_tokens = (max_iters - first_iter) * tokens_per_step
 memory = machine.expected_memory(model, optimizers, batch_size)
@@ -230,8 +259,11 @@ if hellaswag_interval > 0 or sample_interval > 0:
 
 
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
-def save(path, iter_num):
-    """Write a checkpoint of the run as it is before step iter_num."""
+def save(path, iter_num, is_validated):
+    """Write a checkpoint of the run as it is before step iter_num.
+
+    is_validated: whether the evaluation that is due then has been made.
+    """
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
@@ -246,6 +278,10 @@ def save(path, iter_num):
         'scaler': scaler.state_dict(),
         'config': config,
         'iter_num': iter_num,
+        'windows': windows_before(iter_num),
+        'data': data.fingerprint('train'),
+        'is_validated': is_validated,
+        'norms': norms,
         'best_val_loss': best_val_loss,
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
@@ -260,6 +296,11 @@ def log(entry):
         f.write(json.dumps(entry) + '\n')
     if wandb_log and 'iter' in entry:
         wandb.log(entry, step=entry['iter'])
+
+
+def windows_before(iter_num):
+    """Return how many windows of the training stream come before a step."""
+    return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
 
 
 def sample_text():
@@ -280,15 +321,34 @@ def on_signal(number, frame):
     signals.append((number, time.monotonic()))
 
 
+def should_stop():
+    """Return whether a signal came to any process: some may not have got it."""
+    return machine.any(len(signals) > 0)
+
+
+def stop_if_diverged(iter_num, all_finite):
+    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
+    if all_finite:
+        return
+    remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
+    if os.path.exists(ckpt_path):
+        remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
+    rate = optimizers[0].param_groups[0]['lr']
+    raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
+                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
+
+
 if rank == 0:
+    from folio.lock import only_one
     try:
         os.makedirs(out_dir, exist_ok=True)
+        lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
         if init_from == 'resume':
             folio.checkpoint.truncate_log(log_path, first_iter)
-        elif folio.checkpoint.set_aside(out_dir):
-            print0(f'the run that was in {out_dir} is now in {out_dir}/previous')
-        elif os.path.exists(log_path):
-            os.remove(log_path)  # of a run that never saved
+        else:
+            previous = folio.checkpoint.set_aside(out_dir)
+            if previous is not None:
+                print0(f'the run that was in {out_dir} is now in {previous}')
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another '
                         '--out_dir') from None
@@ -298,18 +358,18 @@ log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'ma
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
     'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
     'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):
+    signal.signal(number, on_signal)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def my_batches():
-    """Yield this process's micro-batches. Each is a pure function of its step: nothing to save."""
+    """Yield this process's micro-batches. Each is a pure function of its first window."""
     for step in range(first_iter, max_iters):
         for micro_step in range(micro_steps):
+            n_before = micro_step * world_size + rank  # micro-batches of this step
             yield train_batch(train_tokens, train_mask, block_size, batch_size=batch_size,
-                              micro_steps=gradient_accumulation_steps, seed=seed, step=step,
-                              micro_step=micro_step * world_size + rank)
+                              seed=seed, first=windows_before(step) + n_before * batch_size)
 
 
 def time_to_go(iter_num, step_seconds):
@@ -325,21 +385,37 @@ clock = time.perf_counter()
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
 eval_seconds = 0.0  # that the last evaluation took, with samples and saving
+norm = torch.zeros(())  # of the gradient
+all_finite = torch.ones((), dtype=torch.bool, device=device)
+# What the log has for first_iter already. The first process says so: its log is the one.
+logged_before = set()
+if init_from == 'resume':
+    for entry in folio.checkpoint.read_log(log_path, damaged=[]):
+        if entry.get('iter') == first_iter:
+            logged_before |= entry.keys()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
     pause = time.perf_counter()
     train_seconds += pause - clock  # the clock stands still until the next step
     is_last = iter_num == max_iters
-    # A resumed run was saved after its evaluation, which is in the log already.
-    is_new = iter_num > first_iter or init_from != 'resume'
+    is_resumed = iter_num == first_iter and init_from == 'resume'
 
-    # Validate
-    validate = is_new and (is_last or iter_num % eval_interval == 0)
-    improved = False
-    if validate:
+    # Validate, unless the checkpoint was saved after that
+    stopping = should_stop()
+    validate = is_last or iter_num % eval_interval == 0
+    if is_resumed and is_validated:
+        validate = False
+    metrics = None
+    if validate and not stopping:
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
-                           n_windows=eval_iters * batch_size, machine=machine)
+                           n_windows=eval_iters * batch_size, machine=machine,
+                           should_stop=should_stop)
+        stopping = metrics is None  # it was given up
+    improved = False
+    if metrics is not None:
         val_loss = metrics.pop('loss')
+        all_finite &= math.isfinite(val_loss)
+        stop_if_diverged(iter_num, all_finite)
         improved = val_loss < best_val_loss
         if improved:
             best_val_loss = val_loss
@@ -352,26 +428,34 @@ for iter_num in range(first_iter, max_iters + 1):
              'train_seconds': train_seconds, 'val_loss': val_loss, **metrics})
     if patience > 0 and evals_without_gain >= patience:
         is_last = True
-    if hellaswag_interval > 0 and is_new and (is_last or iter_num % hellaswag_interval == 0):
+
+    # Save, best.pt first, so that a resumed run never misses its best
+    if improved and iter_num > 0:
+        save(best_path, iter_num, is_validated=True)
+    due = metrics is not None and iter_num > 0 and (improved or always_save_checkpoint)
+    if due or stopping:
+        stop_if_diverged(iter_num, all_finite)
+        save(ckpt_path, iter_num, is_validated=metrics is not None or not validate)
+
+    # Look at the model: HellaSwag, a sample
+    is_scored = hellaswag_interval > 0 and (is_last or iter_num % hellaswag_interval == 0)
+    is_sampled = sample_interval > 0 and iter_num > 0 and iter_num % sample_interval == 0
+    if is_scored and not stopping and not (is_resumed and 'hellaswag' in logged_before):
         with machine.unsharded(model):
             metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
-                                         batch_tokens=hellaswag.batch_tokens)
-        accuracy = metrics.pop('acc_mean')
-        print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
-        log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
-    if sample_interval > 0 and iter_num > first_iter and iter_num % sample_interval == 0:
+                                         batch_tokens=hellaswag.batch_tokens,
+                                         should_stop=should_stop)
+        stopping = metrics is None
+        if stopping:
+            save(ckpt_path, iter_num, is_validated=True)
+        else:
+            accuracy = metrics.pop('acc_mean')
+            print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
+            log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
+    if is_sampled and not stopping and not (is_resumed and 'sample' in logged_before):
         text = sample_text()
         print0(f'---- sample at step {iter_num}\n{text}\n----')
         log({'iter': iter_num, 'sample': text})
-
-    # Save, and stop when it is time to or somebody asked for it
-    can_ask = world_size == 1 or iter_num % log_interval == 0  # asking all costs a message each
-    stopping = can_ask and machine.sum(len(signals))[0] > 0
-    if improved and iter_num > first_iter:
-        save(best_path, iter_num)  # before ckpt.pt, so that a resumed run never misses its best
-    due = validate and iter_num > first_iter and (improved or always_save_checkpoint)
-    if due or stopping:
-        save(ckpt_path, iter_num)
     if is_last or stopping:
         break
 
@@ -387,9 +471,14 @@ for iter_num in range(first_iter, max_iters + 1):
             group['lr'] = group['peak_lr'] * share
     # Dropout too is a function of the step, and of the process.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
+    # Where some tokens are masked, each target counts the same, in whichever micro-batch it is.
+    n_targets = count_targets(len(train_tokens), train_mask, block_size, seed=seed,
+                              first=windows_before(iter_num),
+                              count=gradient_accumulation_steps * batch_size)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         idx_BT, targets_BT = next(batches)
+        n_targets_here = (targets_BT != -1).sum().item()
         idx_BT = idx_BT.to(device, non_blocking=True)
         targets_BT = targets_BT.to(device, non_blocking=True)
         # Gradients of all processes meet at the last micro-step only.
@@ -400,8 +489,10 @@ for iter_num in range(first_iter, max_iters + 1):
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
-        loss_sum += loss.detach()
-        scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach() * n_targets_here
+        # The processes' gradients are averaged, so that 1 / world_size is in them already.
+        share = n_targets_here * world_size / max(1, n_targets)
+        scaler.scale(loss * share).backward()
     # Clip the gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
@@ -409,16 +500,29 @@ for iter_num in range(first_iter, max_iters + 1):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if fsdp:
         norm = norm.full_tensor()
+
+    # A number that is not finite ends the run before it is saved. A GPU is not waited for at each
+    # step, so there the run ends at the next log line.
+    is_logged = iter_num % log_interval == 0
+    all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
+    if is_logged or machine.type == 'cpu':
+        stop_if_diverged(iter_num, all_finite)
+    skip = False
+    if skip_spikes:
+        skip = is_spike(norm.item(), norms)
+        norms = [*norms, norm.item()][-100:]
+        if skip:
+            print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
+            log({'iter': iter_num, 'skipped': norm.item()})
     # Under float16 a gradient may overflow: then no optimizer steps, and the scaler scales less.
     overflow = machine.dtype == 'float16' and not norm.isfinite()
     for o in optimizers:
-        if not overflow:
+        if not overflow and not skip:
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
 
     # Log
-    is_logged = iter_num % log_interval == 0
     is_tenth = iter_num == first_iter + 9  # soon enough to tell how long the run takes
     if is_logged or is_tenth:
         machine.synchronize()
@@ -428,7 +532,7 @@ for iter_num in range(first_iter, max_iters + 1):
     if is_logged:
         logged_iter = iter_num + 1
         logged_seconds = seconds
-        loss = machine.sum(loss_sum.item())[0] / gradient_accumulation_steps
+        loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)
         tokens_per_second = tokens_per_step / step_seconds
         entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
                  'grad_norm': norm.item(), 'tokens': (iter_num + 1) * tokens_per_step,
@@ -446,11 +550,13 @@ for iter_num in range(first_iter, max_iters + 1):
         print0(f'ten steps done: {to_go} to go')
 
 # ---- The end -------------------------------------------------------------------------------------
-if stopping and not is_last:
-    arguments = [arg for arg in sys.argv[1:] if not arg.startswith('--init_from=')]
+if stopping:
+    arguments = [arg for arg in sys.argv if not arg.startswith('--init_from=')]
     command = shlex.join(arguments + ['--init_from=resume'])
-    print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: '
-           f'python train.py {command}')
+    launcher = 'python'
+    if world_size > 1:
+        launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}'
+    print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: {launcher} {command}')
     # Another process got the signal if none came here.
     sys.exit(128 + signals[0][0] if signals else 1)
 reason = ''

@@ -97,6 +97,12 @@ class Machine:
         if self.type != 'cpu':
             getattr(torch, self.type).synchronize()
 
+    def make_deterministic(self):
+        """Choose kernels on a GPU that give the same bits each time; warn where there is none."""
+        if self.type == 'cuda':
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
     def can_compile(self):
         """Return whether torch.compile works here, and say why if not."""
         try:
@@ -132,17 +138,30 @@ class Machine:
 
     # ---- Several processes -----------------------------------------------------------------------
     def init_processes(self, backend):
-        """Meet the other processes: by `backend` (NCCL) between GPUs, by gloo between CPUs."""
+        """Meet the other processes: by `backend` (nccl) between GPUs, by gloo between CPUs."""
         if self.world_size == 1:
             return
         store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # After a restart torchrun's store still holds the addresses of the dead workers.
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-        if self.type != 'cuda':
+        if self.type == 'cuda':
+            backend = f'cpu:gloo,cuda:{backend}'
+        else:
             backend = 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         atexit.register(dist.destroy_process_group)
+
+    def any(self, flag):
+        """Return whether a flag is set in any process.
+
+        The tensor is on the CPU, where gloo sums it: a GPU's queue of work is not waited for.
+        """
+        if self.world_size == 1:
+            return flag
+        total = torch.tensor(int(flag))
+        dist.all_reduce(total)
+        return total.item() > 0
 
     def sum(self, *numbers):
         """Return each number summed over all processes."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import folio.tokenizer
 from folio.configurator import UserError
+from folio.lock import only_one
 
 JOIN_TOKENS = 2**22  # tokens held in memory while a part is appended
 BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
@@ -313,24 +314,6 @@ def is_whole(folder, meta):
 
 
 # ---- Workers -------------------------------------------------------------------------------------
-def only_one(path):
-    """Return an open, locked file; raise UserError if another process has it locked.
-
-    The lock ends when the file is closed or this process ends, even if it is killed.
-    """
-    # The system ends a lock with its process: no killed run leaves one behind.
-    lock = open(path, 'w')
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f'another run is at work in {os.path.dirname(path)}; '
-                        'wait until it is done') from None
-    except (ImportError, OSError):
-        pass  # Windows and some network file systems have no such locks: then we trust the user
-    return lock
-
-
 def part_numbers(worker, n_files):
     """Return the numbers of the parts to go over: those of worker 'i/n', or all of them for ''.
 
