@@ -187,7 +187,6 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
 first_window = 0  # of the training stream, where this process begins
-is_validated = False  # whether the evaluation at first_iter has been made
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
@@ -197,7 +196,6 @@ if init_from == 'resume':
     first_iter = checkpoint['iter_num']
     # Where the batches had another size, they were counted in windows.
     first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
-    is_validated = checkpoint.get('is_validated', True)
     norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
@@ -259,11 +257,14 @@ if hellaswag_interval > 0 or sample_interval > 0:
 
 
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
-def save(path, iter_num, is_validated):
-    """Write a checkpoint of the run as it is before step iter_num.
+def windows_before(iter_num):
+    """Return how many windows of the training stream come before a step."""
+    return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
 
-    is_validated: whether the evaluation that is due then has been made.
-    """
+
+def save(path, iter_num):
+    """Write a checkpoint of the run as it is before step iter_num."""
+    stop_if_diverged(iter_num)  # nothing that is not finite is ever saved
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
@@ -280,12 +281,23 @@ def save(path, iter_num, is_validated):
         'iter_num': iter_num,
         'windows': windows_before(iter_num),
         'data': data.fingerprint('train'),
-        'is_validated': is_validated,
         'norms': norms,
         'best_val_loss': best_val_loss,
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
     })
+
+
+def stop_if_diverged(iter_num):
+    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
+    if all_finite:
+        return
+    remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
+    if os.path.exists(ckpt_path):
+        remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
+    rate = optimizers[0].param_groups[0]['lr']
+    raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
+                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
 
 
 def log(entry):
@@ -298,78 +310,51 @@ def log(entry):
         wandb.log(entry, step=entry['iter'])
 
 
-def windows_before(iter_num):
-    """Return how many windows of the training stream come before a step."""
-    return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
+def log_evaluation(iter_num, metrics):
+    """Print and log the loss on the validation split and what follows from it."""
+    print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in metrics.items()))
+    others = {key: value for key, value in metrics.items() if key != 'loss'}
+    log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
+         'val_loss': metrics['loss'], **others})
 
 
-def sample_text():
-    """Return 200 tokens of text from the beginning of a document."""
+def score_hellaswag(iter_num):
+    """Score the model on HellaSwag and log it; return False if a signal came before the end."""
+    with machine.unsharded(model):
+        metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
+                                     batch_tokens=hellaswag.batch_tokens, should_stop=should_stop)
+    if metrics is None:
+        return False
+    accuracy = metrics.pop('acc_mean')
+    print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
+    log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
+    return True
+
+
+def write_sample(iter_num):
+    """Print and log 200 tokens of text from the beginning of a document."""
     steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
     with machine.autocast, machine.unsharded(model):
-        return tokenizer.decode([next_B.item() for next_B in steps])
+        text = tokenizer.decode([next_B.item() for next_B in steps])
+    print0(f'---- sample at step {iter_num}\n{text}\n----')
+    log({'iter': iter_num, 'sample': text})
 
 
-signals = []  # (number, time) of those that came
-
-
-def on_signal(number, frame):
-    """Ask the loop to stop. A signal that comes 2 seconds after the first ends it at once."""
-    # Sooner is no second wish: torchrun and Slurm pass the first one on twice.
-    if signals and time.monotonic() > signals[0][1] + 2:
-        os._exit(128 + number)
-    signals.append((number, time.monotonic()))
-
-
-def should_stop():
-    """Return whether a signal came to any process: some may not have got it."""
-    return machine.any(len(signals) > 0)
-
-
-def stop_if_diverged(iter_num, all_finite):
-    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
-    if all_finite:
-        return
-    remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
-    if os.path.exists(ckpt_path):
-        remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
-    rate = optimizers[0].param_groups[0]['lr']
-    raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
-                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
-
-
-if rank == 0:
-    from folio.lock import only_one
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
-        if init_from == 'resume':
-            folio.checkpoint.truncate_log(log_path, first_iter)
-        else:
-            previous = folio.checkpoint.set_aside(out_dir)
-            if previous is not None:
-                print0(f'the run that was in {out_dir} is now in {previous}')
-    except OSError as e:
-        raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another '
-                        '--out_dir') from None
-    if wandb_log:
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
-    'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
-    'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
-for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):
-    signal.signal(number, on_signal)
-
-
-# ---- Training ------------------------------------------------------------------------------------
-def my_batches():
-    """Yield this process's micro-batches. Each is a pure function of its first window."""
-    for step in range(first_iter, max_iters):
-        for micro_step in range(micro_steps):
-            n_before = micro_step * world_size + rank  # micro-batches of this step
-            yield train_batch(train_tokens, train_mask, block_size, batch_size=batch_size,
-                              seed=seed, first=windows_before(step) + n_before * batch_size)
+def log_step(iter_num, loss, norm, step_seconds, to_go):
+    """Print and log a training step."""
+    tokens_per_second = tokens_per_step / step_seconds
+    lr = optimizers[0].param_groups[0]['lr']
+    entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm,
+             'tokens': windows_before(iter_num + 1) * block_size,
+             'tokens_per_second': tokens_per_second, 'train_seconds': logged_seconds}
+    mfu_text = ''
+    if machine.peak_flops:  # model FLOPs utilization: the share of what the GPU could do at best
+        flops = model.flops_per_token() * tokens_per_second
+        entry['mfu'] = flops / (machine.peak_flops * world_size)
+        mfu_text = f', MFU {entry["mfu"]:.1%}'
+    log(entry)
+    print0(f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, '
+           f'{tokens_per_second:,.0f} tokens/s{mfu_text}, {to_go} to go')
 
 
 def time_to_go(iter_num, step_seconds):
@@ -380,104 +365,137 @@ def time_to_go(iter_num, step_seconds):
     return datetime.timedelta(seconds=int(seconds))
 
 
+signals = []  # (number, time) of those that came
+
+
+def on_signal(number, frame):
+    """Ask the loop to stop. A signal that comes 2 seconds after the first ends it at once."""
+    # A sooner one may be the same signal: torchrun and Slurm pass it on twice.
+    if signals and time.monotonic() > signals[0][1] + 2:
+        os._exit(128 + number)
+    signals.append((number, time.monotonic()))
+
+
+def should_stop():
+    """Return whether a signal came to any process: some may not have got it."""
+    return machine.any(len(signals) > 0)
+
+
+# ---- The folder of the run -----------------------------------------------------------------------
+in_log = set()  # what a resumed run has done at first_iter already: val_loss, hellaswag, sample
+if rank == 0:
+    from folio.lock import only_one
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
+        if init_from == 'resume':
+            folio.checkpoint.truncate_log(log_path, first_iter)
+            for entry in folio.checkpoint.read_log(log_path):
+                if entry.get('iter') == first_iter:
+                    in_log |= entry.keys()
+        else:
+            previous = folio.checkpoint.set_aside(out_dir)
+            if previous is not None:
+                print0(f'the run that was in {out_dir} is now in {previous}')
+    except OSError as e:
+        raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another '
+                        '--out_dir') from None
+    if wandb_log:
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+in_log = {key for key in ('val_loss', 'hellaswag', 'sample') if machine.any(key in in_log)}
+log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
+    'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
+    'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
+    'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    if hasattr(signal, name):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), on_signal)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def my_batches():
+    """Yield this process's micro-batches: (idx_BT, targets_BT, targets in the whole step)."""
+    for step in range(first_iter, max_iters):
+        first = windows_before(step)
+        n_targets = count_targets(len(train_tokens), train_mask, block_size, seed=seed, first=first,
+                                  count=gradient_accumulation_steps * batch_size)
+        for micro_step in range(micro_steps):
+            n_before = micro_step * world_size + rank  # micro-batches of this step
+            idx_BT, targets_BT = train_batch(
+                train_tokens, train_mask, block_size, batch_size=batch_size, seed=seed,
+                first=first + n_before * batch_size)
+            yield idx_BT, targets_BT, n_targets
+
+
+def is_due(what, interval):
+    """Return whether something is due at this turn: every `interval` steps, and at the last."""
+    if interval == 0 or (iter_num == first_iter and what in in_log):
+        return False
+    return is_last or iter_num % interval == 0
+
+
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
-clock = time.perf_counter()
+norm = torch.zeros(())  # of the gradient, before it is clipped
+all_finite = torch.ones((), dtype=torch.bool, device=device)
+eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
-eval_seconds = 0.0  # that the last evaluation took, with samples and saving
-norm = torch.zeros(())  # of the gradient
-all_finite = torch.ones((), dtype=torch.bool, device=device)
-# What the log has for first_iter already. The first process says so: its log is the one.
-logged_before = set()
-if init_from == 'resume':
-    for entry in folio.checkpoint.read_log(log_path, damaged=[]):
-        if entry.get('iter') == first_iter:
-            logged_before |= entry.keys()
+clock = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
     pause = time.perf_counter()
     train_seconds += pause - clock  # the clock stands still until the next step
     is_last = iter_num == max_iters
-    is_resumed = iter_num == first_iter and init_from == 'resume'
 
-    # Validate, unless the checkpoint was saved after that
+    # Validate
     stopping = should_stop()
-    validate = is_last or iter_num % eval_interval == 0
-    if is_resumed and is_validated:
-        validate = False
     metrics = None
-    if validate and not stopping:
+    if not stopping and is_due('val_loss', eval_interval):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
                            n_windows=eval_iters * batch_size, machine=machine,
                            should_stop=should_stop)
-        stopping = metrics is None  # it was given up
+        stopping = metrics is None  # a signal came meanwhile
     improved = False
     if metrics is not None:
-        val_loss = metrics.pop('loss')
-        all_finite &= math.isfinite(val_loss)
-        stop_if_diverged(iter_num, all_finite)
-        improved = val_loss < best_val_loss
-        if improved:
-            best_val_loss = val_loss
-            evals_without_gain = 0
-        else:
-            evals_without_gain += 1
-        values = {'loss': val_loss} | metrics
-        print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in values.items()))
-        log({'iter': iter_num, 'tokens': iter_num * tokens_per_step,
-             'train_seconds': train_seconds, 'val_loss': val_loss, **metrics})
+        all_finite &= math.isfinite(metrics['loss'])
+        stop_if_diverged(iter_num)
+        improved = metrics['loss'] < best_val_loss
+        best_val_loss = min(best_val_loss, metrics['loss'])
+        evals_without_gain = 0 if improved else evals_without_gain + 1
+        log_evaluation(iter_num, metrics)
     if patience > 0 and evals_without_gain >= patience:
         is_last = True
 
-    # Save, best.pt first, so that a resumed run never misses its best
-    if improved and iter_num > 0:
-        save(best_path, iter_num, is_validated=True)
-    due = metrics is not None and iter_num > 0 and (improved or always_save_checkpoint)
-    if due or stopping:
-        stop_if_diverged(iter_num, all_finite)
-        save(ckpt_path, iter_num, is_validated=metrics is not None or not validate)
+    # Save, first best.pt: a run that is killed in between then does not miss its best
+    if iter_num > 0 and improved:
+        save(best_path, iter_num)
+    if iter_num > 0 and metrics is not None and (improved or always_save_checkpoint):
+        save(ckpt_path, iter_num)
 
-    # Look at the model: HellaSwag, a sample
-    is_scored = hellaswag_interval > 0 and (is_last or iter_num % hellaswag_interval == 0)
-    is_sampled = sample_interval > 0 and iter_num > 0 and iter_num % sample_interval == 0
-    if is_scored and not stopping and not (is_resumed and 'hellaswag' in logged_before):
-        with machine.unsharded(model):
-            metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
-                                         batch_tokens=hellaswag.batch_tokens,
-                                         should_stop=should_stop)
-        stopping = metrics is None
-        if stopping:
-            save(ckpt_path, iter_num, is_validated=True)
-        else:
-            accuracy = metrics.pop('acc_mean')
-            print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
-            log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
-    if is_sampled and not stopping and not (is_resumed and 'sample' in logged_before):
-        text = sample_text()
-        print0(f'---- sample at step {iter_num}\n{text}\n----')
-        log({'iter': iter_num, 'sample': text})
+    # Look at the model, and stop when it is time to or somebody asked for it
+    if not stopping and is_due('hellaswag', hellaswag_interval):
+        stopping = not score_hellaswag(iter_num)
+    if not stopping and iter_num > 0 and is_due('sample', sample_interval):
+        write_sample(iter_num)
+    if stopping:
+        save(ckpt_path, iter_num)
     if is_last or stopping:
         break
 
     # Step
     clock = time.perf_counter()
-    if validate:
+    if metrics is not None:
         eval_seconds = clock - pause
     lr = learning_rate_at(iter_num, lr_decay_iters, peak=learning_rate, floor=min_lr,
                           warmup=warmup_iters, schedule=schedule, cooldown=cooldown_iters)
-    share = lr / learning_rate if decay_lr else 1.0
     for o in optimizers:
         for group in o.param_groups:
-            group['lr'] = group['peak_lr'] * share
+            group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
     # Dropout too is a function of the step, and of the process.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
-    # Where some tokens are masked, each target counts the same, in whichever micro-batch it is.
-    n_targets = count_targets(len(train_tokens), train_mask, block_size, seed=seed,
-                              first=windows_before(iter_num),
-                              count=gradient_accumulation_steps * batch_size)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
-        idx_BT, targets_BT = next(batches)
+        idx_BT, targets_BT, n_targets = next(batches)
         n_targets_here = (targets_BT != -1).sum().item()
         idx_BT = idx_BT.to(device, non_blocking=True)
         targets_BT = targets_BT.to(device, non_blocking=True)
@@ -489,63 +507,47 @@ for iter_num in range(first_iter, max_iters + 1):
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
-        loss_sum += loss.detach() * n_targets_here
-        # The processes' gradients are averaged, so that 1 / world_size is in them already.
+        # Each target of the step counts the same, in whichever micro-batch it is. The gradients of
+        # the processes are averaged, not summed: hence world_size.
         share = n_targets_here * world_size / max(1, n_targets)
         scaler.scale(loss * share).backward()
+        loss_sum += loss.detach() * n_targets_here
     # Clip the gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
-    max_norm = grad_clip if grad_clip > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     if fsdp:
         norm = norm.full_tensor()
-
-    # A number that is not finite ends the run before it is saved. A GPU is not waited for at each
-    # step, so there the run ends at the next log line.
+    # Do not step where float16 has overflowed (the scaler then scales less), nor at a spike.
+    skip = machine.dtype == 'float16' and not norm.isfinite()
+    if skip_spikes and is_spike(norm.item(), norms):
+        skip = True
+        print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
+        log({'iter': iter_num, 'skipped': norm.item()})
+    if skip_spikes:
+        norms = [*norms, norm.item()][-100:]
+    # A GPU is not waited for at each step: there a run that diverges ends at the next log line.
     is_logged = iter_num % log_interval == 0
     all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
     if is_logged or machine.type == 'cpu':
-        stop_if_diverged(iter_num, all_finite)
-    skip = False
-    if skip_spikes:
-        skip = is_spike(norm.item(), norms)
-        norms = [*norms, norm.item()][-100:]
-        if skip:
-            print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
-            log({'iter': iter_num, 'skipped': norm.item()})
-    # Under float16 a gradient may overflow: then no optimizer steps, and the scaler scales less.
-    overflow = machine.dtype == 'float16' and not norm.isfinite()
+        stop_if_diverged(iter_num)
     for o in optimizers:
-        if not overflow and not skip:
+        if not skip:
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
 
     # Log
-    is_tenth = iter_num == first_iter + 9  # soon enough to tell how long the run takes
+    is_tenth = iter_num == first_iter + 9  # soon enough to say how long the run takes
     if is_logged or is_tenth:
-        machine.synchronize()
+        loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)  # .item() waits for the device
         seconds = train_seconds + time.perf_counter() - clock
         step_seconds = (seconds - logged_seconds) / (iter_num + 1 - logged_iter)
         to_go = time_to_go(iter_num, step_seconds)
     if is_logged:
         logged_iter = iter_num + 1
         logged_seconds = seconds
-        loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)
-        tokens_per_second = tokens_per_step / step_seconds
-        entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
-                 'grad_norm': norm.item(), 'tokens': (iter_num + 1) * tokens_per_step,
-                 'tokens_per_second': tokens_per_second, 'train_seconds': seconds}
-        mfu_text = ''
-        if machine.peak_flops:
-            flops = model.flops_per_token() * tokens_per_second
-            entry['mfu'] = flops / (machine.peak_flops * world_size)
-            mfu_text = f', MFU {entry["mfu"]:.1%}'
-        log(entry)
-        print0(f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, '
-               f'norm {entry["grad_norm"]:.2f}, {tokens_per_second:,.0f} tokens/s{mfu_text}, '
-               f'{to_go} to go')
+        log_step(iter_num, loss, norm.item(), step_seconds, to_go)
     elif is_tenth:
         print0(f'ten steps done: {to_go} to go')
 
@@ -557,7 +559,7 @@ if stopping:
     if world_size > 1:
         launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}'
     print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: {launcher} {command}')
-    # Another process got the signal if none came here.
+    # If the signal came to another process, this one has no number to end with.
     sys.exit(128 + signals[0][0] if signals else 1)
 reason = ''
 if iter_num < max_iters:

@@ -221,12 +221,14 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before is in use.
 
-    pin_memory: for a GPU, to which pinned memory is copied without waiting.
+    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are then
+    copied without waiting.
     """
     def next_batch():
         batch = next(batches, None)
         if batch is not None and pin_memory:
-            batch = tuple(tensor.pin_memory() for tensor in batch)
+            idx_BT, targets_BT, *rest = batch
+            batch = (idx_BT.pin_memory(), targets_BT.pin_memory(), *rest)
         return batch
 
     start_thread = None
