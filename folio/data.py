@@ -221,8 +221,8 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before is in use.
 
-    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are then
-    copied without waiting.
+    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are
+    then copied without waiting.
     """
     def next_batch():
         batch = next(batches, None)
