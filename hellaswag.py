@@ -37,7 +37,6 @@ from folio.configurator import UserError, configure, require_at_least
 from folio.download import download
 from folio.engine import KVCache
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def main():
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
     metrics = accuracies(items, sums, counts)
     shown = []

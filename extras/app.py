@@ -26,7 +26,6 @@ import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def load_once(choice, modified):
     if 'iter_num' in checkpoint:
         step = 0 if untrained else checkpoint['iter_num']
         facts += f', step {step:,}'
-    return model.to(machine.device).eval(), tokenizer_of(checkpoint), facts
+    return model.to(machine.device).eval(), folio.checkpoint.tokenizer_of(checkpoint), facts
 
 
 def as_span(piece, p):

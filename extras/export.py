@@ -18,7 +18,7 @@ sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.checkpoint
 from folio.configurator import UserError, configure
 from folio.hugging_face import TOKENIZER, to_hugging_face
-from folio.tokenizer import EOT, SPLIT_PATTERN, tokenizer_of
+from folio.tokenizer import EOT, SPLIT_PATTERN
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def main():
     source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
     checkpoint = folio.checkpoint.load(source)
     model = GPT.from_pretrained(checkpoint)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)
     tensors = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in tensors.items()}
 

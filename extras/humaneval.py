@@ -31,7 +31,6 @@ from folio.configurator import UserError, configure
 from folio.data import read_jsonl, write_jsonl
 from folio.download import download
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def sample_model(tasks):
     machine = Machine(device, dtype)
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]
     too_long = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) > context]

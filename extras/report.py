@@ -29,7 +29,6 @@ from folio.checkpoint import read_log, steps_done
 from folio.configurator import UserError, configure
 from folio.data import Dataset, evaluate
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -432,7 +431,7 @@ def examine(run, picture, temperature_list):
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,
                                 machine=machine)
         if num_samples:
-            tokenizer = tokenizer_of(checkpoint)
+            tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
             return text_section(picture, run, model, tokenizer, machine, temperature_list)
     except (UserError, RuntimeError) as e:
         # Characters that its tokenizer does not know in a prompt, or no memory: report the rest
