@@ -16,6 +16,7 @@ import sys
 import time
 import types
 
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -173,9 +174,9 @@ def measure_training(s, machine, model, tokens):
     step_tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
 
     def batch(step, micro_step):
-        return train_batch(tokens, None, s.block_size, batch_size=s.batch_size,
-                           micro_steps=s.gradient_accumulation_steps, seed=s.seed,
-                           step=step, micro_step=micro_step)
+        n_before = step * s.gradient_accumulation_steps + micro_step
+        return train_batch(tokens, None, s.block_size, batch_size=s.batch_size, seed=s.seed,
+                           first=n_before * s.batch_size)
 
     # The work of a step of train.py, but for its log, its checkpoints and loss scaling.
     def train_step(step):

@@ -2,8 +2,11 @@
 Write text with a trained model, to standard output.
     python sample.py --out_dir=out/book --strategy=nucleus
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=3
+    python sample.py --out_dir=out/gpt2_dolly --chat=True
 
-A single sample appears as it is written; several are drawn together and appear at the end.
+A single sample appears as it is written; several are drawn together and appear at the end. --chat
+reads a line, answers it, and so on until Ctrl-D: in the form in which a model was tuned to answer,
+if its data had one (see prepare/dolly); any other model goes on with the text.
 
 Needs model.py and folio/.
 """
@@ -30,6 +33,7 @@ top_p = 0.9  # nucleus: draw from the fewest tokens whose probabilities sum to t
 min_p = 0.0  # rule out tokens less likely than this times the likeliest
 repetition_penalty = 1.0  # above 1: what was said gets less likely
 stop = ''  # end a sample before this text
+chat = False  # talk with the model, line by line
 seed = 1337
 quantize = ''  # int8: weights of 8 bits, faster on a CPU, at a small loss of precision
 device = default_device()  # cpu, cuda, cuda:1, mps …
@@ -73,22 +77,64 @@ def find_stop(row, text):
     return None
 
 
-texts = [''] * num_samples
-n_shown = 0  # characters of a single sample that are on the screen
-if num_samples == 1:
-    print(start, end='', flush=True)
-with machine.autocast:
-    steps = engine.stream_text(
-        model, tokenizer, [ids] * num_samples, max_new_tokens, find_end=find_stop,
-        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+def write(prompts, seed):
+    """Yield the texts so far that continue prompts of token ids, a list of strings, each step."""
+    return engine.stream_text(
+        model, tokenizer, prompts, max_new_tokens, find_end=find_stop, strategy=strategy,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, compile=compile)
-    for texts in steps:
-        if num_samples == 1:
-            # Keep back what may turn out to be the beginning of `stop`.
-            n_safe = max(n_shown, len(texts[0]) - max(0, len(stop) - 1))
-            print(texts[0][n_shown:n_safe], end='', flush=True)
-            n_shown = n_safe
-if num_samples == 1:
-    print(texts[0][n_shown:])
-else:
-    print('\n---------------\n'.join(start + text for text in texts))
+
+
+def show(steps):
+    """Print a single text as it grows, and return it."""
+    text = ''
+    n_shown = 0  # characters that are on the screen
+    for (text,) in steps:
+        # Keep back what may turn out to be the beginning of `stop`.
+        n_safe = max(n_shown, len(text) - max(0, len(stop) - 1))
+        print(text[n_shown:n_safe], end='', flush=True)
+        n_shown = n_safe
+    print(text[n_shown:], flush=True)
+    return text
+
+
+def talk():
+    """Read lines and answer each, until Ctrl-D."""
+    template = checkpoint.get('template') or '{}'
+    is_tuned = template != '{}'
+    turns = []  # token ids of each question with its answer
+    while True:
+        try:
+            question = input('> ' if sys.stdin.isatty() else '')
+        except EOFError:
+            print()
+            return
+        try:
+            turn = tokenizer.encode(template.replace('{}', question))
+        except UserError as e:  # a character that a character model never saw
+            print(f'notice: {e}', file=sys.stderr)
+            continue
+        # A tuned model has learned from documents of one question each. Any other goes on with the
+        # text, in which only the first line begins a document.
+        if is_tuned or not turns:
+            turn = [tokenizer.start] + turn
+        turns.append(turn)
+        # The oldest turns are forgotten, so that the answer has room in the context too.
+        room = max(1, model.config.block_size - max_new_tokens)
+        while len(turns) > 1 and sum(map(len, turns)) > room:
+            del turns[0]
+        answer = show(write([sum(turns, [])], seed=seed + len(turns)))
+        turns[-1] = turn + tokenizer.encode(answer)
+
+
+with machine.autocast:
+    if chat:
+        talk()
+    elif num_samples == 1:
+        print(start, end='', flush=True)
+        show(write([ids], seed))
+    else:
+        texts = []
+        for texts in write([ids] * num_samples, seed):
+            pass  # until all of them have ended
+        print('\n---------------\n'.join(start + text for text in texts))

@@ -3,9 +3,9 @@ Train a model: from scratch, from where a run stopped, or from somebody's weight
     python train.py config/train_book.py
     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 
-Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. What each
-recipe costs and reaches stands in its config file. A run that is killed and resumed ends with the
-same weights, bit for bit, as one that is not.
+Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. Each config
+file says what its recipe costs and reaches. A run that is killed and resumed ends with the same
+weights, bit for bit, as one that is not.
 
 Needs model.py and folio/; hellaswag.py where hellaswag_interval is set.
 """
@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,9 +27,10 @@ import folio.checkpoint
 from folio import fast
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 require_choice, user_errors)
-from folio.data import Dataset, evaluate, prefetch, train_batch
+from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
 from folio.machine import Machine, default_device
-from folio.optim import SCHEDULES, learning_rate_at, load_states, make_optimizers
+from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
+                         make_optimizers)
 from model import GPT, GPTConfig
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults --------------
@@ -72,6 +74,7 @@ weight_decay = 1e-1  # of matrices
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
+skip_spikes = False  # skip a step whose gradient norm is far outside the last hundred
 decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000
@@ -84,21 +87,26 @@ fsdp = False  # divide parameters and optimizer among the processes, for models 
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
+deterministic = False  # on a GPU: kernels that give the same bits each time, and are slower
 config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'gradient_accumulation_steps', 'batch_size', 'block_size',
                  'eval_interval', 'log_interval')
 require_at_least(0, config, 'max_iters', 'eval_iters', 'warmup_iters', 'cooldown_iters', 'patience',
-                 'sample_interval', 'hellaswag_interval')
+                 'sample_interval', 'hellaswag_interval', 'min_lr', 'grad_clip')
 require_choice(config, 'compile', ('auto', True, False))
 require_choice(config, 'schedule', SCHEDULES)
+if schedule == 'trapezoid' and decay_lr and cooldown_iters == 0:
+    raise UserError('a trapezoid falls over its last cooldown_iters steps, which are 0: give '
+                    f'--cooldown_iters={max(1, lr_decay_iters // 5)} or so, or --decay_lr=False')
 if wandb_log:
     try:
         import wandb
     except ImportError:
         raise UserError('wandb_log needs a package: pip install wandb') from None
 
+# Under torchrun this script runs once for each GPU, told apart by rank; rank 0 does the talking.
 machine = Machine(device, dtype)
 device = machine.device  # under torchrun each process has its own
 rank = machine.rank
@@ -113,6 +121,9 @@ if fsdp and machine.dtype == 'float16':
     raise UserError('float16 scales the loss by what each process sees; with fsdp give '
                     '--dtype=bfloat16 or float32')
 machine.init_processes(backend)
+if deterministic:
+    machine.make_deterministic()
+# Compiling takes a minute or so, and pays on a GPU. Where it does not work, the reason is printed.
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
@@ -121,7 +132,7 @@ print0(f'{machine}, compile {compile}{", sharded" if fsdp else ""}')
 # ---- Data ----------------------------------------------------------------------------------------
 data = Dataset(dataset)
 train_tokens = data.tokens('train')
-train_mask = data.mask('train')
+train_mask = data.mask('train')  # None, or which tokens are targets (instruction tuning)
 val_tokens = data.tokens('val')
 if len(train_tokens) <= block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} '
@@ -135,19 +146,26 @@ best_path = os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+# torchrun has restarted this run after a worker died: go on, and not once more from the beginning.
+if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0 and os.path.exists(ckpt_path):
+    init_from = 'resume'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
 
 checkpoint = None
+is_file = os.path.isfile(init_from)
+if is_file and os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
+    raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give another '
+                    '--out_dir, or --init_from=resume')
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
 if init_from == 'resume':
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
-elif init_from == 'scratch' and os.path.exists(ckpt_path):  # that run will be moved aside
-    folio.checkpoint.require_same_shape(folio.checkpoint.load(ckpt_path), model_args, ckpt_path)
+    folio.checkpoint.require_same_data(checkpoint, data, seed, ckpt_path)
 
+# Every process draws the same weights.
 torch.manual_seed(seed)
 if init_from == 'scratch':
     model = GPT(model_config)
@@ -163,15 +181,21 @@ else:
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2))
+# Gradients in float16 underflow unless the loss is scaled up. In other formats this does nothing.
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
+first_window = 0  # where in the stream of training windows this run begins or goes on
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
+norms = []  # of the gradients of the last hundred steps, if skip_spikes
 if init_from == 'resume':
     folio.checkpoint.require_training_state(checkpoint, ckpt_path)
     first_iter = checkpoint['iter_num']
+    # Counted in windows, because the size of a batch may have changed.
+    first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
+    norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
     train_seconds = checkpoint.get('train_seconds', 0.0)
@@ -194,10 +218,22 @@ if compile:
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
+    # After its first backward pass DDP groups the gradients anew, and their sums then round
+    # differently. Make one that does not count, so that a resumed run has the bits of an
+    # undisturbed one from its first step on.
+    idx_BT = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
+    with machine.autocast:
+        _, loss = ddp_model(idx_BT, idx_BT)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
 n_parameters = sum(p.numel() for p in model.parameters())
+n_tokens = (max_iters - first_iter) * tokens_per_step
+memory = machine.expected_memory(model, optimizers, batch_size)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
-       f'{len(train_tokens):,} tokens, {tokens_per_step:,} a step, '
-       f'{len(train_tokens) / tokens_per_step:.1f} steps an epoch')
+       f'{len(train_tokens):,} tokens')
+print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
+       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**20:,.0f} MiB of memory '
+       f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 if eval_only:
     for split in data.splits():
@@ -210,7 +246,7 @@ if eval_only:
         print0(f'{split}: ' + ', '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     sys.exit()
 
-# What later steps need is loaded now, so that what is missing is missed before the first one.
+# Load what later steps need now, so that what is missing stops the run before it begins.
 if hellaswag_interval > 0:
     import hellaswag
     hellaswag_items = hellaswag.load(hellaswag_source, machine)
@@ -221,8 +257,15 @@ if hellaswag_interval > 0 or sample_interval > 0:
 
 
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
+def windows_before(iter_num):
+    """Return how many windows of the training stream come before a step."""
+    return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
+
+
 def save(path, iter_num):
     """Write a checkpoint of the run as it is before step iter_num."""
+    stop_if_diverged(iter_num)  # nothing that is not finite is ever saved
+    # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
     if rank != 0:
@@ -231,14 +274,30 @@ def save(path, iter_num):
         'model': states[0],
         'model_args': asdict(model.config),
         'tokenizer': data.spec,
+        'template': data.meta.get('template'),  # of prompts, for sample.py --chat
         'optimizer': states[1:],
         'scaler': scaler.state_dict(),
         'config': config,
         'iter_num': iter_num,
+        'windows': windows_before(iter_num),
+        'data': data.fingerprint('train'),
+        'norms': norms,
         'best_val_loss': best_val_loss,
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
     })
+
+
+def stop_if_diverged(iter_num):
+    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
+    if all_finite:
+        return
+    remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
+    if os.path.exists(ckpt_path):
+        remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
+    rate = optimizers[0].param_groups[0]['lr']
+    raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
+                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
 
 
 def log(entry):
@@ -251,11 +310,59 @@ def log(entry):
         wandb.log(entry, step=entry['iter'])
 
 
-def sample_text():
-    """Return 200 tokens of text from the beginning of a document."""
-    steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
+def log_evaluation(iter_num, metrics):
+    """Print and log the loss on the validation split and what follows from it."""
+    print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in metrics.items()))
+    others = {key: value for key, value in metrics.items() if key != 'loss'}
+    log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
+         'val_loss': metrics['loss'], **others})
+
+
+def score_hellaswag(iter_num):
+    """Score the model on HellaSwag and log it; return False if a signal came before the end."""
+    with machine.unsharded(model):
+        metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
+                                     batch_tokens=hellaswag.batch_tokens, should_stop=should_stop)
+    if metrics is None:
+        return False
+    accuracy = metrics.pop('acc_mean')
+    print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
+    log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
+    return True
+
+
+def write_sample(iter_num):
+    """Print and log 200 tokens of text from the beginning of a document."""
     with machine.autocast, machine.unsharded(model):
-        return tokenizer.decode([next_B.item() for next_B in steps])
+        steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
+        text = tokenizer.decode([next_B.item() for next_B in steps])
+    print0(f'---- sample at step {iter_num}\n{text}\n----')
+    log({'iter': iter_num, 'sample': text})
+
+
+def log_step(iter_num, loss, norm, step_seconds, to_go):
+    """Print and log a training step."""
+    tokens_per_second = tokens_per_step / step_seconds
+    lr = optimizers[0].param_groups[0]['lr']
+    entry = {'iter': iter_num, 'loss': loss, 'lr': lr, 'grad_norm': norm,
+             'tokens': windows_before(iter_num + 1) * block_size,
+             'tokens_per_second': tokens_per_second, 'train_seconds': logged_seconds}
+    mfu_text = ''
+    if machine.peak_flops:  # model FLOPs utilization: the share of what the GPU could do at best
+        flops = model.flops_per_token() * tokens_per_second
+        entry['mfu'] = flops / (machine.peak_flops * world_size)
+        mfu_text = f', MFU {entry["mfu"]:.1%}'
+    log(entry)
+    print0(f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, '
+           f'{tokens_per_second:,.0f} tokens/s{mfu_text}, {to_go} to go')
+
+
+def time_to_go(iter_num, step_seconds):
+    """Return how long the run takes after step iter_num, with the evaluations that are to come."""
+    n_steps = max_iters - iter_num - 1
+    n_evaluations = math.ceil((n_steps + 1) / eval_interval)
+    seconds = n_steps * step_seconds + n_evaluations * eval_seconds
+    return datetime.timedelta(seconds=int(seconds))
 
 
 signals = []  # (number, time) of those that came
@@ -263,110 +370,134 @@ signals = []  # (number, time) of those that came
 
 def on_signal(number, frame):
     """Ask the loop to stop. A signal that comes 2 seconds after the first ends it at once."""
-    # Sooner is no second wish: torchrun and Slurm pass the first one on twice.
+    # Within 2 seconds it may be the same one: torchrun and Slurm pass signals on twice.
     if signals and time.monotonic() > signals[0][1] + 2:
         os._exit(128 + number)
     signals.append((number, time.monotonic()))
 
 
+def should_stop():
+    """Return whether a signal came to any process: some may not have got it."""
+    return machine.any(len(signals) > 0)
+
+
+# ---- The folder of the run -----------------------------------------------------------------------
+in_log = set()  # what a resumed run has done at first_iter already: val_loss, hellaswag, sample
 if rank == 0:
+    from folio.lock import only_one
     try:
         os.makedirs(out_dir, exist_ok=True)
+        lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
         if init_from == 'resume':
             folio.checkpoint.truncate_log(log_path, first_iter)
-        elif folio.checkpoint.set_aside(out_dir):
-            print0(f'the run that was in {out_dir} is now in {out_dir}/previous')
-        elif os.path.exists(log_path):
-            os.remove(log_path)  # of a run that never saved
+            for entry in folio.checkpoint.read_log(log_path):
+                if entry.get('iter') == first_iter:
+                    in_log |= entry.keys()
+        else:
+            previous = folio.checkpoint.set_aside(out_dir)
+            if previous is not None:
+                print0(f'the run that was in {out_dir} is now in {previous}')
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another '
                         '--out_dir') from None
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+in_log = {key for key in ('val_loss', 'hellaswag', 'sample') if machine.any(key in in_log)}
 log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
     'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
     'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    if hasattr(signal, name):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), on_signal)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def my_batches():
-    """Yield this process's micro-batches. Each is a pure function of its step: nothing to save."""
+    """Yield this process's micro-batches: (idx_BT, targets_BT, targets in the whole step)."""
     for step in range(first_iter, max_iters):
+        first = windows_before(step)
+        n_targets = count_targets(len(train_tokens), train_mask, block_size, seed=seed, first=first,
+                                  count=gradient_accumulation_steps * batch_size)
         for micro_step in range(micro_steps):
-            yield train_batch(train_tokens, train_mask, block_size, batch_size=batch_size,
-                              micro_steps=gradient_accumulation_steps, seed=seed, step=step,
-                              micro_step=micro_step * world_size + rank)
+            n_before = micro_step * world_size + rank  # micro-batches of this step
+            idx_BT, targets_BT = train_batch(
+                train_tokens, train_mask, block_size, batch_size=batch_size, seed=seed,
+                first=first + n_before * batch_size)
+            yield idx_BT, targets_BT, n_targets
+
+
+def is_due(what, interval):
+    """Return whether something is due at this turn: every `interval` steps, and at the last."""
+    if interval == 0 or (iter_num == first_iter and what in in_log):
+        return False
+    return is_last or iter_num % interval == 0
 
 
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
-clock = time.perf_counter()
+norm = torch.zeros(())  # of the gradient, before it is clipped
+all_finite = torch.ones((), dtype=torch.bool, device=device)
+eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
+step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
-    train_seconds += time.perf_counter() - clock  # the clock stands still until the next step
+    pause_start = time.perf_counter()
+    train_seconds += pause_start - step_start  # the clock stands still until the next step
     is_last = iter_num == max_iters
-    # A resumed run was saved after its evaluation, which is in the log already.
-    is_new = iter_num > first_iter or init_from != 'resume'
 
     # Validate
-    validate = is_new and (is_last or iter_num % eval_interval == 0)
-    improved = False
-    if validate:
+    stopping = should_stop()
+    metrics = None
+    if not stopping and is_due('val_loss', eval_interval):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
-                           n_windows=eval_iters * batch_size, machine=machine)
-        val_loss = metrics.pop('loss')
-        improved = val_loss < best_val_loss
-        if improved:
-            best_val_loss = val_loss
-            evals_without_gain = 0
-        else:
-            evals_without_gain += 1
-        values = {'loss': val_loss} | metrics
-        print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in values.items()))
-        log({'iter': iter_num, 'tokens': iter_num * tokens_per_step,
-             'train_seconds': train_seconds, 'val_loss': val_loss, **metrics})
+                           n_windows=eval_iters * batch_size, machine=machine,
+                           should_stop=should_stop)
+        stopping = metrics is None  # a signal came meanwhile
+    improved = False
+    if metrics is not None:
+        all_finite &= math.isfinite(metrics['loss'])
+        stop_if_diverged(iter_num)
+        improved = metrics['loss'] < best_val_loss
+        best_val_loss = min(best_val_loss, metrics['loss'])
+        evals_without_gain = 0 if improved else evals_without_gain + 1
+        log_evaluation(iter_num, metrics)
     if patience > 0 and evals_without_gain >= patience:
         is_last = True
-    if hellaswag_interval > 0 and is_new and (is_last or iter_num % hellaswag_interval == 0):
-        with machine.unsharded(model):
-            metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
-                                         batch_tokens=hellaswag.batch_tokens)
-        accuracy = metrics.pop('acc_mean')
-        print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
-        log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
-    if sample_interval > 0 and iter_num > first_iter and iter_num % sample_interval == 0:
-        text = sample_text()
-        print0(f'---- sample at step {iter_num}\n{text}\n----')
-        log({'iter': iter_num, 'sample': text})
 
-    # Save, and stop when it is time to or somebody asked for it
-    can_ask = world_size == 1 or iter_num % log_interval == 0  # asking all costs a message each
-    stopping = can_ask and machine.sum(len(signals))[0] > 0
-    if improved and iter_num > first_iter:
-        save(best_path, iter_num)  # before ckpt.pt, so that a resumed run never misses its best
-    due = validate and iter_num > first_iter and (improved or always_save_checkpoint)
-    if due or stopping:
+    # Save, first best.pt: a run that is killed in between then does not miss its best
+    if iter_num > 0 and improved:
+        save(best_path, iter_num)
+    if iter_num > 0 and metrics is not None and (improved or always_save_checkpoint):
+        save(ckpt_path, iter_num)
+
+    # Look at the model, and stop when it is time to or somebody asked for it
+    if not stopping and is_due('hellaswag', hellaswag_interval):
+        stopping = not score_hellaswag(iter_num)
+    if not stopping and iter_num > 0 and is_due('sample', sample_interval):
+        write_sample(iter_num)
+    if stopping:
         save(ckpt_path, iter_num)
     if is_last or stopping:
         break
 
     # Step
-    clock = time.perf_counter()
+    step_start = time.perf_counter()
+    if metrics is not None:
+        eval_seconds = step_start - pause_start
     lr = learning_rate_at(iter_num, lr_decay_iters, peak=learning_rate, floor=min_lr,
                           warmup=warmup_iters, schedule=schedule, cooldown=cooldown_iters)
-    share = lr / learning_rate if decay_lr else 1.0
+    lr_scale = lr / learning_rate if decay_lr else 1.0
     for o in optimizers:
         for group in o.param_groups:
-            group['lr'] = group['peak_lr'] * share
+            group['lr'] = group['peak_lr'] * lr_scale
     # Dropout too is a function of the step, and of the process.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
-        idx_BT, targets_BT = next(batches)
+        idx_BT, targets_BT, n_targets = next(batches)
+        n_targets_here = (targets_BT != -1).sum().item()
         idx_BT = idx_BT.to(device, non_blocking=True)
         targets_BT = targets_BT.to(device, non_blocking=True)
         # Gradients of all processes meet at the last micro-step only.
@@ -377,51 +508,60 @@ for iter_num in range(first_iter, max_iters + 1):
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
-        loss_sum += loss.detach()
-        scaler.scale(loss / micro_steps).backward()
+        # Each target of the step counts the same, in whichever micro-batch it is. The processes'
+        # gradients are averaged, not summed: hence world_size.
+        loss_weight = n_targets_here * world_size / max(1, n_targets)
+        scaler.scale(loss * loss_weight).backward()
+        loss_sum += loss.detach() * n_targets_here
+    # Clip the gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
-    max_norm = grad_clip if grad_clip > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     if fsdp:
         norm = norm.full_tensor()
-    # Under float16 a gradient may overflow: then no optimizer steps, and the scaler scales less.
-    overflow = machine.dtype == 'float16' and not norm.isfinite()
+    # Do not step where float16 has overflowed (the scaler then scales less), nor at a spike.
+    skip = machine.dtype == 'float16' and not norm.isfinite()
+    if skip_spikes and is_spike(norm.item(), norms):
+        skip = True
+        print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
+        log({'iter': iter_num, 'skipped': norm.item()})
+    if skip_spikes:
+        norms = [*norms, norm.item()][-100:]
+    # To look at this number waits for the device, so on a GPU it is looked at when one logs or
+    # saves. Under float16 only the loss tells: an overflow in the gradients is no divergence.
+    is_logged = iter_num % log_interval == 0
+    all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
+    if is_logged or machine.type == 'cpu':
+        stop_if_diverged(iter_num)
     for o in optimizers:
-        if not overflow:
+        if not skip:
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
 
     # Log
-    if iter_num % log_interval == 0:
-        loss = machine.sum(loss_sum.item())[0] / gradient_accumulation_steps  # .item() waits
-        seconds = train_seconds + time.perf_counter() - clock
+    is_tenth = iter_num == first_iter + 9  # soon enough to say how long the run takes
+    if is_logged or is_tenth:
+        loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)  # .item() waits for the device
+        seconds = train_seconds + time.perf_counter() - step_start
         step_seconds = (seconds - logged_seconds) / (iter_num + 1 - logged_iter)
+        to_go = time_to_go(iter_num, step_seconds)
+    if is_logged:
         logged_iter = iter_num + 1
         logged_seconds = seconds
-        tokens_per_second = tokens_per_step / step_seconds
-        entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
-                 'grad_norm': norm.item(), 'tokens': (iter_num + 1) * tokens_per_step,
-                 'tokens_per_second': tokens_per_second, 'train_seconds': seconds}
-        mfu_text = ''
-        if machine.peak_flops:
-            flops = model.flops_per_token() * tokens_per_second
-            entry['mfu'] = flops / (machine.peak_flops * world_size)
-            mfu_text = f', MFU {entry["mfu"]:.1%}'
-        log(entry)
-        to_go = datetime.timedelta(seconds=int(step_seconds * (max_iters - iter_num - 1)))
-        print0(f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, '
-               f'norm {entry["grad_norm"]:.2f}, {tokens_per_second:,.0f} tokens/s{mfu_text}, '
-               f'{to_go} to go')
+        log_step(iter_num, loss, norm.item(), step_seconds, to_go)
+    elif is_tenth:
+        print0(f'ten steps done: {to_go} to go')
 
 # ---- The end -------------------------------------------------------------------------------------
-if stopping and not is_last:
-    arguments = [arg for arg in sys.argv[1:] if not arg.startswith('--init_from=')]
+if stopping:
+    arguments = [arg for arg in sys.argv if not arg.startswith('--init_from=')]
     command = shlex.join(arguments + ['--init_from=resume'])
-    print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: '
-           f'python train.py {command}')
-    # Another process got the signal if none came here.
+    launcher = 'python'
+    if world_size > 1:
+        launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}'
+    print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: {launcher} {command}')
+    # If the signal came to another process, this one has no number to end with.
     sys.exit(128 + signals[0][0] if signals else 1)
 reason = ''
 if iter_num < max_iters:

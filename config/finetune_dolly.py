@@ -1,7 +1,7 @@
 # Instruction tuning: teaches GPT-2 (124 M) to answer, with databricks-dolly-15k. Meant for one GPU.
 #     python prepare/dolly/prepare.py
 #     python train.py config/finetune_dolly.py
-#     python sample.py --out_dir=out/gpt2_dolly --start=$'Instruction:\nName a pet.\n\nResponse:\n'
+#     python sample.py --out_dir=out/gpt2_dolly --chat=True
 # Only the answers count in the loss. It sees 5.9 M tokens, by our estimate two epochs.
 # On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8
 # Memory, time and loss are not measured yet: we had no access to the hub.

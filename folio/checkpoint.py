@@ -7,7 +7,7 @@ A checkpoint is a dictionary of tensors and plain values. Reading one never runs
 import json
 import os
 import pickle
-import shutil
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,12 @@ def load(source, out_dir=None):
 def load_file(path):
     """Return the dictionary in a .pt file. Only tensors and plain values are unpickled."""
     try:
+        # torch.load checks no sums: a flipped bit would become a weight.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f'the sum of {damaged} is wrong')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
@@ -133,6 +139,19 @@ def require_same_shape(checkpoint, model_args, path):
                         'another --out_dir')
 
 
+def require_same_data(checkpoint, data, seed, path):
+    """Raise UserError if a run would go on in other data, or in another order, than it began in."""
+    fingerprint = checkpoint.get('data')
+    if fingerprint is not None and fingerprint != data.fingerprint('train'):
+        raise UserError(f'{data.folder}/train.bin is not the one that {path} was trained on: bring '
+                        'that one back, or start a run on this one with '
+                        f'--init_from={path} and another --out_dir')
+    old_seed = checkpoint.get('config', {}).get('seed', seed)
+    if old_seed != seed:
+        raise UserError(f'{path} was trained with --seed={old_seed}, which gives its data an '
+                        'order: resume it with that')
+
+
 def require_same_tokenizer(checkpoint, source, data):
     """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
     spec = checkpoint.get('tokenizer', data.spec)  # where nothing is known, the sizes must do
@@ -175,20 +194,27 @@ def save(path, checkpoint):
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
-def set_aside(out_dir):
-    """Move the run in a folder into its previous/, in place of the one there.
+def holds_a_run(out_dir):
+    """Return whether a folder has a file that a run has written."""
+    return any(os.path.exists(os.path.join(out_dir, name)) for name in FILES_OF_A_RUN)
 
-    Return whether there was a run.
+
+def set_aside(out_dir):
+    """Move the run in a folder to its previous-1, or the next number that is free.
+
+    Return the folder it is in now, or None if there was no run.
     """
-    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        return False
-    previous = os.path.join(out_dir, 'previous')
-    shutil.rmtree(previous, ignore_errors=True)
+    if not holds_a_run(out_dir):
+        return None
+    number = 1
+    while os.path.exists(os.path.join(out_dir, f'previous-{number}')):
+        number += 1
+    previous = os.path.join(out_dir, f'previous-{number}')
     os.makedirs(previous)
     for name in FILES_OF_A_RUN:
         if os.path.exists(os.path.join(out_dir, name)):
             os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
-    return True
+    return previous
 
 
 def read_log(path, damaged=None):

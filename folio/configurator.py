@@ -100,6 +100,9 @@ def checked(key, value, defaults, where):
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
         raise UserError(f'unknown setting {key} {where}: {hint}')
     default = defaults[key]
+    if type(value) in (int, float) and not -2**63 <= value < 2**63:  # a NaN is in no range
+        raise UserError(f'{key} = {value} {where}: it takes a finite number below 2**63, '
+                        f'for example {default!r}')
     if type(default) is float and type(value) is int:
         return float(value)
     may_be_bool = default == 'auto' and type(value) is bool

@@ -10,6 +10,7 @@ import concurrent.futures
 import difflib
 import functools
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -109,6 +110,17 @@ class Dataset:
             raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
         return mask
 
+    def fingerprint(self, split):
+        """Return a short text that changes when the tokens of a split do: size and some blocks."""
+        path = self.path(f'{split}.bin')
+        size = os.path.getsize(path)
+        digest = hashlib.sha256(str(size).encode())
+        with open(path, 'rb') as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(4096))
+        return digest.hexdigest()[:16]
+
     def per_token(self, split, what):
         """Return the 'bytes' (of UTF-8) or 'words' in a target on average; None: unknown."""
         counts = self.counts(split)
@@ -187,26 +199,36 @@ def to_batch(tokens, mask, positions):
     return torch.from_numpy(idx_BT), torch.from_numpy(targets_BT)
 
 
-def train_batch(tokens, mask, block_size, batch_size, micro_steps, seed, step, micro_step):
-    """Return the batch of one micro-step, out of micro_steps that a step has over all processes.
+def train_batch(tokens, mask, block_size, batch_size, seed, first):
+    """Return (idx_BT, targets_BT) of windows first … first + batch_size - 1 of the stream.
 
-    A pure function of its arguments: a resumed run needs no saved position.
+    A pure function of its arguments: where a run is in its data is one number.
     """
-    first = (step * micro_steps + micro_step) * batch_size
     starts = window_starts(len(tokens), block_size, seed, first, batch_size)
     positions = starts[:, None] + np.arange(block_size + 1)
     return to_batch(tokens, mask, positions % len(tokens))
 
 
+def count_targets(n_tokens, mask, block_size, seed, first, count):
+    """Return how many targets windows first … first + count - 1 of the training stream hold."""
+    if mask is None:
+        return count * block_size
+    starts = window_starts(n_tokens, block_size, seed, first, count)
+    positions = starts[:, None] + np.arange(1, block_size + 1)
+    return int((mask[positions % n_tokens] != 0).sum())
+
+
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before is in use.
 
-    pin_memory: for a GPU, to which pinned memory is copied without waiting.
+    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are
+    then copied without waiting.
     """
     def next_batch():
         batch = next(batches, None)
         if batch is not None and pin_memory:
-            batch = tuple(tensor.pin_memory() for tensor in batch)
+            idx_BT, targets_BT, *rest = batch
+            batch = (idx_BT.pin_memory(), targets_BT.pin_memory(), *rest)
         return batch
 
     start_thread = None
@@ -239,11 +261,12 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
 
 # ---- The loss on a split -------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
+def evaluate(model, data, split, block_size, batch_size, n_windows, machine, should_stop=None):
     """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
 
     data: a Dataset. The loss is in nats a token; what was not counted in bytes or words is left
-    out. With several processes each takes its share, and all get the same.
+    out. With several processes each takes its share, and all get the same. should_stop: asked
+    before each batch; where it says True, the evaluation is given up and None returned.
     """
     was_training = model.training
     model.eval()
@@ -252,6 +275,9 @@ def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
     batches = eval_batches(data.tokens(split), data.mask(split), block_size, batch_size,
                            n_windows=n_windows, rank=machine.rank, world_size=machine.world_size)
     for idx_BT, targets_BT in batches:
+        if should_stop is not None and should_stop():
+            model.train(was_training)
+            return None
         idx_BT = idx_BT.to(machine.device)
         targets_BT = targets_BT.to(machine.device)
         with machine.autocast:
@@ -261,7 +287,10 @@ def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
         count += n_targets
     model.train(was_training)
     nats, count = machine.sum(nats, count)
-    loss = nats / max(1, count)
+    if count == 0:
+        raise UserError(f'{data.folder}/{split}.bin has no targets in the windows that are '
+                        f'evaluated: its mask leaves all of them out; {data.remedy}')
+    loss = nats / count
     metrics = {'loss': loss, 'perplexity': perplexity(loss)}
     bytes_per_token = data.per_token(split, 'bytes')
     if bytes_per_token is not None:

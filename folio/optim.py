@@ -3,6 +3,7 @@ Make the optimizers, AdamW and Muon, and compute the learning rate of each step.
     python -c "from folio.optim import *; print(learning_rate_at(5, 100, 1.0, 0.0, warmup=10))"
 """
 import math
+import statistics
 
 import torch
 import torch.distributed as dist
@@ -186,6 +187,28 @@ def product_dtype(G):
     if G.is_cuda or (G.is_cpu and CPU_HAS_BF16):
         return torch.bfloat16
     return torch.float32
+
+
+# ---- Divergence ----------------------------------------------------------------------------------
+def first_not_finite(model):
+    """Return which tensor of a model is the first to hold a NaN or an infinity; None: none does."""
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            return f'the weight {name}'
+    for name, p in model.named_parameters():
+        if p.grad is not None and not p.grad.isfinite().all():
+            return f'the gradient of {name}'
+    return None
+
+
+def is_spike(norm, norms):
+    """Return whether a gradient norm lies far outside the last ones, a list of at most 100.
+
+    Far is six standard deviations above their mean; fewer than 20 do not say what is usual.
+    """
+    if len(norms) < 20:
+        return False
+    return norm > statistics.fmean(norms) + 6 * statistics.pstdev(norms)
 
 
 # ---- The learning rate ---------------------------------------------------------------------------

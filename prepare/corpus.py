@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import folio.tokenizer
 from folio.configurator import UserError
+from folio.lock import only_one
 
 JOIN_TOKENS = 2**22  # tokens held in memory while a part is appended
 BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
@@ -89,7 +90,7 @@ def publish(folder, tokenizer, meta):
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source, words=None):
+def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
     splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer). Of a
@@ -97,9 +98,12 @@ def write_dataset(folder, tokenizer, splits, source, words=None):
     Each document starts with the end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, where a loss per word is wanted.
+    template: how a prompt is made of what a user asks, which stands at {}; for sample.py --chat.
     Raises UserError if the disk is full or the folder cannot be written.
     """
     meta = new_meta(tokenizer, source)
+    if template is not None:
+        meta['template'] = template
     try:
         os.makedirs(folder, exist_ok=True)
         remove_unfinished(folder)  # publish would take the masks of a killed run for ours
@@ -310,24 +314,6 @@ def is_whole(folder, meta):
 
 
 # ---- Workers -------------------------------------------------------------------------------------
-def only_one(path):
-    """Return an open, locked file; raise UserError if another process has it locked.
-
-    The lock ends when the file is closed or this process ends, even if it is killed.
-    """
-    # The system ends a lock with its process: no killed run leaves one behind.
-    lock = open(path, 'w')
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f'another run is at work in {os.path.dirname(path)}; '
-                        'wait until it is done') from None
-    except (ImportError, OSError):
-        pass  # Windows and some network file systems have no such locks: then we trust the user
-    return lock
-
-
 def part_numbers(worker, n_files):
     """Return the numbers of the parts to go over: those of worker 'i/n', or all of them for ''.
 

@@ -17,7 +17,7 @@ SCRIPTS = ('model.py', 'train.py', 'sample.py', 'bench.py', 'hellaswag.py')
 AT_THE_TOP = {*SCRIPTS, 'config', 'prepare', 'folio', 'extras', 'docs', 'tests', '.ci', '.gitignore', 'README.md',
               'LICENSE', 'requirements.txt', 'requirements-dev.txt', 'ruff.toml'}
 FOLIO = {'configurator', 'data', 'tokenizer', 'bpe', 'optim', 'checkpoint', 'hugging_face', 'machine', 'engine',
-         'fast', 'download'}
+         'fast', 'download', 'lock'}
 
 
 def parse(path):

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from conftest import ROOT, need_gpt2, run, shared
-from prepare.corpus import only_one, write_corpus
+from folio.lock import only_one
+from prepare.corpus import write_corpus
 from folio.data import Dataset
 from hub import Hub
 import folio.tokenizer

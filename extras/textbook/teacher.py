@@ -27,7 +27,7 @@ import urllib3
 from tqdm import tqdm
 
 from folio.configurator import UserError
-from prepare.corpus import only_one
+from folio.lock import only_one
 
 BACKOFF = 1.0  # seconds before the second try, doubled before each further one
 TIMEOUT = (10, 300)  # seconds to connect, and to wait for the answer

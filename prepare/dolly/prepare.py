@@ -2,11 +2,11 @@
 Turn databricks-dolly-15k, 15,011 instructions that people answered, into train.bin and val.bin.
     python prepare/dolly/prepare.py  # from the hub; --source=file.jsonl: your own, of these columns
     python train.py config/finetune_dolly.py
-    python sample.py --out_dir=out/gpt2_dolly --start=FILE:question.txt
+    python sample.py --out_dir=out/gpt2_dolly --chat=True
 
 Only the answers are targets: train.mask.bin and val.mask.bin say which tokens those are. A document
-looks as follows, without the part "Context:" if there is no context. question.txt, for sample.py,
-ends with the line end after "Response:", because the tokens of the prompt do.
+looks as follows, without the part "Context:" if there is no context. The template goes into the
+checkpoint, from which sample.py --chat takes it.
 
     Instruction:
     When was the Sydney Harbour Bridge opened?
@@ -36,6 +36,7 @@ val_share = 0.05  # of the documents
 max_tokens = 1024  # leave out longer documents; 0: none
 seed = 1337  # of the split
 configure(globals())
+TEMPLATE = 'Instruction:\n{}\n\nResponse:\n'  # a prompt without context
 origin = source or 'databricks/databricks-dolly-15k'
 
 
@@ -61,10 +62,9 @@ def to_pair(row, number):
     # Such a row is left out below, where it is counted.
     if not instruction:
         return '', response
-    prompt = f'Instruction:\n{instruction}\n\n'
     if context:
-        prompt += f'Context:\n{context}\n\n'
-    return prompt + 'Response:\n', response
+        instruction += f'\n\nContext:\n{context}'
+    return TEMPLATE.replace('{}', instruction), response
 
 
 def is_short(pair):
@@ -106,7 +106,7 @@ random.Random(seed).shuffle(kept)
 n_val = round(val_share * len(kept))
 n_val = min(max(n_val, 1), len(kept) - 1)  # at least one document on each side
 splits = {'train': kept[n_val:], 'val': kept[:n_val]}
-meta = write_dataset(os.path.join('data', dataset), tok, splits, source=origin)
+meta = write_dataset(os.path.join('data', dataset), tok, splits, source=origin, template=TEMPLATE)
 
 print(f'{len(kept):,} of {len(rows):,} documents; '
       f'left out: {len(pairs) - len(short):,} of over {max_tokens:,} tokens, '
