@@ -1,11 +1,12 @@
 """
 Serve a page to try models on: two side by side continue one prompt, token by token.
-    python app.py --out_dir=out/book --other=out/pride
+    python extras/app.py --out_dir=out/book --other=out/book_nanogpt
 
 It prints the page's address, which this machine alone can reach unless --share=True. There one can
 choose a run's newest model, its best, the same untrained, and OpenAI's GPT-2, which is downloaded.
 Tokens can be coloured by probability: the model's own, before temperature and strategy. The book's
 model writes 307 tokens/s on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
+
 Needs model.py, folio/ and gradio.
 """
 import codecs

