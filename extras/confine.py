@@ -56,7 +56,7 @@ if not CONFINED:
     import subprocess
     import tempfile
     if __name__ == '__main__':
-        sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+        sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
     from folio.configurator import UserError, configure
 
 MIB = 1 << 20

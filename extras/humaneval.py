@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.checkpoint
 from extras.confine import execute, permit
 from folio import engine, fast

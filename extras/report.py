@@ -21,7 +21,7 @@ import types
 import numpy as np
 import torch
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 from extras import ngrams
 from extras import plots
 import folio.tokenizer

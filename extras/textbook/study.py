@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 
-sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from extras import confine
 from folio.checkpoint import read_log
 from folio.configurator import UserError, configure
