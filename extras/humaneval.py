@@ -200,7 +200,7 @@ def available_cores():
     return os.cpu_count()
 
 
-# ---- Figures -------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 def pass_at_k(n, c, k):
     """Return the probability that of k samples, drawn from n of which c are right, one or more is.
 
@@ -213,7 +213,7 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def figures(results, ks=(1, 10, 100)):
+def summarize(results, ks=(1, 10, 100)):
     """Return {pass@k, pass@k_stderr, …, n}: means over the n tasks, and their standard errors.
 
     A k is left out unless every task has at least k samples.
@@ -238,7 +238,7 @@ def figures(results, ks=(1, 10, 100)):
 
 def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1, 10, 100), *,
              timeout, memory, processes=0, **options):
-    """Return the figures of a model, which stays as it was, on tasks that `load` gave.
+    """Return the scores of a model, which stays as it was, on tasks that `load` gave.
 
     options go to draw_samples: num_samples, batch_size, seed, max_new_tokens …
     """
@@ -246,7 +246,7 @@ def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1
     samples = draw_samples(model, tokenizer, tasks, machine, **options)
     results = run_samples(tasks, samples, allow_code_execution, timeout=timeout, memory=memory,
                           processes=processes)
-    return figures(results, ks)
+    return summarize(results, ks)
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def sample_model(tasks):
 
 
 def print_summary(summary, results, n_tasks):
-    """Print the figures, once to be read and once as JSON; tell if some tasks have no samples."""
+    """Print the scores, once to be read and once as JSON; tell if some tasks have no samples."""
     n_missing = n_tasks - summary['n']
     if n_missing:
         print(f'notice: {n_missing} of {n_tasks} problems have no samples', file=sys.stderr)
@@ -328,7 +328,7 @@ def main():
     results = run_samples(tasks, rows, allow_code_execution, timeout=timeout, memory=memory,
                           processes=processes, progress=True)
     write_jsonl(path + '_results.jsonl', results)
-    print_summary(figures(results, parse_ks(ks)), results, len(tasks))
+    print_summary(summarize(results, parse_ks(ks)), results, len(tasks))
 
 
 if __name__ == '__main__':

