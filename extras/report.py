@@ -1,12 +1,14 @@
 """
 Compare runs on one page: their curves, figures and texts, and what n-grams make of the same data.
-    python report.py out/book
-    python report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
+    python extras/report.py out/book
+    python extras/report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
 
 Reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set where that is still there;
 writes report.md and pictures. A run that is still going, was cut short or never saved anything is
 reported as far as it goes. Four small runs took 55 s on two cores of an AMD EPYC (torch 2.13,
-2026-11-21). Needs plots.py and ngrams.py beside it, model.py, folio/ and matplotlib.
+2026-11-21).
+
+Needs model.py, folio/, plots.py and ngrams.py beside it, and matplotlib.
 """
 import glob
 import html
@@ -19,7 +21,7 @@ import types
 import numpy as np
 import torch
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 from extras import ngrams
 from extras import plots
 import folio.tokenizer
@@ -451,7 +453,8 @@ def main():
     check_counts()
     Machine(device, 'auto')
     if not folders:
-        raise UserError('which runs? Name their folders: python report.py out/book [out/other …]')
+        raise UserError('which runs? Name their folders: '
+                        'python extras/report.py out/book [out/other …]')
     runs = [read_run(folder) for folder in dict.fromkeys(map(os.path.normpath, folders))]
     try:
         os.makedirs(to, exist_ok=True)

@@ -141,8 +141,9 @@ def prepare_command(name):
     """Return the command that prepares a data set: its own script, or that of a book."""
     name = os.path.basename(os.path.normpath(name))
     for script in (name, name.partition('_')[0]):
-        if os.path.isdir(os.path.join(ROOT, 'prepare', script)):
-            return f'python prepare/{script}/prepare.py'
+        for folder in ('prepare', 'extras'):
+            if os.path.isfile(os.path.join(ROOT, folder, script, 'prepare.py')):
+                return f'python {folder}/{script}/prepare.py'
     return f'python prepare/book/prepare.py --dataset={name}'
 
 
