@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 
-sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure

@@ -12,11 +12,12 @@ import os
 import shutil
 import sys
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.checkpoint
 from folio.configurator import UserError, configure
 from folio.hugging_face import TOKENIZER, to_hugging_face

@@ -25,12 +25,13 @@ import sys
 import tempfile
 import time
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.tokenizer
 import hellaswag
 from bench import TRAIN, one_process, read_settings, set_up, show, write_metrics

@@ -18,14 +18,14 @@ import re
 import sys
 import types
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
-from extras import ngrams
-from extras import plots
-import folio.tokenizer
 import folio.checkpoint
+import folio.tokenizer
+from extras import ngrams, plots
 from folio import engine, fast
 from folio.checkpoint import read_log, steps_done
 from folio.configurator import UserError, configure
