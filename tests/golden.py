@@ -1,7 +1,7 @@
 """
 Compute the numbers that a refactoring must not change, or write them down anew.
     python tests/golden.py                       # print them as JSON
-    python tests/golden.py tests/golden.json     # write them, where a mend changes a number on purpose
+    python tests/golden.py tests/golden.json     # write them, where a mend changes one on purpose
 
 Tiny seeded runs of the scripts themselves on a text made here: 20 losses and gradient norms of
 each, samples, HellaSwag scores, and the merges of a BPE. tests/test_golden.py compares.

@@ -1,4 +1,4 @@
-"""folio/checkpoint.py: what loads, what is refused in one line, and that nothing is half written."""
+"""folio/checkpoint.py: what is loaded, what is refused in one line, and files that are whole."""
 import dataclasses
 import errno
 import json
