@@ -1,4 +1,4 @@
-"""peers.py: the same work by others, and the race to a loss."""
+"""extras/peers.py: the same work by others, and the race to a loss."""
 import json
 import re
 
