@@ -147,16 +147,17 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 # torchrun has restarted this run after a worker died: go on, and not once more from the beginning.
-if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0 and os.path.exists(ckpt_path):
+# But if it died early, the folder still holds an older run, which is not what was asked for.
+is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
+if machine.any(is_restart and folio.checkpoint.is_of_launch(out_dir, machine.launch())):
     init_from = 'resume'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
 
 checkpoint = None
-if os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
-    raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give another '
-                    '--out_dir, or --init_from=resume')
+if init_from not in ('scratch', 'resume') and not eval_only:
+    folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
@@ -187,7 +188,7 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
 first_window = 0  # of the training stream, where this process begins
-is_validated = False  # whether the evaluation at first_iter has been made
+is_validated = False  # whether the model as it is before the next step was evaluated
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
@@ -259,11 +260,12 @@ if hellaswag_interval > 0 or sample_interval > 0:
 
 
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
-def save(path, iter_num, is_validated):
-    """Write a checkpoint of the run as it is before step iter_num.
+fingerprint = data.fingerprint('train')  # now: the files may be made anew while we train
 
-    is_validated: whether the evaluation that is due then has been made.
-    """
+
+def save(path, iter_num):
+    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged."""
+    stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
@@ -279,7 +281,7 @@ def save(path, iter_num, is_validated):
         'config': config,
         'iter_num': iter_num,
         'windows': windows_before(iter_num),
-        'data': data.fingerprint('train'),
+        'data': fingerprint,
         'is_validated': is_validated,
         'norms': norms,
         'best_val_loss': best_val_loss,
@@ -326,16 +328,17 @@ def should_stop():
     return machine.any(len(signals) > 0)
 
 
-def stop_if_diverged(iter_num, all_finite):
-    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
-    if all_finite:
+def stop_if_diverged(iter_num, is_finite):
+    """Raise UserError if in any process a number was not finite: what is saved stays as it is."""
+    if not machine.any(not is_finite):
         return
     remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
     if os.path.exists(ckpt_path):
         remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
     rate = optimizers[0].param_groups[0]['lr']
     raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
-                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
+                    f'{norm.item()}; {first_not_finite(model) or "the loss"} is not finite; '
+                    f'{remedy}')
 
 
 if rank == 0:
@@ -344,7 +347,7 @@ if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
         if init_from == 'resume':
-            folio.checkpoint.truncate_log(log_path, first_iter)
+            folio.checkpoint.truncate_log(log_path, first_iter, is_validated)
         else:
             previous = folio.checkpoint.set_aside(out_dir)
             if previous is not None:
@@ -356,10 +359,11 @@ if rank == 0:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
-    'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+    'launch': machine.launch(), 'cpus': os.cpu_count(), 'torch': torch.__version__,
+    'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):
-    signal.signal(number, on_signal)
+    if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored, to outlive the terminal
+        signal.signal(number, on_signal)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -389,22 +393,23 @@ norm = torch.zeros(())  # of the gradient
 all_finite = torch.ones((), dtype=torch.bool, device=device)
 # What the log has for first_iter already. The first process says so: its log is the one.
 logged_before = set()
-if init_from == 'resume':
+if init_from == 'resume' and rank == 0:
     for entry in folio.checkpoint.read_log(log_path, damaged=[]):
         if entry.get('iter') == first_iter:
             logged_before |= entry.keys()
+was_scored = machine.any('hellaswag' in logged_before)
+was_sampled = machine.any('sample' in logged_before)
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
     pause = time.perf_counter()
     train_seconds += pause - clock  # the clock stands still until the next step
     is_last = iter_num == max_iters
-    is_resumed = iter_num == first_iter and init_from == 'resume'
+    is_first = iter_num == first_iter
 
-    # Validate, unless the checkpoint was saved after that
+    # Validate, unless the checkpoint that we go on from was saved after that
     stopping = should_stop()
-    validate = is_last or iter_num % eval_interval == 0
-    if is_resumed and is_validated:
-        validate = False
+    is_validated = is_first and is_validated
+    validate = (is_last or iter_num % eval_interval == 0) and not is_validated
     metrics = None
     if validate and not stopping:
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
@@ -416,6 +421,7 @@ for iter_num in range(first_iter, max_iters + 1):
         val_loss = metrics.pop('loss')
         all_finite &= math.isfinite(val_loss)
         stop_if_diverged(iter_num, all_finite)
+        is_validated = True
         improved = val_loss < best_val_loss
         if improved:
             best_val_loss = val_loss
@@ -424,35 +430,34 @@ for iter_num in range(first_iter, max_iters + 1):
             evals_without_gain += 1
         values = {'loss': val_loss} | metrics
         print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in values.items()))
-        log({'iter': iter_num, 'tokens': iter_num * tokens_per_step,
+        log({'iter': iter_num, 'tokens': windows_before(iter_num) * block_size,
              'train_seconds': train_seconds, 'val_loss': val_loss, **metrics})
     if patience > 0 and evals_without_gain >= patience:
         is_last = True
 
     # Save, best.pt first, so that a resumed run never misses its best
     if improved and iter_num > 0:
-        save(best_path, iter_num, is_validated=True)
+        save(best_path, iter_num)
     due = metrics is not None and iter_num > 0 and (improved or always_save_checkpoint)
     if due or stopping:
-        stop_if_diverged(iter_num, all_finite)
-        save(ckpt_path, iter_num, is_validated=metrics is not None or not validate)
+        save(ckpt_path, iter_num)
 
     # Look at the model: HellaSwag, a sample
     is_scored = hellaswag_interval > 0 and (is_last or iter_num % hellaswag_interval == 0)
     is_sampled = sample_interval > 0 and iter_num > 0 and iter_num % sample_interval == 0
-    if is_scored and not stopping and not (is_resumed and 'hellaswag' in logged_before):
+    if is_scored and not stopping and not (is_first and was_scored):
         with machine.unsharded(model):
             metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
                                          batch_tokens=hellaswag.batch_tokens,
                                          should_stop=should_stop)
         stopping = metrics is None
         if stopping:
-            save(ckpt_path, iter_num, is_validated=True)
+            save(ckpt_path, iter_num)
         else:
             accuracy = metrics.pop('acc_mean')
             print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
             log({'iter': iter_num, 'hellaswag': accuracy, **metrics})
-    if is_sampled and not stopping and not (is_resumed and 'sample' in logged_before):
+    if is_sampled and not stopping and not (is_first and was_sampled):
         text = sample_text()
         print0(f'---- sample at step {iter_num}\n{text}\n----')
         log({'iter': iter_num, 'sample': text})
@@ -493,13 +498,11 @@ for iter_num in range(first_iter, max_iters + 1):
         # The processes' gradients are averaged, so that 1 / world_size is in them already.
         share = n_targets_here * world_size / max(1, n_targets)
         scaler.scale(loss * share).backward()
-    # Clip the gradients that the loss itself has, not the scaled ones.
+    # The gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
-    max_norm = grad_clip if grad_clip > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if fsdp:
-        norm = norm.full_tensor()
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = total_norm.full_tensor() if fsdp else total_norm
 
     # A number that is not finite ends the run before it is saved. A GPU is not waited for at each
     # step, so there the run ends at the next log line.
@@ -507,10 +510,13 @@ for iter_num in range(first_iter, max_iters + 1):
     all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
     if is_logged or machine.type == 'cpu':
         stop_if_diverged(iter_num, all_finite)
+    max_norm = grad_clip if grad_clip > 0 else math.inf
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total_norm)
     skip = False
     if skip_spikes:
         skip = is_spike(norm.item(), norms)
-        norms = [*norms, norm.item()][-100:]
+        if norm.isfinite():
+            norms = [*norms, norm.item()][-100:]
         if skip:
             print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
             log({'iter': iter_num, 'skipped': norm.item()})
@@ -535,7 +541,7 @@ for iter_num in range(first_iter, max_iters + 1):
         loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)
         tokens_per_second = tokens_per_step / step_seconds
         entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
-                 'grad_norm': norm.item(), 'tokens': (iter_num + 1) * tokens_per_step,
+                 'grad_norm': norm.item(), 'tokens': windows_before(iter_num + 1) * block_size,
                  'tokens_per_second': tokens_per_second, 'train_seconds': seconds}
         mfu_text = ''
         if machine.peak_flops:
@@ -554,7 +560,9 @@ if stopping:
     arguments = [arg for arg in sys.argv if not arg.startswith('--init_from=')]
     command = shlex.join(arguments + ['--init_from=resume'])
     launcher = 'python'
-    if world_size > 1:
+    if int(os.environ.get('GROUP_WORLD_SIZE', '1')) > 1:
+        launcher = 'torchrun with its options, on each node:'
+    elif world_size > 1:
         launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}'
     print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: {launcher} {command}')
     # Another process got the signal if none came here.

@@ -127,7 +127,7 @@ def test_a_fresh_run_puts_the_old_one_aside(book):
     run('train.py', *TINY, cwd=book)
     before = (book / 'out' / 'ckpt.pt').read_bytes()
     out, _ = run('train.py', *TINY, '--max_iters=5', cwd=book)
-    assert 'out/previous' in out and (book / 'out' / 'previous' / 'ckpt.pt').read_bytes() == before
+    assert 'out/previous' in out and (book / 'out' / 'previous-1' / 'ckpt.pt').read_bytes() == before
     assert [e['iter'] for e in figures(book) if 'val_loss' in e] == [0, 5]
 
 
