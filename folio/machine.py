@@ -56,7 +56,7 @@ class Machine:
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
             if self.type == 'cuda' and ':' in device:
                 torch.cuda.set_device(device)  # for what asks about the current GPU
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).item()  # there are devices that hold no numbers
         except (RuntimeError, AssertionError) as e:  # either, for a device that is not there
             reason = str(e).partition('\n')[0]
             raise UserError(f'device {device}: {reason}; try --device=cpu') from None
