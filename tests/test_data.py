@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from folio.configurator import UserError
 from folio.data import (Dataset, eval_batches, prefetch, read_jsonl, to_batch, train_batch,
