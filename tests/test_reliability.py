@@ -320,10 +320,17 @@ def test_no_more_than_usual_is_no_spike():
 
 
 def test_spikes_are_skipped_in_float16_too(book):
-    """Its first gradients overflow, and are no measure of anything."""
-    run('train.py', *FAST, '--dtype=float16', '--skip_spikes=True', '--max_iters=40', cwd=book)
+    """Its first gradients overflow, for the scale begins too high, and are no measure of anything."""
+    plant = '''
+import torch
+plain = torch.amp.GradScaler
+torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0**30, enabled=enabled)
+'''
+    options = [*FAST, '--dtype=float16', '--skip_spikes=True', '--max_iters=60', '--eval_interval=100']
+    status, printed = python(plant, *options, cwd=book)
+    assert status == 0 and 'norm inf' in printed, printed
     norms = load(book)['norms']
-    assert 20 < len(norms) <= 40 and np.isfinite(norms).all()
+    assert 20 < len(norms) < 60 and np.isfinite(norms).all()
 
 
 # ---- Masked targets ------------------------------------------------------------------------------
@@ -349,7 +356,7 @@ def test_masked_losses_do_not_depend_on_how_a_step_is_cut(book):
     expected = losses_and_norms(book, 'cut8')
     assert len(expected) == 10 and all(loss > 1.5 for loss, _ in expected)
     for size, _ in CUTS[1:]:
-        np.testing.assert_allclose(losses_and_norms(book, f'cut{size}'), expected, atol=1e-5)
+        np.testing.assert_allclose(losses_and_norms(book, f'cut{size}'), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -360,7 +367,7 @@ def test_masked_losses_of_two_processes_are_those_of_one(book, options):
     process = start(*FAST, *options, '--batch_size=2', '--gradient_accumulation_steps=4', cwd=book, processes=2)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
-    np.testing.assert_allclose(losses_and_norms(book, 'out'), losses_and_norms(book, 'one'), atol=1e-5)
+    np.testing.assert_allclose(losses_and_norms(book, 'out'), losses_and_norms(book, 'one'), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
