@@ -1,12 +1,14 @@
 """
 Kill training again and again, and compare what it ends with to an undisturbed run, to the last bit.
-    python tests/test_campaign.py                     # 50 kills of one process, 20 of one among three
+    python tests/test_campaign.py         # 50 kills of one process, 20 of one among three
     python tests/test_campaign.py --kills=5 --worker_kills=2
 
-Every kill is a SIGKILL at a random moment, drawn from a fixed seed: in starting up, in a step, in an evaluation, and
-each fourth one while a checkpoint is being written. The run goes on by --init_from=auto; with three processes torchrun
-restarts it. Weights, optimizers and log are compared: no step missing, none twice.
+Every kill is a SIGKILL at a random moment, drawn from a fixed seed: in starting up, in a step, in
+an evaluation, and each fourth one while a checkpoint is being written. The run goes on by
+--init_from=auto; with three processes torchrun restarts it. Weights, optimizers and log are
+compared: no step missing, none twice.
 """
+
 import argparse
 import json
 import os
@@ -28,10 +30,25 @@ from folio import checkpoint  # noqa: E402
 KILLS_IN_CI = 8
 WORKER_KILLS_IN_CI = 3
 # Steps of milliseconds and a checkpoint after each ten: thousands of moments at which it can hurt.
-TRAINING = ['--dataset=book', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=64', '--block_size=32',
-            '--batch_size=4', '--gradient_accumulation_steps=3', '--dropout=0.1', '--optimizer=muon',
-            '--arch=modern', '--warmup_iters=10', '--eval_interval=10', '--eval_iters=2', '--log_interval=1',
-            '--sample_interval=100', '--init_from=auto']
+TRAINING = [
+    '--dataset=book',
+    '--device=cpu',
+    '--n_layer=1',
+    '--n_head=2',
+    '--n_embd=64',
+    '--block_size=32',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=3',
+    '--dropout=0.1',
+    '--optimizer=muon',
+    '--arch=modern',
+    '--warmup_iters=10',
+    '--eval_interval=10',
+    '--eval_iters=2',
+    '--log_interval=1',
+    '--sample_interval=100',
+    '--init_from=auto',
+]
 
 
 def steps_for(kills):
@@ -42,24 +59,46 @@ def steps_for(kills):
 def make_data(folder):
     """Prepare data/book in a folder: 20,000 characters of Python's own reference."""
     from pydoc_data.topics import topics
+
     text = '\n\n'.join(topics[name] for name in sorted(topics))[:20000]
     (folder / 'book.txt').write_text(text, encoding='utf-8')
-    subprocess.run([sys.executable, str(ROOT / 'prepare/book/prepare.py'), '--book=book.txt'], cwd=folder, check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / 'prepare/book/prepare.py'), '--book=book.txt'],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def command(n_processes, steps, restarts=0):
     launcher = [sys.executable]
     if n_processes > 1:
-        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_processes}',
-                     f'--max-restarts={restarts}', '--monitor-interval=0.1']
-    return [*launcher, str(ROOT / 'train.py'), *TRAINING, f'--max_iters={steps}', f'--lr_decay_iters={steps}']
+        launcher += [
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc_per_node={n_processes}',
+            f'--max-restarts={restarts}',
+            '--monitor-interval=0.1',
+        ]
+    return [
+        *launcher,
+        str(ROOT / 'train.py'),
+        *TRAINING,
+        f'--max_iters={steps}',
+        f'--lr_decay_iters={steps}',
+    ]
 
 
 def start(folder, out_dir, *args, **options):
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([*command(*args, **options), f'--out_dir={out_dir}'], cwd=folder, env=environment,
-                            stdout=open(folder / 'printed.txt', 'a'), stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*command(*args, **options), f'--out_dir={out_dir}'],
+        cwd=folder,
+        env=environment,
+        stdout=open(folder / 'printed.txt', 'a'),
+        stderr=subprocess.STDOUT,
+    )
 
 
 def entries(path):
@@ -68,7 +107,9 @@ def entries(path):
 
 def run_alone(folder, n_processes, steps):
     """An undisturbed run in folder/alone."""
-    assert start(folder, 'alone', n_processes, steps).wait() == 0, (folder / 'printed.txt').read_text()[-3000:]
+    assert start(folder, 'alone', n_processes, steps).wait() == 0, (
+        folder / 'printed.txt'
+    ).read_text()[-3000:]
 
 
 def wait_for_moment(rng, run, in_save):
@@ -113,7 +154,7 @@ def kill_again_and_again(folder, kills, seed):
         began = time.time_ns()
         process = start(folder, 'killed', 1, steps)
         if done < kills:
-            # From the start to the first step takes seconds: some kills shall fall there, most later.
+            # The first step comes after seconds: some kills shall fall there, most later.
             in_save = done % 4 == 0
             if in_save or rng.random() < 0.85:
                 wait_for_log(process, run, began)
@@ -141,7 +182,9 @@ def kill_workers(folder, kills, seed):
     for number in range(kills):
         wait_for_log(process, run, began)
         wait_for_moment(rng, run, in_save=number % 4 == 0)
-        workers = subprocess.run(['ps', '--ppid', str(process.pid), '-o', 'pid='], capture_output=True, text=True)
+        workers = subprocess.run(
+            ['ps', '--ppid', str(process.pid), '-o', 'pid='], capture_output=True, text=True
+        )
         workers = workers.stdout.split()
         assert len(workers) == 3, (folder / 'printed.txt').read_text()[-3000:]
         # In a save it is the first one, which writes, that is killed.
@@ -160,7 +203,9 @@ def figures(path):
     found = []
     for entry in entries(path):
         if 'iter' in entry:
-            found.append({k: v for k, v in entry.items() if k not in ('tokens_per_second', 'train_seconds')})
+            found.append(
+                {k: v for k, v in entry.items() if k not in ('tokens_per_second', 'train_seconds')}
+            )
     return found
 
 
@@ -180,14 +225,24 @@ def assert_same(ours, theirs, where):
 
 
 def assert_nothing_lost(folder, steps):
-    """The log has each step once, and the checkpoints are those of the undisturbed run, bit for bit."""
+    """The log has each step once, and the checkpoints are the undisturbed run's, bit for bit."""
     assert figures(folder / 'killed' / 'log.jsonl') == figures(folder / 'alone' / 'log.jsonl')
-    losses = [entry['iter'] for entry in figures(folder / 'killed' / 'log.jsonl') if 'loss' in entry]
+    losses = [
+        entry['iter'] for entry in figures(folder / 'killed' / 'log.jsonl') if 'loss' in entry
+    ]
     assert losses == list(range(steps))
     for name in ('ckpt.pt', 'best.pt'):
         ours = checkpoint.load(str(folder / 'killed' / name))
         theirs = checkpoint.load(str(folder / 'alone' / name))
-        for key in ('model', 'optimizer', 'scaler', 'iter_num', 'windows', 'best_val_loss', 'evals_without_gain'):
+        for key in (
+            'model',
+            'optimizer',
+            'scaler',
+            'iter_num',
+            'windows',
+            'best_val_loss',
+            'evals_without_gain',
+        ):
             assert_same(ours[key], theirs[key], f'{name}: {key}')
 
 
@@ -235,4 +290,9 @@ if __name__ == '__main__':
     parser.add_argument('--seed', type=int, default=15)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        print(json.dumps(campaign(pathlib.Path(work), options.kills, options.worker_kills, options.seed), indent=2))
+        print(
+            json.dumps(
+                campaign(pathlib.Path(work), options.kills, options.worker_kills, options.seed),
+                indent=2,
+            )
+        )
