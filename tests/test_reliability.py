@@ -63,6 +63,8 @@ def start(*args, cwd, processes=1):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {'OMP_NUM_THREADS': '1'},
+        # Tests that were started by nohup have SIGHUP ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
