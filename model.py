@@ -178,7 +178,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos_sin, mask, cache):
-        # What is added is normalised first, the stream itself never: gradients pass straight through.
+        # What is added is normalised first, the stream itself never: gradients pass straight on.
         x = x + self.attn(self.ln_1(x), cos_sin, mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
