@@ -414,11 +414,11 @@ log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'ma
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
     'launch': machine.launch(), 'cpus': os.cpu_count(), 'torch': torch.__version__,
     'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
-for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    number = getattr(signal, name, None)  # Windows has no SIGHUP
-    # nohup has it ignored, so that a run outlives its terminal.
-    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-        signal.signal(number, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+# Windows has no SIGHUP, and nohup has it ignored, so that a run outlives its terminal.
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, on_signal)
 
 
 # ---- Training ------------------------------------------------------------------------------------
