@@ -160,10 +160,12 @@ if init_from not in ('scratch', 'resume') and not eval_only:
     folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
 if init_from == 'resume':
+    folio.checkpoint.require_same_tokenizer(checkpoint, ckpt_path, data)
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
     folio.checkpoint.require_same_data(checkpoint, data, seed, ckpt_path)
+elif init_from != 'scratch':
+    folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
 
 # Every process draws the same weights.
 torch.manual_seed(seed)
