@@ -119,7 +119,7 @@ def render(item, tokenizer, block_size):
 def make_batches(items, tokenizer, block_size, batch_tokens):
     """Return batches: lists of (context ids, [(item, choice, ending ids), …]).
 
-    A batch holds contexts of about the same length, each with the endings that continue it.
+    A batch holds endings of about the same length, with the contexts that they continue.
     """
     # Usually an item's four endings continue one context. They do not where the text is too long,
     # and each ending leaves room for another part of it.
@@ -127,21 +127,25 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
     for i, item in enumerate(items):
         for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
             groups.setdefault((i, tuple(context)), []).append((i, choice, ending))
-    # From short to long, so that a batch needs little padding, and its last context is the longest.
-    ordered = sorted(groups.items(), key=lambda group: len(group[0][1]))
+
+    def longest_ending(group):
+        _, endings = group
+        return max(len(ending) for _, _, ending in endings)
+
+    # By the length of the endings, because four of them are padded for each context.
     batches = []
     current = []
-    longest_ending = 0  # in the current batch
-    for (_, context), endings in ordered:
-        longest_here = max(len(ending) for _, _, ending in endings)
-        longest_ending = max(longest_ending, longest_here)
-        row_tokens = len(context) + longest_ending
+    longest_context = 0  # in the current batch
+    for group in sorted(groups.items(), key=longest_ending):
+        (_, context), endings = group
+        longest_context = max(longest_context, len(context))
+        row_tokens = longest_context + longest_ending(group)
         takes_too_much = row_tokens * (len(current) + 1) > batch_tokens
         exceeds_context = row_tokens > block_size + 1  # the last token is only predicted
         if current and (takes_too_much or exceeds_context):
             batches.append(current)
             current = []
-            longest_ending = longest_here
+            longest_context = len(context)
         current.append((list(context), endings))
     batches.append(current)
     return batches
