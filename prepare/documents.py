@@ -1,9 +1,9 @@
 """
 Read documents, from here or from the hub, as a stream, and tokenize them with all cores.
-    python -c "from prepare.documents import read_chunks; print(next(read_chunks('my.jsonl', 'text')))"
+    python -c "from prepare.documents import read_chunks; print(*read_chunks('my.txt', 'text'))"
 
-That prints how far my.jsonl has been read, and its first documents, about a million characters of
-them. A file is .parquet, .jsonl or .ndjson (an object a line), .json (that, or one list of objects)
+That prints how far my.txt has been read, and the documents in it, about a million characters at a
+time. A file is .parquet, .jsonl or .ndjson (an object a line), .json (that, or one list of objects)
 or .txt (one document); all but .parquet may be compressed.
 
 Reading can begin anywhere that an earlier reading came to, and what stands before a broken row is
@@ -165,8 +165,8 @@ def read_chunks(file, column, row=0, offset=0, skip_bad=False):
         with reading(file), contextlib.closing(read_rows(file, column, end)) as rows:
             for mark, text, problem in rows:
                 if problem and not skip_bad:
-                    raise UserError(f'{file} could not be read: {problem}; mend that, or leave such '
-                                    'rows out and count them: --skip_bad=True')
+                    raise UserError(f'{file} could not be read: {problem}; mend that, or leave '
+                                    'such rows out and count them: --skip_bad=True')
                 if problem:
                     n_bad += 1
                 elif text:
@@ -319,7 +319,8 @@ def text_of(row, column):
 def reason_of(error):
     """Return what is wrong with a line, for a message; the line itself is named by the caller."""
     if isinstance(error, json.JSONDecodeError):
-        return f'{error.msg} at character {error.pos + 1}'
+        message = error.msg.removesuffix(' at')  # some of them end so
+        return f'{message} at character {error.pos + 1}'
     if isinstance(error, RecursionError):
         return 'it is nested too deeply'
     return str(error)

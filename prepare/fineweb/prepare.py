@@ -11,14 +11,15 @@ began. A row without text ends it, once what came before is kept; --skip_bad=Tru
 out.
 
 Several machines on one file system can share the work: --worker=0/4 on the first … --worker=3/4 on
-the fourth, and then once without --worker, to join what they made. A BPE is trained once and kept in
-data/tokenizers/: let the first machine do that alone.
+the fourth, and then once without --worker, to join what they made. A BPE is trained once and kept
+in data/tokenizers/: let the first machine do that alone.
 """
 import functools
 import os
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 from prepare import documents
@@ -120,6 +121,14 @@ def first_chars(texts, n_chars):
             return
 
 
+def with_bar(texts, n_chars):
+    """Yield texts, and show on a bar how many characters of n_chars, or of all, have gone by."""
+    with tqdm(total=n_chars or None, desc='counting', unit=' characters', unit_scale=True) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
+
+
 def trained_bpe(files):
     """Return a BPE of the documents of these files, trained by all cores or by an earlier run."""
     # The name of the file says what the BPE depends on, so that another file is never taken for it.
@@ -130,6 +139,7 @@ def trained_bpe(files):
         texts = all_documents(files)
         if tokenizer_chars > 0:
             texts = first_chars(texts, tokenizer_chars)
+        texts = with_bar(texts, tokenizer_chars)
         with documents.start_pool() as pool:
             map_in_pool = functools.partial(documents.in_order, pool)
             tok = folio.tokenizer.train_bpe(texts, vocab_size, map_in_pool)
