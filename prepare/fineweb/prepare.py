@@ -199,7 +199,7 @@ def main():
         print(f'worker {worker} has done its share; '
               'when all have, join them by the same command without --worker')
         return
-    if meta['bad_rows']:
+    if meta.get('bad_rows'):
         print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens '

@@ -31,7 +31,7 @@ files, revision = find_sources(source, folder)
 to_tokens = functools.partial(documents.tokenize, tokenizer=tok, column=column, skip_bad=skip_bad)
 meta = write_corpus(folder, tok, files, to_tokens, val_tokens=val_tokens, max_tokens=max_tokens,
                     column=column, pattern=source, revision=revision)
-if meta['bad_rows']:
+if meta.get('bad_rows'):
     print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
 for split, counts in meta['splits'].items():
     print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
