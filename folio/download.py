@@ -2,8 +2,8 @@
 Download one file, whole or not at all.
     python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
 
-A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it, unless the
-file has changed on the server.
+A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it, unless
+the file has changed on the server.
 """
 import contextlib
 import hashlib

@@ -54,7 +54,7 @@ def as_stream(texts):
 
 
 def chunks_of(arrays, chunk=100, log=None):
-    """Return a to_tokens of arrays, which hands out so many tokens at a time and logs where from."""
+    """Return a to_tokens of arrays, which hands out `chunk` tokens at a time and logs where from."""
     def to_tokens(file, row, offset):
         if log is not None:
             log.append((file, row))
@@ -133,9 +133,10 @@ def test_any_workers_that_were_stopped_anywhere_and_a_join_among_them_give_the_s
         folder = tmp_path / str(trial)
         for _ in range(rng.randrange(12)):
             worker = rng.choice(['0/3', '1/3', '2/3', '1/2', ''])
+            to_tokens = killed_after(rng.randrange(1, 40))
             try:
-                corpus.write_corpus(str(folder), Tokenizer(), list(arrays),
-                                    killed_after(rng.randrange(1, 40)), val_tokens=333, worker=worker)
+                corpus.write_corpus(str(folder), Tokenizer(), list(arrays), to_tokens,
+                                    val_tokens=333, worker=worker)
             except Killed:
                 pass
         meta = corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),

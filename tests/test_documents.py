@@ -301,7 +301,8 @@ def peak_of_reading(path):
 def test_memory_does_not_grow_with_a_parquet_file(tmp_path, row_group_size):
     rng = np.random.default_rng(0)
     letters = np.frombuffer(b'abcdefghijklmnopqrstuvwxyz     ', dtype=np.uint8)
-    texts = [letters[rng.integers(0, len(letters), 20_000)].tobytes().decode() for _ in range(10_000)]
+    places = rng.integers(0, len(letters), (10_000, 20_000), dtype=np.uint8)
+    texts = [row.tobytes().decode() for row in letters[places]]
     parquet(tmp_path / 'small.parquet', texts[:300], row_group_size)
     parquet(tmp_path / 'large.parquet', texts, row_group_size)
     small = peak_of_reading(tmp_path / 'small.parquet')
