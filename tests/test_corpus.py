@@ -54,7 +54,7 @@ def as_stream(texts):
 
 
 def chunks_of(arrays, chunk=100, log=None):
-    """Return a to_tokens of arrays, which hands out `chunk` tokens at a time and logs where from."""
+    """Return a to_tokens that hands out `chunk` tokens at a time and logs where it began."""
     def to_tokens(file, row, offset):
         if log is not None:
             log.append((file, row))
