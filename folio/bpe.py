@@ -12,6 +12,7 @@ import heapq
 import itertools
 
 import regex
+from tqdm import tqdm
 
 CHUNK_CHARS = 1_000_000  # characters whose pieces are counted at a time
 MAX_PIECES = 1_000_000  # distinct pieces to remember; learning from that many takes 1.2 GB
@@ -136,6 +137,8 @@ def learn_merges(piece_counts, n_merges):
     pair_counts = collections.defaultdict(int)
     places = {}  # {pair: places}; at some of them it may no longer stand
     heap = []  # (-count, pair): the first is the most frequent pair, and of equals the lowest
+    # Two seconds' silence first, for a small vocabulary takes no longer.
+    bar = tqdm(total=n_merges, desc='merging', unit=' merges', delay=2)
     while len(merges) < n_merges:
         # Count the new pairs. Added, not set, because a pair may have lost places before it was
         # counted: when aa becomes X, aaaa is X a a for a moment, and then X X, without X a.
@@ -148,6 +151,7 @@ def learn_merges(piece_counts, n_merges):
         best = pop_most_frequent(heap, pair_counts)
         if best is None:
             break
+        bar.update()
         left, right = divmod(best, base)
         new = len(tokens)
         merges.append((tokens[left], tokens[right]))
@@ -174,6 +178,7 @@ def learn_merges(piece_counts, n_merges):
             if after != NO_TOKEN:
                 pair_counts[right * base + after] -= weight
                 found[new * base + after].append(place)
+    bar.close()
     return merges
 
 

@@ -2,7 +2,8 @@
 Download one file, whole or not at all.
     python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
 
-A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it.
+A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it, unless
+the file has changed on the server.
 """
 import contextlib
 import hashlib
@@ -44,8 +45,9 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
                 fetch(url, part, timeout)
                 if is_expected(part, sha256):
                     os.replace(part, path)
+                    remove_part(part)
                     return path
-                os.remove(part)
+                remove_part(part)
                 reason = f'{url}: what came is another file, by its SHA-256'
             except requests.RequestException as e:
                 status = getattr(e.response, 'status_code', None)
@@ -90,22 +92,62 @@ def fetch(url, part, timeout):
     if os.path.exists(part):
         n_there = os.path.getsize(part)
     headers = dict(HEADERS)
+    version = read_version(part)
     if n_there:
         headers['Range'] = f'bytes={n_there}-'
+        if version:
+            headers['If-Range'] = version  # else the server is to send the whole file
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416:  # the part is longer than the file: begin again
             os.remove(part)
         response.raise_for_status()
+        encoding = response.headers.get('Content-Encoding', 'identity')
+        if encoding != 'identity':
+            raise requests.exceptions.ContentDecodingError(f'it came as {encoding}')
 
         # A server without ranges sends the whole file instead, and does not say Content-Range.
         content_range = response.headers.get('Content-Range', '')
         resumed = n_there > 0 and content_range.startswith(f'bytes {n_there}-')
+        # Nor does every server heed If-Range.
+        if resumed and version and version_of(response) not in ('', version):
+            os.remove(part)
+            raise requests.ConnectionError('the file has changed meanwhile')
+        if not resumed:
+            write_version(part, version_of(response))
         n_kept = n_there if resumed else 0
         n_coming = int(response.headers.get('Content-Length', 0))  # 0: the server does not say
         save(response, part, name=url.rsplit('/', 1)[-1], n_kept=n_kept, n_coming=n_coming)
         n_arrived = os.path.getsize(part)
         if n_coming and n_arrived != n_kept + n_coming:
             raise requests.ConnectionError(f'{n_arrived} of {n_kept + n_coming} bytes arrived')
+
+
+def version_of(response):
+    """Return what tells a file of a server from a later one of the same address, or ''."""
+    etag = response.headers.get('ETag', '')
+    if etag.startswith('W/'):  # says that two files mean the same, not that they are
+        etag = ''
+    return etag or response.headers.get('Last-Modified', '')
+
+
+def write_version(part, version):
+    with open(f'{part}.version', 'w', encoding='latin-1') as f:
+        f.write(version)
+
+
+def read_version(part):
+    try:
+        with open(f'{part}.version', encoding='latin-1') as f:
+            return f.read()
+    except OSError:
+        return ''
+
+
+def remove_part(part):
+    """Remove a part and its version, if they are there."""
+    for path in (part, f'{part}.version'):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def save(response, part, name, n_kept, n_coming):

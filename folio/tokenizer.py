@@ -26,6 +26,7 @@ from folio.configurator import UserError
 
 EOT = '<|endoftext|>'
 CUT = '<|cut|>'  # for encode_documents alone; no model ever sees it
+LONG_TEXT = 500_000  # characters
 
 # GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
 # are endings like 's; words, numbers and punctuation, each with the space before it; white space.
@@ -70,7 +71,23 @@ class BPETokenizer:
         self.start = encoding.eot_token
 
     def encode(self, text):
+        # LOOKAHEAD gives up at a million white characters in a row: a text that may have them is
+        # cut before tiktoken sees it.
+        if len(text) > LONG_TEXT and self.has_our_pattern():
+            return self.encode_stretches(text)
         return self.encoding.encode_ordinary(text)
+
+    def encode_stretches(self, text):
+        """Return encode's tokens, found without LOOKAHEAD: see encode_documents."""
+        text = without_surrogates(text)
+        cuts = cut_points(text, ends=np.array([len(text)]))
+        ids = []
+        for stretch in stretches(text, cuts):
+            ids += self.without_lookahead.encode_ordinary(stretch)
+        return ids
+
+    def has_our_pattern(self):
+        return self.spec.get('pattern', SPLIT_PATTERN) == SPLIT_PATTERN
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -85,10 +102,9 @@ class BPETokenizer:
         it does is this: in white space before other text, the last character begins a new piece. So
         we put CUT before that character, encode without LOOKAHEAD, and take CUT's tokens out again.
         """
-        pattern = self.spec.get('pattern', SPLIT_PATTERN)
         # Within a text these characters are text, and must not become the control token below.
         looks_like_control = any(EOT in text or CUT in text for text in texts)
-        if not texts or pattern != SPLIT_PATTERN or looks_like_control:
+        if not texts or not self.has_our_pattern() or looks_like_control:
             return self.encode_one_by_one(texts)
 
         joined = ''.join(EOT + text for text in texts)
@@ -150,8 +166,29 @@ def cut_points(text, ends):
 
 def insert_cuts(text, cuts):
     """Return the text with CUT inserted at the places in `cuts`, an array in ascending order."""
+    return CUT.join(stretches(text, cuts))
+
+
+def stretches(text, cuts):
+    """Yield the text in stretches, cut at the places in `cuts`, an array in ascending order."""
     edges = [0, *cuts.tolist(), len(text)]
-    return CUT.join(text[start:end] for start, end in itertools.pairwise(edges))
+    for start, end in itertools.pairwise(edges):
+        yield text[start:end]
+
+
+def without_surrogates(text):
+    """Return a text that UTF-8 can spell: half of a surrogate pair becomes U+FFFD.
+
+    JSON may hold one, and tiktoken reads it so too.
+
+    >>> without_surrogates('a\\ud83d')
+    'a�'
+    """
+    try:
+        text.encode('utf-8')
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
 # ---- Loading and saving --------------------------------------------------------------------------

@@ -4,17 +4,26 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
-A corpus is made in parts, one for each source file. A part is written to data/<name>/parts/, then
-appended to val.bin.tmp and train.bin.tmp, and parts/progress.json records it. So a run that was
-killed continues with the source file it was at, and ends with the same bytes as one that was not.
+A corpus is appended to val.bin.tmp and train.bin.tmp, and every few million tokens a line of
+parts/<request>.jsonl records how far it came. So a run that was killed continues near where it was,
+and ends with the same bytes as one that was not.
+
+A worker, who does a share of the source files, appends nothing: it writes pieces, of a few million
+tokens each. The name of a piece says all of it: the request, which is a hash of the sources, the
+settings and the tokenizer; the places in the source files where it begins and ends; how many broken
+rows were left out. The run that joins them takes a piece where it comes to a place at which one
+begins, and reads the source files everywhere else.
 """
+import contextlib
 import glob
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +31,10 @@ from tqdm import tqdm
 import folio.tokenizer
 from folio.configurator import UserError
 from folio.lock import only_one
+from prepare import documents
 
-JOIN_TOKENS = 2**22  # tokens held in memory while a part is appended
+COMMIT_TOKENS = 2**23  # tokens between two records of how far a run came: a second's work
+BLOCK_TOKENS = 2**22  # tokens that are counted at a time, because each takes eight bytes
 BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
 
 
@@ -49,12 +60,30 @@ def write_json(path, value):
     """Write a JSON file whole or not at all, even if other machines write the same one."""
     # No other writer, here or on another machine of a shared file system, has this name.
     temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
-    with open(temporary, 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=2)
-        # Onto the disk before the rename, or a power cut could leave the name without the contents.
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w', encoding='utf-8') as f:
+            json.dump(value, f, indent=2)
+            # Onto the disk before the rename, or a power cut could leave the name without the
+            # contents.
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:  # the disk is full: leave what room there is
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder):
+    """Put the names of a folder's files onto the disk, so that a power cut undoes no rename."""
+    if os.name == 'nt':  # Windows opens no folders
+        return
+    number = os.open(folder or '.', os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def read_json(path):
@@ -87,6 +116,7 @@ def publish(folder, tokenizer, meta):
         path = os.path.join(folder, name)
         if os.path.exists(f'{path}.tmp'):
             os.replace(f'{path}.tmp', path)
+    sync_folder(folder)
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
@@ -171,49 +201,61 @@ def encode_pair(tokenizer, prompt, answer):
 
 
 # ---- A corpus ------------------------------------------------------------------------------------
+class Position(NamedTuple):
+    """A place in the source files, between two rows."""
+    file: int = 0  # its number
+    row: int = 0  # rows of it that lie behind
+    offset: int = 0  # and bytes, for a file of lines
+
+    def __str__(self):
+        return f'{self.file:05}.{self.row}.{self.offset}'
+
+
 def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, worker='',
-                 column='text'):
+                 column='text', pattern='', revision=''):
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
     files: the source files of the stream, in order.
-    to_tokens(file): yields (share of the file done, tokens), an end-of-text token in front of each
-    document.
+    to_tokens(file, row=, offset=): yields (mark, tokens), an end-of-text token in front of each
+    document, from a place in the file on: see documents.Mark.
     max_tokens: where the stream ends, val.bin included; 0 is at the end of the last file.
-    worker: 'i/n' makes only the parts of files i, i + n, i + 2n, … and returns None; a run without
-    it joins them later.
+    worker: 'i/n' makes only the pieces of the i-th of n shares of the files and returns None; a run
+    without it joins them later.
     column: the column that to_tokens reads. It is only recorded, to tell data sets apart.
+    pattern, revision: what was asked of the hub, and which commit that is: see pinned_revision.
     Raises UserError for settings that cannot be, and for a folder that other settings made.
     """
     require_possible(tokenizer, val_tokens, max_tokens)
-    # This is written down, so that parts of one request are never mixed with those of another.
-    source = {
+    share = share_of(worker, len(files))
+    fresh = new_meta(tokenizer, source={
+        'pattern': pattern,
+        'revision': revision,
         'files': file_stamps(files),
         'column': column,
         'val_tokens': val_tokens,
         'max_tokens': max_tokens,
-    }
-    fresh = new_corpus_meta(tokenizer, source)
-    done = find_finished(folder, fresh)
+    })
+    parts = os.path.join(folder, 'parts')
+    try:
+        done = find_finished(folder, fresh)
+        if done is None:
+            os.makedirs(parts, exist_ok=True)
+            with only_one(os.path.join(parts, f'{name_of(worker)}.lock')):
+                # Asked again, for another run may have ended just before we had the lock.
+                done = find_finished(folder, fresh)
+                if done is None and worker:
+                    return make_pieces(folder, fresh, files, to_tokens, share=share, worker=worker)
+                if done is None:
+                    meta = join(folder, tokenizer, fresh, files, to_tokens)
+            # The lock is open no more: Windows cannot remove an open file. A worker that is still
+            # at work may write here meanwhile; what is left then does no harm.
+            shutil.rmtree(parts, ignore_errors=True)
+    except OSError as e:
+        raise UserError(f'could not write {e.filename or folder} ({e.strerror or e}); '
+                        'mend that, and the same command goes on') from e
     if done is not None:
         print(f'{folder} is there already; remove it to make it anew')
         return done
-
-    meta = find_unfinished(folder, fresh) or fresh
-    numbers = part_numbers(worker, len(files))
-    parts = os.path.join(folder, 'parts')
-    os.makedirs(parts, exist_ok=True)
-    lock = only_one(os.path.join(parts, f'{name_of(worker)}.lock'))
-    if read_json(progress_path(folder)) != meta:  # else another worker has just written it
-        write_json(progress_path(folder), meta)
-    make_parts(folder, tokenizer, files, to_tokens, meta=meta, numbers=numbers, worker=worker)
-    if worker:
-        return None
-
-    require_enough(folder, meta)
-    del meta['parts']
-    publish(folder, tokenizer, meta)
-    lock.close()  # Windows cannot remove an open file
-    shutil.rmtree(parts)
     return meta
 
 
@@ -227,17 +269,50 @@ def require_possible(tokenizer, val_tokens, max_tokens):
                         f'beside val_tokens ({val_tokens:,})')
 
 
-def require_enough(folder, meta):
-    """Raise UserError and remove what was written if a split has fewer than two tokens."""
-    # Two are the least: an input and its target.
-    if all(counts['tokens'] >= 2 for counts in meta['splits'].values()):
-        return
-    shutil.rmtree(os.path.join(folder, 'parts'))
-    for split in meta['splits']:
-        os.remove(os.path.join(folder, f'{split}.bin.tmp'))
+def join(folder, tokenizer, meta, files, to_tokens):
+    """Write the whole corpus, of pieces where there are some, and publish it; return its meta."""
+    parts = os.path.join(folder, 'parts')
+    begin(parts, meta)
+    with Splits(folder, tokenizer, meta) as splits:
+        advance(splits, files, to_tokens, share=range(len(files)))
+    if not all(counts['tokens'] >= 2 for counts in meta['splits'].values()):
+        remove_unfinished(folder)
+        shutil.rmtree(parts, ignore_errors=True)
+        raise too_few(meta)
+    publish(folder, tokenizer, meta)
+    # From here on the set counts as finished: see find_finished.
+    os.remove(splits.log_path)
+    return meta
+
+
+def too_few(meta):
+    """Return the UserError for a stream that does not fill both splits."""
+    total = sum(counts['tokens'] for counts in meta['splits'].values())
     val_tokens = meta['source']['val_tokens']
-    raise UserError(f'{total(meta):,} tokens in all are too few for {val_tokens:,} of validation: '
-                    f'give --val_tokens={total(meta) // 10}, or more text')
+    # Two tokens are the least of a split: an input and its target.
+    if total < 4:
+        return UserError(f'{total} tokens in all are too few for two splits: more text is needed')
+    if val_tokens < 2:
+        return UserError(f'{val_tokens} tokens are too few for validation: give --val_tokens=2')
+    return UserError(f'{total:,} tokens in all are too few for {val_tokens:,} of validation: '
+                     f'give --val_tokens={max(2, total // 10)}, or more text')
+
+
+def make_pieces(folder, meta, files, to_tokens, share, worker):
+    """Write the pieces of a share of the files, a range of their numbers; return None.
+
+    Return the meta of the set if another run finishes it meanwhile.
+    """
+    parts = os.path.join(folder, 'parts')
+    begin(parts, meta)
+    try:
+        with Pieces(parts, meta, name_of(worker), start=Position(share.start)) as pieces:
+            advance(pieces, files, to_tokens, share=share)
+    except FileNotFoundError:
+        done = find_finished(folder, meta)
+        if done is None:
+            raise
+        return done
 
 
 # ---- What is there already -----------------------------------------------------------------------
@@ -252,17 +327,31 @@ def file_stamps(files):
     return stamps
 
 
-def new_corpus_meta(tokenizer, source):
-    """Return the progress of a run that has done nothing yet: the meta.json to be, plus 'parts'."""
-    meta = new_meta(tokenizer, source)
-    for split in ('val', 'train'):
-        meta['splits'][split] = {'tokens': 0, 'documents': 0, 'bytes': 0}
-    meta['parts'] = 0  # parts joined so far
-    return meta
+def request_of(meta):
+    """Return what decides the tokens of a corpus: its sources, its settings and its tokenizer."""
+    keys = ('files', 'column', 'val_tokens', 'max_tokens')
+    source = meta.get('source')
+    if not isinstance(source, dict):  # not of a corpus
+        source = {}
+    return [[source.get(key) for key in keys], meta.get('tokenizer')]
 
 
-def progress_path(folder):
-    return os.path.join(folder, 'parts', 'progress.json')
+def request_hash(meta):
+    """Return a name for a request, 16 hexadecimal digits."""
+    return folio.tokenizer.spec_hash(request_of(meta))
+
+
+def begin(parts, meta):
+    """Write down a request in parts/; raise UserError if what is there belongs to another one."""
+    request = request_hash(meta)
+    for name in os.listdir(parts):
+        owner = re.match(r'([0-9a-f]{16})(-.*[.]bin|[.]jsonl)$', name)
+        if owner and owner[1] != request:
+            raise UserError(f'{parts} is of an unfinished run with other settings or files: '
+                            'finish it with those, or remove that folder to begin anew')
+    path = os.path.join(parts, f'{request}.json')
+    if not os.path.exists(path):
+        write_json(path, meta)
 
 
 def find_finished(folder, fresh):
@@ -271,36 +360,14 @@ def find_finished(folder, fresh):
     Raises UserError if it was made with other settings, or from other files, than those of `fresh`.
     """
     done = read_json(os.path.join(folder, 'meta.json'))
-    # While parts/ is there, a run is not done: it may have died while it was publishing.
-    at_work = read_json(progress_path(folder)) is not None
+    # With a log in parts/ a run is not done: it may have died while it was publishing.
+    at_work = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.jsonl'))
     if not done or at_work or not is_whole(folder, done):
         return None
-    if not same_request(done, fresh):
+    if request_of(done) != request_of(fresh):
         raise UserError(f'{folder} is there already, of other settings or files; '
                         'remove it, or give another --dataset')
     return done
-
-
-def find_unfinished(folder, fresh):
-    """Return the progress of a run that was killed, or None if there is nothing to continue.
-
-    Raises UserError if that run had other settings, or other files, than those of `fresh`.
-    """
-    meta = read_json(progress_path(folder))
-    if meta is None:
-        return None
-    made_parts = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.bin'))
-    if meta['parts'] == 0 and not made_parts:
-        return None  # killed before its first part was done, so its settings do not matter
-    if not same_request(meta, fresh):
-        raise UserError(f'{folder}/parts is of an unfinished run with other settings or files: '
-                        'finish it with those, or remove that folder to begin anew')
-    return meta
-
-
-def same_request(meta, other):
-    """Return whether both are of the same files, settings and tokenizer."""
-    return all(meta.get(key) == other[key] for key in ('source', 'tokenizer'))
 
 
 def is_whole(folder, meta):
@@ -313,38 +380,250 @@ def is_whole(folder, meta):
     return True
 
 
-# ---- Workers -------------------------------------------------------------------------------------
-def part_numbers(worker, n_files):
-    """Return the numbers of the parts to go over: those of worker 'i/n', or all of them for ''.
+def find_sources(pattern, folder):
+    """Return (the files that match a pattern, the commit of the hub that they are of, or '').
 
-    >>> list(part_numbers('1/4', n_files=10))
-    [1, 5, 9]
+    It is the commit that the first run into this folder found, so that a run that goes on, and
+    every worker, reads the same text. Raises UserError if the hub cannot be reached.
+    """
+    if not documents.is_on_hub(pattern):
+        return documents.source_files(pattern), ''
+    revision = pinned_revision(folder, pattern) or documents.newest_revision(pattern)
+    return documents.source_files(documents.at_revision(pattern, revision)), revision
+
+
+def pinned_revision(folder, pattern):
+    """Return the commit that an earlier run into a folder recorded for a pattern, or ''."""
+    paths = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.json'))
+    paths.append(os.path.join(folder, 'meta.json'))
+    for path in paths:
+        meta = read_json(path) or {}
+        source = meta.get('source')
+        if isinstance(source, dict) and source.get('pattern') == pattern and source['revision']:
+            return source['revision']
+    return ''
+
+
+# ---- Workers -------------------------------------------------------------------------------------
+def share_of(worker, n_files):
+    """Return the range of files that worker 'i/n' is to read, or all of them for ''.
+
+    >>> share_of('1/4', n_files=10)
+    range(2, 5)
     """
     if not worker:
         return range(n_files)
     i, _, n = worker.partition('/')
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise UserError(f'worker is {worker!r}; for the first of four machines, give --worker=0/4')
-    return range(int(i), n_files, int(n))
+    return range(int(i) * n_files // int(n), (int(i) + 1) * n_files // int(n))
 
 
 def name_of(worker):
-    """Return what a run calls its lock and its unfinished part: workers run side by side."""
+    """Return what a run calls its lock and its unfinished piece: workers run side by side."""
     return worker.replace('/', 'of') or 'join'
 
 
-# ---- Parts ---------------------------------------------------------------------------------------
-def total(meta):
-    """Return the number of tokens joined so far."""
-    return sum(split['tokens'] for split in meta['splits'].values())
+class Piece(NamedTuple):
+    """A piece of a corpus, in a file of tokens."""
+    path: str
+    end: Position
+    n_bad: int  # rows that were left out
 
 
-def tokens_left(meta):
-    """Return how many more tokens max_tokens allows; math.inf if there is no limit."""
-    max_tokens = meta['source']['max_tokens']
-    if max_tokens == 0:
-        return math.inf
-    return max_tokens - total(meta)
+def find_piece(parts, request, start):
+    """Return the piece that begins at a position, or None if no worker has made it."""
+    prefix = f'{request}-{start}-'
+    for name in os.listdir(parts):
+        if name.startswith(prefix) and name.endswith('.bin'):
+            end, n_bad = name.removeprefix(prefix).removesuffix('.bin').split('-')
+            position = Position(*map(int, end.split('.')))
+            return Piece(os.path.join(parts, name), position, int(n_bad))
+    return None
+
+
+class Pieces:
+    """What a worker writes.
+
+    position: the place in the source files that it came to.
+    n_waiting: tokens that were written, and are lost if the run is killed before the next commit.
+    """
+
+    def __init__(self, parts, meta, name, start):
+        self.parts = parts
+        self.request = request_hash(meta)
+        self.dtype = meta['dtype']
+        self.name = name
+        self.start = start  # of the piece that is being written
+        self.position = start
+        self.n_waiting = 0
+        self.n_bad = 0
+        self.temporary = os.path.join(parts, f'{name}.tmp')
+        self.file = open(self.temporary, 'wb')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        with contextlib.suppress(OSError):
+            os.remove(self.temporary)
+
+    def fullness(self):
+        """Return the share of max_tokens that is written; a worker has no such limit."""
+        return 0.0
+
+    def write(self, tokens, position, n_bad):
+        self.file.write(tokens.astype(self.dtype).tobytes())
+        self.n_waiting += len(tokens)
+        self.n_bad += n_bad
+        self.position = position
+
+    def commit(self):
+        """Give the piece its name, and begin the next one."""
+        if self.position == self.start:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        name = f'{self.request}-{self.start}-{self.position}-{self.n_bad}.bin'
+        os.replace(self.temporary, os.path.join(self.parts, name))
+        sync_folder(self.parts)
+        self.file = open(self.temporary, 'wb')
+        self.start = self.position
+        self.n_waiting = 0
+        self.n_bad = 0
+
+    def take(self, piece):
+        """Pass over a piece that is there already."""
+        self.start = piece.end
+        self.position = piece.end
+
+
+# ---- The splits ----------------------------------------------------------------------------------
+class Splits:
+    """val.bin.tmp and train.bin.tmp of a corpus, and the log of how far they came.
+
+    position: the place in the source files that they came to.
+    n_waiting: tokens that were written, and come again if the run is killed before the next commit.
+    """
+
+    def __init__(self, folder, tokenizer, meta):
+        """meta: of a new corpus. Its splits are counted as they are written."""
+        self.folder = folder
+        self.meta = meta
+        self.parts = os.path.join(folder, 'parts')
+        self.request = request_hash(meta)
+        self.dtype = np.dtype(meta['dtype'])
+        self.name = os.path.basename(folder)
+        self.token_bytes = bytes_of_tokens(tokenizer)
+        self.files = {}  # {split: its file}, opened by the first write
+        self.position = Position()
+        self.n_waiting = 0
+        meta['bad_rows'] = 0  # left out
+        for split in ('val', 'train'):
+            meta['splits'][split] = {'tokens': 0, 'documents': 0, 'bytes': 0}
+
+        self.log_path = os.path.join(self.parts, f'{self.request}.jsonl')
+        last = last_entry(self.log_path)
+        if last is not None:
+            self.position = Position(*last['position'])
+            meta['bad_rows'] = last['bad_rows']
+            meta['splits'] = last['splits']
+        self.log = open(self.log_path, 'ab')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in [self.log, *self.files.values()]:
+            file.close()
+
+    def total(self):
+        """Return the number of tokens written, in this run and before."""
+        return sum(split['tokens'] for split in self.meta['splits'].values())
+
+    def fullness(self):
+        """Return the share of max_tokens that is written, 0 if there is no limit."""
+        max_tokens = self.meta['source']['max_tokens']
+        return self.total() / max_tokens if max_tokens else 0.0
+
+    def write(self, tokens, position, n_bad):
+        """Append tokens to val.bin.tmp until that has all of its own, then to train.bin.tmp."""
+        max_tokens = self.meta['source']['max_tokens']
+        if max_tokens:
+            tokens = tokens[:max_tokens - self.total()]
+        val_missing = self.meta['source']['val_tokens'] - self.meta['splits']['val']['tokens']
+        n_val = max(0, val_missing)
+        self.append('val', tokens[:n_val])
+        self.append('train', tokens[n_val:])
+        self.meta['bad_rows'] += n_bad
+        self.position = position
+
+    def append(self, split, tokens):
+        """Append tokens to <split>.bin.tmp, and count them."""
+        counts = self.meta['splits'][split]
+        for i in range(0, len(tokens), BLOCK_TOKENS):
+            block = tokens[i:i + BLOCK_TOKENS]
+            self.file_of(split).write(block.astype(self.dtype).tobytes())
+            counts['tokens'] += len(block)
+            counts['documents'] += int((block == self.meta['eot']).sum())
+            counts['bytes'] += int(self.token_bytes[block].sum())
+            self.n_waiting += len(block)
+
+    def file_of(self, split):
+        """Return the open <split>.bin.tmp, which has what is recorded of it and no more."""
+        if split not in self.files:
+            path = os.path.join(self.folder, f'{split}.bin.tmp')
+            file = open(path, 'ab')
+            recorded_size = self.meta['splits'][split]['tokens'] * self.dtype.itemsize
+            if os.path.getsize(path) < recorded_size:
+                file.close()
+                raise UserError(f'{path} is damaged: remove it and {self.parts} to begin anew')
+            # A run that was killed may have written more than it recorded: that comes again now.
+            file.truncate(recorded_size)
+            self.files[split] = file
+        return self.files[split]
+
+    def commit(self):
+        """Record the position, once what was written is on the disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {
+            'position': self.position,
+            'bad_rows': self.meta['bad_rows'],
+            'splits': self.meta['splits'],
+        }
+        self.log.write(json.dumps(entry).encode() + b'\n')
+        self.log.flush()
+        os.fsync(self.log.fileno())
+        self.n_waiting = 0
+
+    def take(self, piece):
+        """Append a piece that a worker made, and remove it once that is recorded."""
+        self.write(np.fromfile(piece.path, self.dtype), piece.end, n_bad=piece.n_bad)
+        self.commit()
+        os.remove(piece.path)
+
+
+def last_entry(path):
+    """Return the last line of a log, decoded, or None; cut off what a kill may have torn."""
+    try:
+        with open(path, 'r+b') as f:
+            contents = f.read()
+            n_whole = contents.rfind(b'\n') + 1
+            f.truncate(n_whole)
+    except FileNotFoundError:
+        return None
+    lines = contents[:n_whole].splitlines()
+    if not lines:
+        return None
+    try:
+        return json.loads(lines[-1])
+    except ValueError as e:
+        folder = os.path.dirname(path)
+        raise UserError(f'{path} is damaged ({e}): remove {folder} to begin anew') from None
 
 
 def bytes_of_tokens(tokenizer):
@@ -355,106 +634,80 @@ def bytes_of_tokens(tokenizer):
     return counts
 
 
-def make_parts(folder, tokenizer, files, to_tokens, meta, numbers, worker):
-    """Write the parts of these numbers and, unless this is a worker, join them as they come."""
-    token_bytes = bytes_of_tokens(tokenizer)
-    with tqdm(total=1.0, initial=meta['parts'] / len(files), bar_format=BAR_FORMAT,
-              desc=os.path.basename(folder)) as bar:
-        for number in numbers:
-            if number < meta['parts'] or tokens_left(meta) <= 0:
-                continue  # an earlier run joined this part, or max_tokens are reached
-            path = os.path.join(folder, 'parts', f'{number:05}.bin')
-            # A part may be there: a worker made it, or a run that was killed before it joined it.
-            if not os.path.exists(path):
-                chunks = to_tokens(files[number])
-                temporary = f'{path}.{name_of(worker)}.tmp'
-                for progress in write_part(path, temporary, chunks, meta=meta):
-                    show_progress(bar, meta, progress, number=number, step=numbers.step)
-            if not worker:
-                join(folder, meta, path, token_bytes=token_bytes)
+# ---- From the source files to the tokens ---------------------------------------------------------
+def advance(writer, files, to_tokens, share):
+    """Write the tokens of a share of the files, a range of their numbers.
 
-
-def show_progress(bar, meta, progress, number, step):
-    """Move the bar to what is done: of all files or of max_tokens, whichever is closer to its end.
-
-    progress: what write_part yields. number: of the part. step: 1, or n for one of n workers.
+    writer: Splits or Pieces, which says where to go on. Where another run has made a piece, that is
+    taken.
     """
-    share, n_tokens, tokens_per_second = progress
-    n_files = len(meta['source']['files'])
-    max_tokens = meta['source']['max_tokens'] or math.inf
-    # A worker stands for all of them: number // step is how many of its own files are done.
-    files_done = (number // step + share) * step / n_files
-    tokens_done = (total(meta) + n_tokens) / max_tokens
-    bar.set_postfix_str(f'part {number + 1} of {n_files}: {n_tokens / 1e6:,.1f} M tokens, '
-                        f'{tokens_per_second / 1e6:.2f} M a second', refresh=False)
-    bar.update(min(1.0, max(files_done, tokens_done)) - bar.n)
+    with tqdm(total=1.0, bar_format=BAR_FORMAT, desc=writer.name) as bar:
+        clock = Clock(bar, share)
+        while writer.position.file < share.stop and writer.fullness() < 1:
+            piece = find_piece(writer.parts, writer.request, writer.position)
+            if piece is not None:
+                writer.take(piece)
+                continue
+            chunks = read_on(files, to_tokens, writer.position, end=share.stop)
+            write_until_piece(writer, chunks, clock)
 
 
-def write_part(path, temporary, chunks, meta):
-    """Write the tokens of one source file, whole or not at all, while yielding the progress.
+def write_until_piece(writer, chunks, clock):
+    """Write chunks until they end, or max_tokens are there, or a piece goes on.
 
-    chunks: yields (share of the file done, tokens). At most tokens_left(meta) tokens are written.
-    Yields (share of the file done, tokens written, tokens per second) after each chunk; the part is
-    in place when these end.
+    chunks: what read_on yields. If they end in an error, what came before it is kept.
     """
-    limit = tokens_left(meta)
-    n_tokens = 0
-    clock = time.perf_counter()
-    with open(temporary, 'wb') as f:
-        for share, tokens in chunks:
-            n_new = min(len(tokens), limit - n_tokens)
-            f.write(tokens[:n_new].astype(meta['dtype']).tobytes())
-            n_tokens += n_new
-            yield share, n_tokens, n_tokens / (time.perf_counter() - clock)
-            if n_tokens == limit:
+    with contextlib.closing(chunks):
+        while writer.fullness() < 1:
+            try:
+                position, mark, tokens = next(chunks)
+            except StopIteration:
                 break
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+            except UserError:
+                writer.commit()
+                raise
+            writer.write(tokens, position, n_bad=mark.n_bad)
+            clock.show(position.file + mark.share, len(tokens), writer.fullness())
+            if writer.n_waiting >= COMMIT_TOKENS:
+                writer.commit()
+            if find_piece(writer.parts, writer.request, position) is not None:
+                break
+    writer.commit()
 
 
-def join(folder, meta, path, token_bytes):
-    """Append a part to val.bin.tmp until that has its tokens, and to train.bin.tmp from there on.
-
-    Then record it in progress.json, and only then remove the part.
-    """
-    limit = tokens_left(meta)
-    val_missing = max(0, meta['source']['val_tokens'] - meta['splits']['val']['tokens'])
-    # A part may hold tokens of both splits. `part` is one open file: train goes on where val stops.
-    with open(path, 'rb') as part:
-        n_val = append(folder, 'val', part, meta=meta, limit=min(val_missing, limit),
-                       token_bytes=token_bytes)
-        append(folder, 'train', part, meta=meta, limit=limit - n_val, token_bytes=token_bytes)
-    meta['parts'] += 1
-    write_json(progress_path(folder), meta)
-    os.remove(path)
+def read_on(files, to_tokens, start, end):
+    """Yield (position, mark, tokens) of each chunk from a position to file number `end`."""
+    row = start.row
+    offset = start.offset
+    for number in range(start.file, end):
+        with contextlib.closing(to_tokens(files[number], row=row, offset=offset)) as chunks:
+            for mark, tokens in chunks:
+                yield Position(number, mark.row, mark.offset), mark, tokens
+        row = 0
+        offset = 0
+        yield Position(number + 1), documents.Mark(), np.array([], np.uint32)
 
 
-def append(folder, split, part, meta, limit, token_bytes):
-    """Append up to `limit` tokens of the open file `part` to <split>.bin.tmp; return how many.
+class Clock:
+    """Shows on a bar how much of a share of the files is done."""
 
-    They are counted in meta['splits'][split], which the caller has to record.
-    """
-    dtype = np.dtype(meta['dtype'])
-    counts = meta['splits'][split]
-    path = os.path.join(folder, f'{split}.bin.tmp')
-    n_appended = 0
-    with open(path, 'ab') as f:
-        recorded_size = counts['tokens'] * dtype.itemsize
-        if os.path.getsize(path) < recorded_size:
-            raise UserError(f'{path} is damaged: remove it and {folder}/parts to begin anew')
-        # A run that was killed may have appended more than it recorded: that comes again now.
-        f.truncate(recorded_size)
-        # In blocks, because a part may be larger than memory.
-        while n_appended < limit:
-            block = np.fromfile(part, dtype, count=min(limit - n_appended, JOIN_TOKENS))
-            if len(block) == 0:
-                break  # the end of the part
-            f.write(block.tobytes())
-            n_appended += len(block)
-            counts['tokens'] += len(block)
-            counts['documents'] += int((block == meta['eot']).sum())
-            counts['bytes'] += int(token_bytes[block].sum())
-        f.flush()
-        os.fsync(f.fileno())
-    return n_appended
+    def __init__(self, bar, share):
+        self.bar = bar
+        self.share = share
+        self.began = time.perf_counter()
+        self.n_tokens = 0
+
+    def show(self, files_done, n_new, fullness):
+        """Move the bar to what is done: of the files or of max_tokens, whichever is nearer its end.
+
+        files_done: files behind us, counted from the first of all, and the share of the one at
+        hand. n_new: tokens that have come since the last call.
+        """
+        self.n_tokens += n_new
+        speed = self.n_tokens / (time.perf_counter() - self.began)
+        done = (files_done - self.share.start) / len(self.share)
+        number = min(math.floor(files_done) + 1, self.share.stop)
+        self.bar.set_postfix_str(f'file {number} of {self.share.stop}: '
+                                 f'{self.n_tokens / 1e6:,.1f} M tokens, '
+                                 f'{speed / 1e6:.2f} M a second', refresh=False)
+        self.bar.update(min(1.0, max(done, fullness)) - self.bar.n)

@@ -1,27 +1,38 @@
 """
 Read documents, from here or from the hub, as a stream, and tokenize them with all cores.
-    python -c "from prepare import documents; print(next(documents.read_chunks('a.jsonl', 'text')))"
+    python -c "from prepare.documents import read_chunks; print(*read_chunks('my.txt', 'text'))"
 
-That prints the share of the file read so far and the first documents of a.jsonl, about a million
-characters of them. A file is .parquet, .jsonl, .json or .txt (one document), compressed or not.
+That prints how far my.txt has been read, and the documents in it, about a million characters at a
+time. A file is .parquet, .jsonl or .ndjson (an object a line), .json (that, or one list of objects)
+or .txt (one document); all but .parquet may be compressed.
+
+Reading can begin anywhere that an earlier reading came to, and what stands before a broken row is
+always handed out before the error comes.
 """
+import bz2
+import codecs
 import collections
 import concurrent.futures.process
+import contextlib
 import glob
+import gzip
+import io
+import json
+import lzma
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from typing import NamedTuple
 
 from folio.configurator import UserError
 from folio.download import hub_errors
+from folio.tokenizer import without_surrogates
 
-# What the datasets library calls its reader of each kind of file.
-READERS = {'parquet': 'parquet', 'jsonl': 'json', 'json': 'json', 'txt': 'text'}
-COMPRESSED = ('.gz', '.zst', '.xz', '.bz2')
 CHUNK_CHARS = 1_000_000  # characters that one core tokenizes at a time
-ROWS = 64  # read at a time: some documents have megabytes
+ROWS = 64  # of a .parquet, read at a time: some documents have megabytes
+BUFFER = 2**20  # bytes read at a time
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -34,11 +45,17 @@ def source_files(pattern):
     if is_on_hub(pattern):
         files = list_hub_files(pattern)
     else:
-        files = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        files = list_local_files(os.path.expanduser(pattern))
     if not files:
         raise UserError(f'no file is called {pattern}; '
                         "--source takes a pattern, for example --source='my/*.parquet'")
     return sorted(files)
+
+
+def list_local_files(pattern):
+    if os.path.isfile(pattern):  # a name with brackets is a pattern, too, that it does not match
+        return [pattern]
+    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
 
 
 def list_hub_files(pattern):
@@ -53,106 +70,302 @@ def is_on_hub(file):
     return file.startswith('hf://')
 
 
+def newest_revision(pattern):
+    """Return the commit that a pattern 'hf://…' means at this moment; raise UserError."""
+    from huggingface_hub import HfApi, HfFileSystem
+    remedy = 'check the network, or give --source=files that you have'
+    with hub_errors(f'{pattern} could not be found', remedy):
+        place = HfFileSystem().resolve_path(pattern)
+        info = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision)
+    return info.sha
+
+
+def at_revision(pattern, revision):
+    """Return a pattern 'hf://…' with a commit in it, instead of the branch it may name.
+
+    'hf://datasets/owner/name/*.parquet' becomes 'hf://datasets/owner/name@<commit>/*.parquet'.
+    """
+    from huggingface_hub import HfFileSystem, constants
+    place = HfFileSystem().resolve_path(pattern)
+    kind = constants.REPO_TYPES_URL_PREFIXES.get(place.repo_type, '')
+    return f'hf://{kind}{place.repo_id}@{revision}/{place.path_in_repo}'
+
+
 def size_of(file):
     """Return the bytes of a file, here or on the hub."""
-    import fsspec
-    fs, path = fsspec.url_to_fs(file)
-    return fs.size(path)
+    if not is_on_hub(file):
+        return os.path.getsize(file)
+    from huggingface_hub import HfFileSystem
+    with hub_errors(f'{file} could not be found'):
+        return HfFileSystem().size(file)
 
 
-# ---- Text ----------------------------------------------------------------------------------------
-def read_chunks(file, column):
-    """Yield (share of the file read, documents of about CHUNK_CHARS characters) until it ends.
+def open_file(file):
+    """Return an open binary file, here or on the hub."""
+    if is_on_hub(file):
+        from huggingface_hub import HfFileSystem
+        return HfFileSystem().open(file, 'rb')
+    return open(file, 'rb', buffering=0)
+
+
+# ---- Compression ---------------------------------------------------------------------------------
+def open_zstd(raw):
+    import pyarrow
+    # Only Python 3.14 knows the format itself.
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode='r'), 'zstd')
+
+
+UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zstd}
+
+
+def unpack(raw, file):
+    """Return the contents of an open file as a binary stream, by the ending of its name."""
+    _, ending = os.path.splitext(file.lower())
+    stream = UNPACK[ending](raw) if ending in UNPACK else raw
+    return io.BufferedReader(stream, BUFFER)
+
+
+def skip(stream, n_bytes):
+    """Read on in a stream until n_bytes from its beginning."""
+    if stream.seekable():
+        stream.seek(n_bytes)
+        return
+    n_left = n_bytes
+    while n_left > 0:
+        block = stream.read(min(n_left, BUFFER))
+        if not block:
+            break
+        n_left -= len(block)
+
+
+# ---- Documents -----------------------------------------------------------------------------------
+class Mark(NamedTuple):
+    """How far a file has been read."""
+    row: int = 0  # rows, or lines, or for one document a file: 1 at its end
+    offset: int = 0  # bytes of a .jsonl, unpacked
+    share: float = 0.0  # of the file
+    n_bad: int = 0  # rows that were left out since the mark before
+
+
+def read_chunks(file, column, row=0, offset=0, skip_bad=False):
+    """Yield (mark, documents of about CHUNK_CHARS characters) until the file ends.
 
     column: where a .parquet or .jsonl file has its documents. Empty documents are left out.
-    Raises UserError if the file cannot be read.
+    row, offset: of the mark where an earlier reading stopped.
+    skip_bad: whether rows that hold no text are left out and counted.
+    Raises UserError if the file, or a row of it, cannot be read: after the documents before it.
     """
-    reader = reader_of(file)
-    if reader == 'text':
-        column = 'text'  # what datasets calls the one column of a text file
+    read_rows = reader_of(file)
+    end = Mark(row, offset)  # of the rows whose documents are in texts, or were handed out
+    texts = []  # documents not handed out yet
+    n_chars = 0  # characters in them
+    n_bad = 0
+    error = None
+    try:
+        with reading(file), contextlib.closing(read_rows(file, column, end)) as rows:
+            for mark, text, problem in rows:
+                if problem and not skip_bad:
+                    raise UserError(f'{file} could not be read: {problem}; mend that, or leave '
+                                    'such rows out and count them: --skip_bad=True')
+                if problem:
+                    n_bad += 1
+                elif text:
+                    texts.append(text)
+                    n_chars += len(text)
+                end = mark
+                if n_chars >= CHUNK_CHARS:
+                    yield end._replace(n_bad=n_bad), texts
+                    texts = []
+                    n_chars = 0
+                    n_bad = 0
+    except UserError as e:
+        error = e
+    yield end._replace(n_bad=n_bad), texts
+    if error is not None:
+        raise error
+
+
+def reading(file):
+    """Turn any error of reading a file into a UserError."""
     remedy = ''
     if is_on_hub(file):
         remedy = 'what was done so far is kept, and the same command goes on'
-    with hub_errors(f'{file} could not be read', remedy):
-        size = measure(file, reader, column)
-        if size > 0:
-            yield from stream_chunks(file, reader, column, size=size)
+    return hub_errors(f'{file} could not be read', remedy)
 
 
 def reader_of(file):
-    """Return the reader for a file, by the ending of its name; raise UserError if there is none."""
-    name = file
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    _, _, extension = name.rpartition('.')
-    if extension not in READERS:
-        known = ', '.join('.' + known for known in READERS)
-        raise UserError(f'{file} is none of {known}, compressed or not')
-    return READERS[extension]
+    """Return the reader for a file, by the ending of its name; raise UserError if there is none.
 
-
-def measure(file, reader, column):
-    """Return how much there is to read: the rows of a .parquet file, the bytes of any other.
-
-    Raises UserError if a .parquet file lacks the column.
+    A reader(file, column, start) yields (mark after the row, text, problem) for each row from a
+    mark on. A row that holds no text has a problem, such as 'line 5: text is int, not text'.
     """
-    import fsspec
+    name = file.lower()
+    _, ending = os.path.splitext(name)
+    if ending in UNPACK:
+        name = name.removesuffix(ending)
+        _, ending = os.path.splitext(name)
+        if ending == '.parquet':
+            raise UserError(f'{file}: a .parquet is compressed inside; unpack it first')
+    if ending not in READERS:
+        raise UserError(f'{file} is none of {", ".join(READERS)}, compressed or not')
+    return READERS[ending]
+
+
+def read_parquet(file, column, start):
+    """Yield (mark, text, problem) of each row of a .parquet file."""
     import pyarrow.parquet
-    with fsspec.open(file) as f:
-        if reader != 'parquet':
-            return f.size
-        parquet = pyarrow.parquet.ParquetFile(f)
-        columns = parquet.schema_arrow.names
-        if column not in columns:
-            raise UserError(f'{file} has no column {column}; it has {", ".join(columns)}')
-        return parquet.metadata.num_rows
+    with open_file(file) as raw:
+        # With pre_buffer pyarrow keeps all it has read until the file is closed, and without a
+        # buffer it reads a column of a row group, which may be all of the file, at once.
+        parquet = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BUFFER)
+        require_text(file, parquet.schema_arrow, column)
+        n_rows = parquet.metadata.num_rows
+        row = 0
+        group = 0  # the row group to start in
+        while group < parquet.num_row_groups:
+            n_in_group = parquet.metadata.row_group(group).num_rows
+            if row + n_in_group > start.row:
+                break
+            row += n_in_group
+            group += 1
+        groups = range(group, parquet.num_row_groups)
+        for batch in parquet.iter_batches(ROWS, row_groups=groups, columns=[column]):
+            for value in batch.column(0):
+                row += 1
+                if row <= start.row:
+                    continue
+                text = ''
+                problem = ''
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as e:
+                    problem = f'row {row}: {e}'
+                yield Mark(row, share=row / n_rows), text, problem
 
 
-def stream_chunks(file, reader, column, size):
-    """Yield (share of the file read, documents); size is what measure returned."""
-    from datasets import load_dataset
-    options = {}
-    if reader == 'parquet':
-        options = {'columns': [column], 'batch_size': ROWS}
-    elif reader == 'text':
-        options = {'sample_by': 'document'}  # the whole file, not one row for each line
-    # load_dataset takes a pattern: a local name with a bracket in it has to be escaped.
-    path = file if is_on_hub(file) else glob.escape(file)
-    rows = load_dataset(reader, data_files=[path], split='train', streaming=True, **options)
+def require_text(file, schema, column):
+    """Raise UserError unless the files of this schema have text in the column."""
+    import pyarrow
+    if column not in schema.names:
+        raise UserError(f'{file} has no column {column}; it has {", ".join(schema.names)}')
+    kind = schema.types[schema.names.index(column)]
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    # A column without any value has the type null, and no documents.
+    text_types = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
+    if kind not in text_types:
+        raise UserError(f'{file}: the column {column} holds {kind}, not text; '
+                        'name another by --column=')
 
-    texts = []  # documents not handed out yet
-    n_chars = 0  # characters in them
-    n_read = 0  # rows (parquet) or characters read before this document
-    for table in rows.with_format('arrow').iter(batch_size=ROWS):
-        for text in table[column].to_pylist():
-            if not text:
-                continue
-            texts.append(text)
-            n_chars += len(text)
-            if n_chars >= CHUNK_CHARS:
-                # Characters are not bytes, and those of a compressed file are more: the share of
-                # anything but a parquet file is a guess.
-                yield min(1.0, n_read / size), texts
-                texts = []
-                n_chars = 0
-            n_read += 1 if reader == 'parquet' else len(text)
-    yield 1.0, texts
+
+def read_lines(file, column, start):
+    """Yield (mark, text, problem) of each line of a .jsonl file."""
+    with open_file(file) as raw:
+        size = max(1, size_of(file))
+        lines = unpack(raw, file)
+        skip(lines, start.offset)
+        row = start.row
+        offset = start.offset
+        for line in lines:
+            row += 1
+            offset += len(line)
+            text = ''
+            problem = ''
+            if not line.isspace():
+                try:
+                    text = text_of(json.loads(line), column)
+                except (ValueError, RecursionError) as e:
+                    problem = f'line {row}: {reason_of(e)}'
+            # What was read of the file itself, which may be packed, is ahead of the lines.
+            yield Mark(row, offset, share=min(1.0, raw.tell() / size)), text, problem
+
+
+def read_json(file, column, start):
+    """Yield (mark, text, problem) of each object of a .json: on lines, or all in one list."""
+    with open_file(file) as raw:
+        contents = unpack(raw, file)
+        beginning = contents.read(100).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not beginning.startswith(b'['):
+        yield from read_lines(file, column, start)
+        return
+    with open_file(file) as raw:
+        rows = json.load(unpack(raw, file))
+    for row, value in enumerate(rows, 1):
+        if row <= start.row:
+            continue
+        text = ''
+        problem = ''
+        try:
+            text = text_of(value, column)
+        except ValueError as e:
+            problem = f'object {row}: {e}'
+        yield Mark(row, share=row / len(rows)), text, problem
+
+
+def text_of(row, column):
+    """Return the text in a column of a decoded line, '' for null; raise ValueError for no text."""
+    if not isinstance(row, dict):
+        raise ValueError(f'it is {type(row).__name__}, not an object')
+    if column not in row:
+        raise ValueError(f'it has no {column}; it has {", ".join(list(row)[:20])}')
+    text = row[column]
+    if text is None:
+        return ''
+    if not isinstance(text, str):
+        raise ValueError(f'{column} is {type(text).__name__}, not text')
+    return without_surrogates(text)
+
+
+def reason_of(error):
+    """Return what is wrong with a line, for a message; the line itself is named by the caller."""
+    if isinstance(error, json.JSONDecodeError):
+        message = error.msg.removesuffix(' at')  # some of them end so
+        return f'{message} at character {error.pos + 1}'
+    if isinstance(error, RecursionError):
+        return 'it is nested too deeply'
+    return str(error)
+
+
+def read_text(file, column, start):
+    """Yield (mark, text, problem) of a .txt file, which is one document with \n as line end."""
+    if start.row > 0:
+        return
+    with open_file(file) as raw:
+        contents = unpack(raw, file).read()
+    text = ''
+    problem = ''
+    try:
+        text = contents.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        problem = f'it is not UTF-8 ({e.reason} at byte {e.start + 1:,})'
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    yield Mark(row=1, share=1.0), text, problem
+
+
+READERS = {
+    '.parquet': read_parquet,
+    '.jsonl': read_lines,
+    '.ndjson': read_lines,
+    '.json': read_json,
+    '.txt': read_text,
+}
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
-def tokenize(file, tokenizer, column='text'):
-    """Yield (share of the file done, tokens as an array of uint32), in order.
+def tokenize(file, tokenizer, column='text', row=0, offset=0, skip_bad=False):
+    """Yield (mark, tokens as an array of uint32), in order: of what read_chunks yields.
 
     Every document follows an end-of-text token.
     """
     def encode(chunk):
-        share, texts = chunk
-        return share, tokenizer.encode_documents(texts)
+        mark, texts = chunk
+        return mark, tokenizer.encode_documents(texts)
 
+    chunks = read_chunks(file, column, row=row, offset=offset, skip_bad=skip_bad)
     # Threads are enough: tiktoken releases Python's lock while it works.
     with concurrent.futures.ThreadPoolExecutor(n_cores()) as pool:
         try:
-            yield from in_order(pool, encode, read_chunks(file, column))
+            yield from in_order(pool, encode, chunks)
         except KeyboardInterrupt:
             print('\nstopped; what was finished is kept, and the same command goes on',
                   file=sys.stderr)
@@ -194,18 +407,25 @@ def exit_with_parent():
 def in_order(pool, function, chunks):
     """Yield function(chunk) for each chunk, in order, computed by a pool.
 
-    Only a few chunks are in memory at a time, so `chunks` may be a stream without end.
+    Only a few chunks are in memory at a time, so `chunks` may be a stream without end. A UserError
+    of it is raised after the results of what came before.
     Raises UserError if a process of the pool is killed.
     """
     pending = collections.deque()
+    error = None
     try:
-        for chunk in chunks:
-            pending.append(pool.submit(function, chunk))
-            # Two for each core, one at work and one waiting, so that no core runs dry.
-            if len(pending) > 2 * n_cores():
-                yield pending.popleft().result()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(function, chunk))
+                # Two for each core, one at work and one waiting, so that no core runs dry.
+                if len(pending) > 2 * n_cores():
+                    yield pending.popleft().result()
+        except UserError as e:
+            error = e
         while pending:
             yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError('a process was killed, perhaps for want of memory; '
                         'the same command goes on') from None
+    if error is not None:
+        raise error

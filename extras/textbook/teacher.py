@@ -91,6 +91,7 @@ class Teacher:
         # The threads share this; whoever changes it holds the lock of self.changed
         self.changed = threading.Condition()
         self.answers = {}  # key of a prompt -> text
+        self.cut = {}  # key of a prompt -> the max_tokens that its answer did not fit in
         self.costs = {}  # id of a request -> its cost
         self.spent = 0.0  # their sum
         self.under_way = 0  # requests sent and not answered yet
@@ -147,6 +148,8 @@ class Teacher:
         self.costs[request] = entry['cost']
         if 'text' in entry:
             self.answers[entry['key']] = entry['text']
+        if 'cut' in entry:
+            self.cut[entry['key']] = entry['cut']
 
     def write(self, entry):
         """Append an entry to the file, and count it."""
@@ -226,14 +229,19 @@ class Teacher:
 
         Raise one of several errors if the JSON has another shape than it should.
         """
-        text = answer['choices'][0]['message']['content'] or ''
+        choice = answer['choices'][0]
+        text = choice['message']['content'] or ''
         usage = answer.get('usage') or {}
         tokens_in = usage.get('prompt_tokens')
         tokens_out = usage.get('completion_tokens')
         # Without credible counts the highest cost stands
         if all(type(n) is int and n >= 0 for n in (tokens_in, tokens_out)):
             entry['cost'] = self.cost(tokens_in, tokens_out)
-        if text.strip():
+        if choice.get('finish_reason') == 'length':
+            # Half a page, or half a function: worse than none.
+            entry['key'] = self.key(prompt)
+            entry['cut'] = self.max_tokens
+        elif text.strip():
             entry['key'] = self.key(prompt)
             entry['model'] = self.model
             entry['prompt'] = prompt
@@ -244,7 +252,7 @@ class Teacher:
         """Write the entry of a request that has ended, and wake those that wait for its budget."""
         with self.changed:
             self.under_way -= 1
-            if 'text' in entry:
+            if 'text' in entry or 'cut' in entry:
                 self.failures_in_a_row = 0
             else:
                 self.failures += 1
@@ -271,6 +279,8 @@ class Teacher:
                 self.settle(entry)
             if 'text' in entry:
                 return entry['text']
+            if 'cut' in entry:
+                return None  # another one would be as long, and as dear
             self.last_failure = failure
             if attempt + 1 < self.tries:
                 # The random factor keeps the threads from coming back all at once
@@ -307,7 +317,8 @@ class Teacher:
     def ask(self, prompts):
         """Yield (prompt, answer) for each prompt that gets an answer, as the answers come.
 
-        Those that are in the file come first, and are not asked for again.
+        Those that are in the file come first, and are not asked for again; nor are those whose
+        answers did not fit in max_tokens.
         """
         known = {}
         new = []
@@ -315,7 +326,7 @@ class Teacher:
             key = self.key(prompt)
             if key in self.answers:
                 known[prompt] = self.answers[key]
-            else:
+            elif self.cut.get(key, 0) < self.max_tokens:
                 new.append(prompt)
         yield from known.items()
         if new:
@@ -342,7 +353,7 @@ class Teacher:
                     raise value
                 if event == 'end of thread':
                     n_running -= 1
-                if event == 'no answer':
+                if event == 'no answer' and self.key(prompt) not in self.cut:
                     n_given_up += 1
                 bar.set_postfix_str(self.progress())
                 if event == 'answer':
@@ -358,6 +369,10 @@ class Teacher:
             for thread in threads:
                 thread.join()
             bar.close()
+        n_cut = sum(self.key(prompt) in self.cut for prompt in prompts)
+        if n_cut > 0:
+            print(f'{n_cut} answers did not fit in {self.max_tokens:,} tokens and are left out',
+                  file=sys.stderr)
         if self.over_budget:
             print(f'the budget of {self.budget:g} has no room for another answer: '
                   f'{len(prompts) - bar.n} of {len(prompts)} prompts have none; with a larger '

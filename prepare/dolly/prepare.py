@@ -50,12 +50,17 @@ def from_hub():
         return list(datasets.load_dataset(origin, split='train'))
 
 
+def clean(text):
+    """Return a text of a row as it goes into a document."""
+    return folio.tokenizer.without_surrogates(text.strip())
+
+
 def to_pair(row, number):
     """Return (prompt, answer) of a row; the prompt is empty if the row has no instruction."""
     try:
-        instruction = row['instruction'].strip()
-        context = (row.get('context') or '').strip()
-        response = row['response'].strip()
+        instruction = clean(row['instruction'])
+        context = clean(row.get('context') or '')
+        response = clean(row['response'])
     except (KeyError, TypeError, AttributeError):
         raise UserError(f'{origin}, row {number}: it needs the texts instruction and response, '
                         f'perhaps context; it is {str(row)[:80]!r}') from None

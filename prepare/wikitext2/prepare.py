@@ -7,8 +7,8 @@ Each split is one document, as in the benchmark, and its words are counted as th
 perplexity per word can be compared: whatever white space separates is a word, and so is each line
 end. Of v1 that makes 217,646 words in the validation split and 245,569 in the test split.
 """
-import glob
 import os
+import re
 import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
@@ -42,13 +42,18 @@ def from_folder(split):
     """Return the text of the file in the folder `source` that has the split in its name."""
     # The hub says 'validation', the names of the original files 'valid'.
     short = split.replace('validation', 'valid')
-    found = []
-    for name in (split, short):
-        found += sorted(glob.glob(os.path.join(glob.escape(source), f'*{name}.*')))
+    names = os.listdir(source) if os.path.isdir(source) else []
+    # test.txt or wiki.test.tokens, but not latest.txt
+    pattern = rf'(.*[._-])?({split}|{short})[.].*'
+    found = [os.path.join(source, name) for name in sorted(names) if re.fullmatch(pattern, name)]
     if not found:
         raise UserError(f'no file in {source} is called {short}.txt or the like')
+    if len(found) > 1:
+        raise UserError(f'which is the {split} split: {" or ".join(found)}? Remove the others, or '
+                        'give --source=a folder with one file a split')
+    print(f'{split}: {found[0]}', file=sys.stderr)
     try:
-        with open(found[0], encoding='utf-8') as f:
+        with open(found[0], encoding='utf-8-sig') as f:
             return f.read()
     except (OSError, UnicodeError) as e:
         raise UserError(f'{found[0]} cannot be read as UTF-8 text: {e}') from None
