@@ -1,5 +1,5 @@
 """
-Score a model on HellaSwag (Zellers et al. 2019): is the true one of four endings the likeliest?
+Score a model on HellaSwag (Zellers et al. 2019): does it prefer the true one of four endings?
     python hellaswag.py --init_from=gpt2
     torchrun --nproc_per_node=2 hellaswag.py --out_dir=out/fineweb --scores=out/fineweb/scores.jsonl
 
@@ -14,10 +14,11 @@ The last line of output is JSON: acc, acc_norm, acc_mean, the standard error of 
     acc_norm  the highest log-probability per character: the acc_norm of lm-evaluation-harness
     acc_mean  the lowest loss per token: what build-nanogpt and llm.c call acc_norm (GPT-2 124M
               0.2955, GPT-3 124M 0.337)
-A text is scored as it stands in the file: ctx, then ' ' + ending, nothing in front. The harness's
-own task cleans it first (activity label in front, capitals, no [title]), so its figures are for
-another text: for GPT-2 124M acc 0.2892 and acc_norm 0.3114, where the text as it stands gives acc
-0.2859. A text longer than the context loses its beginning.
+A text is scored as it stands in the file: ctx, then ' ' + ending, nothing in front. If it is longer
+than the context, it loses its beginning. The harness's own task cleans the text first (activity
+label in front, capitals, no [title]), which changes the figures, for GPT-2 124M:
+    as it stands in the file    acc 0.2859
+    cleaned by the harness      acc 0.2892, acc_norm 0.3114
 
 Needs model.py and folio/.
 """
@@ -36,7 +37,6 @@ from folio.configurator import UserError, configure, require_at_least
 from folio.download import download
 from folio.engine import KVCache
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ source = ''  # a file like HellaSwag's, an item on each line; empty: its validat
 url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of url; empty: any
 limit = 0  # items to score; 0: all
-batch_tokens = 2048  # tokens in memory at a time, with padding; raise it on a GPU
+batch_tokens = 2048  # of contexts in a pass; their endings take four times that; raise on a GPU
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
@@ -56,7 +56,7 @@ dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, 
 def load(source='', machine=None):
     """Return the items of a file like HellaSwag's, or of its validation split.
 
-    That is downloaded once, by the first process of a machine. Raises UserError.
+    That is downloaded once, by rank 0, while the others wait. Raises UserError.
     """
     path = source
     if not source:
@@ -64,7 +64,7 @@ def load(source='', machine=None):
         if machine is None or machine.rank == 0:
             download([url], path, sha256=sha256 or None)
     if machine is not None:
-        machine.sum(0)  # the others wait for the first one
+        machine.barrier()
     items = []
     try:
         with open(path, 'rb') as f:
@@ -84,7 +84,9 @@ def read_item(line, where):
     """Return the item in a line, its label an int from 0 to 3. Raises UserError."""
     try:
         item = json.loads(line)
-        item['label'] = ['0', '1', '2', '3'].index(str(item['label']))
+        item['label'] = int(item['label'])
+        if not 0 <= item['label'] <= 3:
+            raise ValueError(f"the label is '{item['label']}'")
         item['where'] = where
         texts = [item['ctx'], *item['endings']]
         if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
@@ -98,8 +100,7 @@ def read_item(line, where):
 def render(item, tokenizer, block_size):
     """Return four (context ids, ending ids).
 
-    Of a long text these are the last block_size + 1 tokens: the very last one is predicted, but
-    never read.
+    Of a long text they are the last block_size + 1 tokens: the very last is predicted, never read.
     """
     try:
         context = tokenizer.encode(item['ctx'])
@@ -118,25 +119,31 @@ def render(item, tokenizer, block_size):
 def make_batches(items, tokenizer, block_size, batch_tokens):
     """Return batches: lists of (context ids, [(item, choice, ending ids), …]).
 
-    A batch holds contexts of about the same length, each with the endings that continue it. These
-    are four, unless long endings cut the context differently.
+    A batch holds contexts of about the same length, each with the endings that continue it.
     """
+    # Usually an item's four endings continue one context. They do not where the text is too long,
+    # and each ending leaves room for another part of it.
     groups = {}
     for i, item in enumerate(items):
         for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
-            groups.setdefault((i, *context), []).append((i, choice, ending))
+            groups.setdefault((i, tuple(context)), []).append((i, choice, ending))
+    # From short to long, so that a batch needs little padding, and its last context is the longest.
+    ordered = sorted(groups.items(), key=lambda group: len(group[0][1]))
     batches = []
-    longest_ending = 0  # in the batch that is being filled
-    for (_, *context), endings in sorted(groups.items(), key=lambda group: len(group[0])):
+    current = []
+    longest_ending = 0  # in the current batch
+    for (_, context), endings in ordered:
         longest_here = max(len(ending) for _, _, ending in endings)
         longest_ending = max(longest_ending, longest_here)
-        # The contexts come from short to long, so this one's length is the batch's.
         row_tokens = len(context) + longest_ending
-        is_full = bool(batches) and row_tokens * (len(batches[-1]) + 1) > batch_tokens
-        if not batches or is_full or row_tokens > block_size + 1:
-            batches.append([])
+        takes_too_much = row_tokens * (len(current) + 1) > batch_tokens
+        exceeds_context = row_tokens > block_size + 1  # the last token is only predicted
+        if current and (takes_too_much or exceeds_context):
+            batches.append(current)
+            current = []
             longest_ending = longest_here
-        batches[-1].append((context, endings))
+        current.append((list(context), endings))
+    batches.append(current)
     return batches
 
 
@@ -151,24 +158,24 @@ def score_batch(model, batch, device):
 
     Each context is read once, into a cache, for all of its endings.
     """
-    # A context's last token is read with each ending, whose first token it predicts. A context of
-    # one token leaves nothing to read before, and is a row of padding.
+    # The last token of a context predicts the first of an ending, so it is read with the ending. A
+    # context of one token leaves nothing to read before: it gets a dummy, which counts as padding.
     contexts = [context[:-1] or [0] for context, _ in batch]
     longest = max(len(context) for context in contexts)
     padding = [longest - (len(context) - 1) for context, _ in batch]
     owners = []  # of each ending, the row of its context
-    keys = []
+    item_choices = []
     inputs = []
     targets = []
     for owner, (context, endings) in enumerate(batch):
         for item, choice, ending in endings:
             owners.append(owner)
-            keys.append((item, choice))
+            item_choices.append((item, choice))
             inputs.append(context[-1:] + ending[:-1])
             targets.append(ending)
 
-    n_longest_ending = max(len(ending) for ending in targets)
-    cache = KVCache(model, len(batch), padding, size=longest + n_longest_ending)
+    longest_ending = max(len(ending) for ending in targets)
+    cache = KVCache(model, len(batch), padding, size=longest + longest_ending)
     model.forward(pad(contexts, 'left', device), cache=cache)
     inputs_BT = pad(inputs, 'right', device)
     logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(owners))
@@ -177,8 +184,11 @@ def score_batch(model, batch, device):
     for logits_TV, target in zip(logits_BTV, targets):
         target_T = torch.tensor(target, device=device)
         losses.append(F.cross_entropy(logits_TV[:len(target)], target_T, reduction='sum'))
-    losses = torch.stack(losses).tolist()  # all at once: each copy to the host waits for the device
-    return {key: (-loss, len(target)) for key, loss, target in zip(keys, losses, targets)}
+    losses = torch.stack(losses).tolist()  # in one go: each copy to the CPU waits for the device
+    scores = {}
+    for item_choice, loss, target in zip(item_choices, losses, targets):
+        scores[item_choice] = (-loss, len(target))
+    return scores
 
 
 @torch.no_grad()
@@ -188,12 +198,11 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
     should_stop: asked before each batch; where it says True, (None, None) is returned.
     """
     batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
-    sums = torch.zeros(len(items), 4, dtype=torch.float64)
-    counts = torch.zeros(len(items), 4, dtype=torch.float64)
+    sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    # Parameters may be sharded. Then every forward pass takes all processes, so all make equally
-    # many, if need be with a batch that another one scores.
+    # With sharded parameters all processes take part in each forward pass. So all make equally
+    # many: who has no batch left scores the last one again, and forgets it.
     n_turns = math.ceil(len(batches) / machine.world_size)
     for turn in tqdm(range(n_turns), desc='HellaSwag', disable=not progress or machine.rank > 0):
         if should_stop is not None and should_stop():
@@ -203,15 +212,12 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
         batch = batches[min(i, len(batches) - 1)]
         with machine.autocast:
             scored = score_batch(model, batch, machine.device)
-        if i >= len(batches):
-            continue
-        for (item, choice), (log_p, n_tokens) in scored.items():
-            sums[item, choice] = log_p
-            counts[item, choice] = n_tokens
+        if i < len(batches):
+            for (item, choice), numbers in scored.items():
+                sums_and_counts[:, item, choice] = torch.tensor(numbers, dtype=torch.float64)
     model.train(was_training)
     # What one process has scored is zero on the others.
-    numbers = machine.sum(*sums.flatten().tolist(), *counts.flatten().tolist())
-    sums, counts = torch.tensor(numbers, dtype=torch.float64).view(2, -1, 4)
+    sums, counts = machine.sum_tensor(sums_and_counts)
     return sums, counts
 
 
@@ -249,7 +255,7 @@ def main():
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
     metrics = accuracies(items, sums, counts)
     shown = []

@@ -8,10 +8,11 @@ ReLU (So et al. 2021), an untied head, and capped logits: the shape of transform
 NanoChatForCausalLM.
 
 Letters at the end of a name are the dimensions of a tensor:
-    B batch, T time, S time of the keys, C channels, H heads, D head size, V vocabulary
+    B batch, T time, S time of the keys, C channels, H heads, D head size, V vocabulary,
+    K the k best, 1 a single one
 The residual stream is x, (B, T, C).
 
-Needs torch, nothing else.
+Needs torch and nothing else; only GPT.from_pretrained also needs folio/.
 """
 import math
 from dataclasses import dataclass, fields
@@ -33,8 +34,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # gpt2 only: biases in Linear and LayerNorm
     arch: str = 'gpt2'  # or 'modern'
-    gelu: str = 'tanh'  # gpt2 only: OpenAI's approximation, or 'none', the exact one, nanoGPT's
-    window: int = 0  # attend only to this many previous tokens; 0: to all
+    gelu: str = 'tanh'  # gpt2 only: OpenAI's approximation; 'none', torch's word: exact
+    window: int = 0  # each token sees this many tokens, itself included; 0: all before it
     flash: bool = True  # False: attention written out, to read and to check against
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class GPTConfig:
 def padded(vocab_size):
     """Return the rows of an embedding: vocab_size rounded up to a multiple of 64.
 
-    Matrix kernels are faster so. The extra rows are never sampled: their logits are cut off.
+    Matrix kernels run faster that way. The extra rows are never sampled: their logits are cut off.
 
     >>> padded(50257)
     50304
@@ -87,16 +88,16 @@ def make_norm(config):
 
 def rotate(x_BHTD, cos, sin):
     """Turn each pair (i, i + D/2) of a head's channels by an angle that grows with the position."""
-    # The product of a query and a key, so turned, depends on how far apart they are, not on where.
+    # After this the product of a query and a key depends only on how far apart they are.
     a, b = x_BHTD.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BHTD)
 
 
 def can_see(pos_BT, key_pos_BS, window):
-    """Return (B, T, S): whether a query may look at a key, one of the last `window` up to itself.
+    """Return (B, T, S): whether a query sees a key, not a later one and fewer than window back.
 
-    Padding in front of a text stands at negative positions. Nothing sees it but itself: a softmax
-    over no key at all would be NaN.
+    Padding in front of a text has negative positions. No token sees it. It sees itself, because a
+    row in which nothing is visible would give NaN.
     """
     distance = pos_BT[:, :, None] - key_pos_BS[:, None, :]
     is_text = key_pos_BS[:, None, :] >= 0
@@ -112,19 +113,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rotary, mask, cache):
+    def forward(self, x, cos_sin, mask, cache):
         B, T, C = x.shape
         H = self.config.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, H, C // H).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, C // H).transpose(1, 2)
         v = v.view(B, T, H, C // H).transpose(1, 2)
-        if rotary is not None:
-            # Queries and keys of one length keep the softmax from growing too sharp.
-            q = rms_norm(rotate(q, *rotary))
-            k = rms_norm(rotate(k, *rotary))
+        if self.config.arch == 'modern':
+            # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
+            q = rms_norm(rotate(q, *cos_sin))
+            k = rms_norm(rotate(k, *cos_sin))
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # those of all tokens so far, (B, H, S, D)
+            k, v = cache.append(self.layer, k, v)  # now of all tokens so far, (B, H, S, D)
         y = self.attend(q, k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
@@ -132,12 +133,12 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
         """Return softmax(q k' / sqrt(D)) v, (B, H, T, D).
 
-        mask: True where a query may look at a key; None where nothing but the future is hidden.
+        mask: True where a query sees a key; None: plain causal attention.
         """
         T, D = q_BHTD.shape[-2:]
         dropout = self.config.dropout if self.training else 0.0
-        # A single query is the newest token: all keys are its past. Otherwise without a mask there
-        # are T keys for T queries, and the fused kernel hides the future faster than a mask would.
+        # A single query is the newest token, and all keys are its past. Of several queries without
+        # a mask the keys are those of the same T tokens, and the future is to be hidden.
         causal = mask is None and T > 1
         if self.config.flash:
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask,
@@ -176,8 +177,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, mask, cache):
-        x = x + self.attn(self.ln_1(x), rotary, mask, cache)
+    def forward(self, x, cos_sin, mask, cache):
+        x = x + self.attn(self.ln_1(x), cos_sin, mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -202,8 +203,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Draw every parameter once, as GPT-2's paper says; modern begins with a head of zeros."""
-        # Each block adds to the residual stream twice, by its two c_proj. So scaled, 2 * n_layer
-        # such terms add up to a stream of about the same variance, however deep the model is.
+        # Each block adds to the residual stream twice, through its two c_proj. Scaled like this,
+        # all 2 * n_layer terms add up to about the same variance, however deep the model is.
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if name == 'lm_head.weight' and self.config.arch == 'modern':
@@ -217,7 +218,7 @@ class GPT(nn.Module):
             else:
                 assert p.ndim == 1, f'no rule initialises {name}'
                 nn.init.ones_(p)
-        # The padding stays zero: it is never looked up, and its logits never count.
+        # The rows beyond the vocabulary are never looked up, and their logits never count.
         self.transformer.wte.weight[self.config.vocab_size:] = 0
 
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
@@ -228,27 +229,27 @@ class GPT(nn.Module):
         cache: an engine.KVCache, which is read and extended.
         """
         B, T = idx_BT.shape
+        assert T <= self.config.block_size, f'{T} tokens exceed block_size {self.config.block_size}'
         if cache is None:
             pos_BT = torch.arange(T, device=idx_BT.device)[None]
             key_pos_BS = pos_BT
         else:
             pos_BT, key_pos_BS = cache.positions(T)
-        assert T <= self.config.block_size, f'{T} tokens are longer than the context'
 
-        # Padding has negative positions, for which there is no row in wpe.
         x = self.transformer.wte(idx_BT)
+        cos_sin = None
         if self.config.arch == 'gpt2':
+            # Padding has negative positions, for which wpe has no row.
             x = x + self.transformer.wpe(pos_BT.clamp(min=0))
-            rotary = None
         else:
             x = rms_norm(x)
-            rotary = self.rotary(pos_BT)
+            cos_sin = self.rotary_angles(pos_BT)
         x = F.dropout(x, self.config.dropout, self.training)
         hides_keys = cache is not None and cache.hides_keys
         mask = self.attention_mask(pos_BT, key_pos_BS, hides_keys)
         for block in self.transformer.h:
-            x = block(x, rotary, mask, cache)
-        # To draw the next token the last position is enough, and the head is the largest product.
+            x = block(x, cos_sin, mask, cache)
+        # To draw the next token the last position is enough, and the head is expensive.
         if targets_BT is None and not all_logits:
             x = x[:, -1:]
         x = self.transformer.ln_f(x)
@@ -256,7 +257,7 @@ class GPT(nn.Module):
             return self.logits(x), None
         return self.logits_and_loss(x, targets_BT)
 
-    def rotary(self, pos_BT):
+    def rotary_angles(self, pos_BT):
         """Return cosine and sine, each (B, 1, T, D/2), of the angles pos / 10000^(2i/D)."""
         D = self.config.n_embd // self.config.n_head
         frequency = 10000.0 ** (-torch.arange(0, D, 2, device=pos_BT.device) / D)
@@ -264,7 +265,7 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def attention_mask(self, pos_BT, key_pos_BS, hides_keys):
-        """Return (B, 1, T, S), True where a query may look at a key, or None: all but the future.
+        """Return (B, 1, T, S), True where a query sees a key, or None: plain causal attention.
 
         hides_keys: whether there are keys that no query may see, such as padding.
         """
@@ -278,7 +279,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Return float32 logits of the tokens that exist, (B, T, V)."""
-        # In float32 whatever autocast says: a softmax over a large vocabulary needs its digits.
+        # float32 even under autocast: a softmax over a large vocabulary needs the digits.
         logits_BTV = self.lm_head(x).float()
         if self.config.arch == 'modern':
             logits_BTV = LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
@@ -340,8 +341,9 @@ class GPT(nn.Module):
     def generate(self, idx_BT, max_new_tokens, temperature=1.0, top_k=None):
         """Return idx_BT and max_new_tokens more, drawn one by one: (B, T + max_new_tokens).
 
-        top_k: draw from this many of the likeliest tokens; None: from all. This is the plain way,
-        which reads the whole text again for each token; folio/engine.py has the fast one.
+        top_k: draw from this many of the likeliest tokens; None: from all. Call eval() first, or
+        dropout is at work. This is the plain way, which reads the whole text again for each token;
+        folio/engine.py has the fast one.
         """
         for _ in range(max_new_tokens):
             # A text longer than the context loses its beginning.

@@ -17,7 +17,6 @@ import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure, require_at_least, require_choice
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ checkpoint = folio.checkpoint.load(init_from, out_dir)
 model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(device)
 if quantize:
     model = fast.quantize(model)
-tokenizer = tokenizer_of(checkpoint)
+tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:

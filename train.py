@@ -3,9 +3,9 @@ Train a model: from scratch, from where a run stopped, or from somebody's weight
     python train.py config/train_book.py
     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 
-Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. What each
-recipe costs and reaches stands in its config file. A run that is killed and resumed ends with the
-same weights, bit for bit, as one that is not.
+Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation) and log.jsonl. Each config
+file says what its recipe costs and reaches. A run that is killed and resumed ends with the same
+weights, bit for bit, as one that is not.
 
 Needs model.py and folio/; hellaswag.py where hellaswag_interval is set.
 """
@@ -154,7 +154,8 @@ with user_errors():
     model_config = GPTConfig(**model_args)
 
 checkpoint = None
-if os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
+is_file = os.path.isfile(init_from)
+if is_file and os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
     raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give another '
                     '--out_dir, or --init_from=resume')
 if init_from != 'scratch':
@@ -163,8 +164,6 @@ if init_from != 'scratch':
 if init_from == 'resume':
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
     folio.checkpoint.require_same_data(checkpoint, data, seed, ckpt_path)
-elif init_from == 'scratch' and os.path.exists(ckpt_path):  # that run will be moved aside
-    folio.checkpoint.require_same_shape(folio.checkpoint.load(ckpt_path), model_args, ckpt_path)
 
 # Every process draws the same weights.
 torch.manual_seed(seed)
@@ -186,7 +185,7 @@ optimizers = make_optimizers(
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
-first_window = 0  # of the training stream, where this process begins
+first_window = 0  # where in the stream of training windows this run begins or goes on
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
@@ -194,7 +193,7 @@ norms = []  # of the gradients of the last hundred steps, if skip_spikes
 if init_from == 'resume':
     folio.checkpoint.require_training_state(checkpoint, ckpt_path)
     first_iter = checkpoint['iter_num']
-    # Where the batches had another size, they were counted in windows.
+    # Counted in windows, because the size of a batch may have changed.
     first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
     norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
@@ -219,8 +218,9 @@ if compile:
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
-    # After its first backward pass DDP groups the gradients anew, and their sums round otherwise.
-    # Let that be now: then the first step of a resumed run has the same bits as in an undisturbed.
+    # After its first backward pass DDP groups the gradients anew, and their sums then round
+    # differently. Make one that does not count, so that a resumed run has the bits of an
+    # undisturbed one from its first step on.
     idx_BT = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
     with machine.autocast:
         _, loss = ddp_model(idx_BT, idx_BT)
@@ -246,7 +246,7 @@ if eval_only:
         print0(f'{split}: ' + ', '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     sys.exit()
 
-# What later steps need is loaded now, so that what is missing is missed before the first one.
+# Load what later steps need now, so that what is missing stops the run before it begins.
 if hellaswag_interval > 0:
     import hellaswag
     hellaswag_items = hellaswag.load(hellaswag_source, machine)
@@ -333,8 +333,8 @@ def score_hellaswag(iter_num):
 
 def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
-    steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
     with machine.autocast, machine.unsharded(model):
+        steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
         text = tokenizer.decode([next_B.item() for next_B in steps])
     print0(f'---- sample at step {iter_num}\n{text}\n----')
     log({'iter': iter_num, 'sample': text})
@@ -370,7 +370,7 @@ signals = []  # (number, time) of those that came
 
 def on_signal(number, frame):
     """Ask the loop to stop. A signal that comes 2 seconds after the first ends it at once."""
-    # A sooner one may be the same signal: torchrun and Slurm pass it on twice.
+    # Within 2 seconds it may be the same one: torchrun and Slurm pass signals on twice.
     if signals and time.monotonic() > signals[0][1] + 2:
         os._exit(128 + number)
     signals.append((number, time.monotonic()))
@@ -440,11 +440,11 @@ all_finite = torch.ones((), dtype=torch.bool, device=device)
 eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
-clock = time.perf_counter()
+step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
-    pause = time.perf_counter()
-    train_seconds += pause - clock  # the clock stands still until the next step
+    pause_start = time.perf_counter()
+    train_seconds += pause_start - step_start  # the clock stands still until the next step
     is_last = iter_num == max_iters
 
     # Validate
@@ -483,14 +483,15 @@ for iter_num in range(first_iter, max_iters + 1):
         break
 
     # Step
-    clock = time.perf_counter()
+    step_start = time.perf_counter()
     if metrics is not None:
-        eval_seconds = clock - pause
+        eval_seconds = step_start - pause_start
     lr = learning_rate_at(iter_num, lr_decay_iters, peak=learning_rate, floor=min_lr,
                           warmup=warmup_iters, schedule=schedule, cooldown=cooldown_iters)
+    lr_scale = lr / learning_rate if decay_lr else 1.0
     for o in optimizers:
         for group in o.param_groups:
-            group['lr'] = group['peak_lr'] * (lr / learning_rate if decay_lr else 1.0)
+            group['lr'] = group['peak_lr'] * lr_scale
     # Dropout too is a function of the step, and of the process.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
     loss_sum = torch.zeros((), device=device)
@@ -507,10 +508,10 @@ for iter_num in range(first_iter, max_iters + 1):
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
-        # Each target of the step counts the same, in whichever micro-batch it is. The gradients of
-        # the processes are averaged, not summed: hence world_size.
-        share = n_targets_here * world_size / max(1, n_targets)
-        scaler.scale(loss * share).backward()
+        # Each target of the step counts the same, in whichever micro-batch it is. The processes'
+        # gradients are averaged, not summed: hence world_size.
+        loss_weight = n_targets_here * world_size / max(1, n_targets)
+        scaler.scale(loss * loss_weight).backward()
         loss_sum += loss.detach() * n_targets_here
     # Clip the gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
@@ -526,7 +527,8 @@ for iter_num in range(first_iter, max_iters + 1):
         log({'iter': iter_num, 'skipped': norm.item()})
     if skip_spikes:
         norms = [*norms, norm.item()][-100:]
-    # A GPU is not waited for at each step: there a run that diverges ends at the next log line.
+    # To look at this number waits for the device, so on a GPU it is looked at when one logs or
+    # saves. Under float16 only the loss tells: an overflow in the gradients is no divergence.
     is_logged = iter_num % log_interval == 0
     all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
     if is_logged or machine.type == 'cpu':
@@ -541,7 +543,7 @@ for iter_num in range(first_iter, max_iters + 1):
     is_tenth = iter_num == first_iter + 9  # soon enough to say how long the run takes
     if is_logged or is_tenth:
         loss = machine.sum(loss_sum.item())[0] / max(1, n_targets)  # .item() waits for the device
-        seconds = train_seconds + time.perf_counter() - clock
+        seconds = train_seconds + time.perf_counter() - step_start
         step_seconds = (seconds - logged_seconds) / (iter_num + 1 - logged_iter)
         to_go = time_to_go(iter_num, step_seconds)
     if is_logged:

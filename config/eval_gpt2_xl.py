@@ -1,7 +1,9 @@
-# The loss of OpenAI's gpt2-xl, 1558 M parameters, on OpenWebText, or other data in GPT-2's tokens (--dataset=…).
+# Measures the loss of OpenAI's gpt2-xl, 1558 M parameters, on OpenWebText.
 #     python prepare/openwebtext/prepare.py --max_tokens=100000000
 #     python train.py config/eval_gpt2_xl.py
-# nanoGPT reports 2.54 on its validation split. Ours: not measured yet, no hub within reach.
+# Any other data in GPT-2's tokens will do: --dataset=…
+# nanoGPT reports 2.54 on its validation split.
+# Ours is not measured yet: we had no access to the hub.
 init_from = 'gpt2-xl'
 eval_only = True
 dataset = 'openwebtext'

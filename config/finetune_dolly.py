@@ -1,9 +1,10 @@
-# Instruction tuning: GPT-2 (124 M) on databricks-dolly-15k, with the loss on the responses alone; one GPU.
+# Instruction tuning: teaches GPT-2 (124 M) to answer, with databricks-dolly-15k. Meant for one GPU.
 #     python prepare/dolly/prepare.py
 #     python train.py config/finetune_dolly.py
 #     python sample.py --out_dir=out/gpt2_dolly --chat=True
-# 5.9 M tokens, estimated to be two epochs. Memory, time and loss: not measured yet (no hub within reach, where weights
-# and data come from). On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8.
+# Only the answers count in the loss. It sees 5.9 M tokens, by our estimate two epochs.
+# On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8
+# Memory, time and loss are not measured yet: we had no access to the hub.
 out_dir = 'out/gpt2_dolly'
 dataset = 'dolly'
 init_from = 'gpt2'

@@ -1,8 +1,9 @@
-# Fine-tunes OpenAI's GPT-2 (124 M) on a book, in GPT-2's own tokens, at a low constant learning rate.
+# Fine-tunes OpenAI's GPT-2 (124 M) on a book, at a low and constant learning rate.
 #     python prepare/book/prepare.py --book=gutenberg:1342 --dataset=pride_gpt2 --tokenizer=gpt2
 #     python train.py config/finetune_gpt2_book.py
 #     python sample.py --out_dir=out/gpt2_pride --start="It is a truth"
-# The weights (0.5 GB) come from the Hugging Face hub. Time and loss were not measured here: no hub within reach.
+# The weights (0.5 GB) come from the Hugging Face hub, and the book from Project Gutenberg.
+# Time and loss are not measured yet: we had no access to the hub.
 out_dir = 'out/gpt2_pride'
 dataset = 'pride_gpt2'
 init_from = 'gpt2'
@@ -17,5 +18,6 @@ max_iters = 200
 eval_interval = 20
 eval_iters = 0  # the whole validation split
 log_interval = 5
-always_save_checkpoint = False  # a book is small: keep the checkpoint from before it was learned by heart
+# A book is small: keep the checkpoint from before it was learned by heart.
+always_save_checkpoint = False
 patience = 3

@@ -1,8 +1,10 @@
-# FineWeb-Edu with what learns fastest here: modern, Muon, trapezoid; two fifths of train_fineweb's tokens.
+# FineWeb-Edu with what learns fastest here: modern, Muon, trapezoid; 4 B tokens instead of 10 B.
 #     python prepare/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/speedrun_fineweb.py
-# Aims at that run's loss (published: 3.1078). Not measured yet; its rates are guesses from smaller runs.
-# Meant for GPUs of 80 GB; on smaller ones halve batch_size, and double gradient_accumulation_steps and eval_iters.
+# The aim is the loss of config/train_fineweb.py (published: 3.1078) for two fifths of its tokens.
+# Not measured yet. The learning rates are guesses from smaller runs.
+# Meant for GPUs of 80 GB. On smaller ones halve batch_size, and double eval_iters and
+# gradient_accumulation_steps.
 out_dir = 'out/fineweb_speedrun'
 dataset = 'fineweb'
 arch = 'modern'

@@ -1,8 +1,10 @@
 # GPT-2 124 M on 10 B tokens of FineWeb-Edu, as the published reproductions train it.
 #     python prepare/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
-# Published runs: validation loss 3.1078, HellaSwag 0.2970, 940,000 tokens/s on 8 A100. Ours: not measured yet.
-# Meant for GPUs of 80 GB; on smaller ones halve batch_size, and double gradient_accumulation_steps and eval_iters.
+# Published: validation loss 3.1078, HellaSwag 0.2970, 940,000 tokens/s on 8 A100. Ours: not
+# measured yet.
+# Meant for GPUs of 80 GB. On smaller ones halve batch_size, and double eval_iters and
+# gradient_accumulation_steps.
 out_dir = 'out/fineweb'
 dataset = 'fineweb'
 batch_size = 64

@@ -1,6 +1,7 @@
-# The baseline of config/train_textbooks.py: gpt2 and AdamW with a cosine, as many parameters and tokens.
+# The baseline of config/train_textbooks.py: gpt2 and AdamW, as many parameters and tokens.
 #     python train.py config/train_textbooks_gpt2.py
-# 30 MB of textbooks: loss 5.280, 2.059 bits a byte (two cores of an AMD EPYC, torch 2.13, 2026-11-21).
+# With 30 MB of textbooks: loss 5.280, 2.059 bits a byte (two cores of an AMD EPYC, torch 2.13,
+# 2026-11-21).
 out_dir = 'out/textbooks_gpt2'
 dataset = 'textbooks'
 arch = 'gpt2'

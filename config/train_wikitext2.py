@@ -1,8 +1,8 @@
-# A GPT of 23 M parameters on WikiText-2, in the tokens of its own BPE of 32,000; meant for a GPU of 8 GB.
+# 23 M parameters on WikiText-2, in the tokens of a BPE of its own (32,000). For a GPU of 8 GB.
 #     python prepare/wikitext2/prepare.py && python train.py config/train_wikitext2.py
 #     python train.py config/train_wikitext2.py --init_from=out/wikitext2/best.pt --eval_only=True
-# The second line prints loss, perplexity a token and a word, and bits a byte, on all splits. Not measured yet on the
-# whole set; the README has figures of a stand-in.
+# The second line prints loss, perplexity a token and a word, and bits a byte, of every split.
+# Not measured yet on the whole set; docs/benchmarks.md has the figures of a stand-in.
 out_dir = 'out/wikitext2'
 dataset = 'wikitext2'
 block_size = 128

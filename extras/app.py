@@ -1,11 +1,12 @@
 """
 Serve a page to try models on: two side by side continue one prompt, token by token.
-    python app.py --out_dir=out/book --other=out/pride
+    python extras/app.py --out_dir=out/book --other=out/book_nanogpt
 
 It prints the page's address, which this machine alone can reach unless --share=True. There one can
 choose a run's newest model, its best, the same untrained, and OpenAI's GPT-2, which is downloaded.
 Tokens can be coloured by probability: the model's own, before temperature and strategy. The book's
 model writes 307 tokens/s on two cores of an AMD EPYC (torch 2.13, 2026-11-21).
+
 Needs model.py, folio/ and gradio.
 """
 import codecs
@@ -19,14 +20,14 @@ import sys
 import threading
 import time
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -91,61 +92,88 @@ def load_once(choice, modified):
     if 'iter_num' in checkpoint:
         step = 0 if untrained else checkpoint['iter_num']
         facts += f', step {step:,}'
-    return model.to(machine.device).eval(), tokenizer_of(checkpoint), facts
+    return model.to(machine.device).eval(), folio.checkpoint.tokenizer_of(checkpoint), facts
 
 
-def as_span(piece, p):
-    """Return a piece of text as HTML that STYLE can colour by its probability p."""
-    return f'<span title="{p:.2%}" style="--p: {p:.3f}">{html.escape(piece)}</span>'
+def as_spans(tokenizer, steps):
+    """Yield a token's HTML at each step, until the document ends.
+
+    It is '' while a character isn't whole: one of several tokens comes with the last of them, and
+    has the product of their probabilities. steps: those of engine.generate_with_logits.
+    """
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    p = 1.0
+    for token, logits_BV in steps:
+        if token.item() == tokenizer.eot:
+            return
+        p *= logits_BV[0].softmax(dim=-1)[token].item()
+        piece = decoder.decode(tokenizer.decode_bytes(token.tolist()))
+        if not piece:
+            yield ''
+            continue
+        # STYLE colours it by its probability p
+        yield f'<span title="{p:.2%}" style="--p: {p:.3f}">{html.escape(piece)}</span>'
+        p = 1.0
 
 
-def write(choice, prompt, seed, max_new_tokens, strategy, temperature, top_k, top_p):
+def take(items, seconds):
+    """Return (what an iterator yields within that time, a list; whether it has ended)."""
+    end = time.perf_counter() + seconds
+    taken = []
+    for item in items:
+        taken.append(item)
+        if time.perf_counter() >= end:
+            return taken, False
+    return taken, True
+
+
+def write(choice, prompt, seed, max_new_tokens, *sampling):
     """Yield [line about a text, the text so far], both HTML, after every few tokens.
 
-    What goes wrong becomes the line: a page has no other place for it.
+    sampling: strategy, temperature, top_k and top_p. What goes wrong becomes the line: a page has
+    no other place for it.
     """
     text = f'<span style="opacity: 0.55">{html.escape(prompt)}</span>'
+    continuation = ''
     yield ['one moment' + GOING_ON, text]
     try:
-        model, tokenizer, facts = load(choice)
-        ids = tokenizer.encode(prompt) or [tokenizer.start]
-        limit = model.config.block_size
-        notice = ''
-        if len(ids) > limit:
-            notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>'
-        seed = random.getrandbits(63) if seed is None else seed % 2**63
-        steps = engine.generate_with_logits(
-            model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature,
-            top_k=int(top_k), top_p=top_p, seed=seed)
-        # A token may be a part of a character, which the decoder holds back until it is whole
-        decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        n_tokens = 0
-        seconds = 0.0  # of computing, without waiting for a turn or for the page
-        p = 1.0
-        end = GOING_ON
-        while end == GOING_ON:
-            with turn, machine.autocast:
-                began = time.perf_counter()
-                while time.perf_counter() < began + TURN_SECONDS:
-                    token, logits_BV = next(steps, (None, None))
-                    if token is None:
-                        end = ', done'
-                        break
-                    if token.item() == tokenizer.eot:
-                        end = ', and the document ends'
-                        break
-                    n_tokens += 1
-                    p *= logits_BV[0].softmax(dim=-1)[token].item()
-                    piece = decoder.decode(tokenizer.decode_bytes(token.tolist()))
-                    if piece:
-                        # A character of several tokens has the product of their probabilities
-                        text += as_span(piece, p)
-                        p = 1.0
-                seconds += time.perf_counter() - began
-            speed = n_tokens / seconds
-            yield [f'{facts}: {n_tokens:,} tokens, {speed:,.0f} tokens/s{end} {notice}', text]
+        steps = continue_prompt(choice, prompt, seed, max_new_tokens, *sampling)
+        for line, continuation in steps:
+            yield [line, text + continuation]
     except (UserError, OSError, torch.OutOfMemoryError) as e:
-        yield [f'<b>notice: {html.escape(str(e))}</b>', text]
+        yield [f'<b>notice: {html.escape(str(e))}</b>', text + continuation]
+
+
+def continue_prompt(choice, prompt, seed, max_new_tokens, strategy, temperature, top_k, top_p):
+    """Yield (line about a continuation, the continuation so far), both HTML. Raise UserError."""
+    model, tokenizer, facts = load(choice)
+    ids = tokenizer.encode(prompt) or [tokenizer.start]
+    limit = model.config.block_size
+    notice = ''
+    if len(ids) > limit:
+        notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>'
+    seed = random.getrandbits(63) if seed is None else seed % 2**63
+    steps = engine.generate_with_logits(
+        model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature,
+        top_k=int(top_k), top_p=top_p, seed=seed)
+    spans = as_spans(tokenizer, steps)
+
+    text = ''
+    n_tokens = 0
+    seconds = 0.0  # of computing, without waiting for a turn or for the page
+    ended = False
+    while not ended:
+        with turn, machine.autocast:
+            began = time.perf_counter()
+            new_spans, ended = take(spans, TURN_SECONDS)
+            seconds += time.perf_counter() - began
+        text += ''.join(new_spans)
+        n_tokens += len(new_spans)
+        state = GOING_ON
+        if ended:
+            state = ', done' if n_tokens == max_new_tokens else ', and the document ends'
+        speed = n_tokens / seconds
+        yield f'{facts}: {n_tokens:,} tokens, {speed:,.0f} tokens/s{state} {notice}', text
 
 
 def write_both(left, right, *settings):

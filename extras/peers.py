@@ -8,6 +8,9 @@ Prints a table of ratios: above 1, folio is the faster one. It takes train.py's 
 settings, as bench.py does. A peer that is not installed is left out, and so is work for which no
 data is given (--texts, --hellaswag_source). The race is between two training runs, each in a
 process of its own: the seconds until they reach a loss.
+
+Needs model.py, train.py, bench.py, hellaswag.py, folio/ and prepare/documents.py; transformers,
+tokenizers and rustbpe to compare with.
 """
 import copy
 import dataclasses
@@ -22,12 +25,13 @@ import sys
 import tempfile
 import time
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
 import folio.tokenizer
 import hellaswag
 from bench import TRAIN, one_process, read_settings, set_up, show, write_metrics
@@ -117,10 +121,9 @@ def compare_training(s, machine, config, compiled, tokens):
 
     # Equal losses show that both are given the same work.
     with torch.no_grad(), machine.autocast:
-        a = our_loss().item()
-        b = their_loss().item()
+        difference = abs(our_loss().item() - their_loss().item())
     tolerance = 1e-4 if machine.dtype == 'float32' else 0.02
-    assert abs(a - b) < tolerance, f'not the same work: loss {a} and {b}'
+    assert difference < tolerance, f'not the same work: the losses differ by {difference}'
 
     name = 'training step'
     peer = 'transformers'
@@ -142,10 +145,12 @@ def compare_training(s, machine, config, compiled, tokens):
             optimizer.zero_grad(set_to_none=True)
         return step
 
-    both_steps = (make_step(ours, our_loss), make_step(theirs, their_loss))
-    time_in_turn(machine.synchronize, 2, *both_steps)  # compiles, and makes the optimizers' state
-    a, b = time_in_turn(machine.synchronize, s.steps, *both_steps)
-    yield ratio(name, n_tokens / a, n_tokens / b, unit='tokens/s', peer=peer)
+    our_step = make_step(ours, our_loss)
+    their_step = make_step(theirs, their_loss)
+    # The first steps compile, and make the optimizers' state.
+    time_in_turn(machine.synchronize, 2, our_step, their_step)
+    our_seconds, their_seconds = time_in_turn(machine.synchronize, s.steps, our_step, their_step)
+    yield ratio(name, n_tokens / our_seconds, n_tokens / their_seconds, unit='tokens/s', peer=peer)
 
 
 def compare_decoding(s, machine, config):
@@ -205,8 +210,9 @@ def compare_muon(s, machine, config):
     # A step takes as long for random gradients as for real ones.
     for p in matrices:
         p.grad = torch.randn_like(p)
-    a, b = time_in_turn(machine.synchronize, s.rounds, ours.step, theirs.step)
-    yield ratio("Muon's step", 1 / a, 1 / b, unit='steps/s', peer="torch's")
+    our_seconds, their_seconds = time_in_turn(machine.synchronize, s.rounds, ours.step,
+                                              theirs.step)
+    yield ratio("Muon's step", 1 / our_seconds, 1 / their_seconds, unit='steps/s', peer="torch's")
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
@@ -283,11 +289,11 @@ def compare_encoding(s, files):
         path = os.path.join(folder, 'tokens.bin')
         calls = [lambda: write(path, tokenize_ours()), lambda: write(path, tokenize_theirs(pool))]
         time_in_turn(no_wait, 1, *calls)  # the processes start
-        a, b = time_in_turn(no_wait, s.rounds, *calls)
+        our_seconds, their_seconds = time_in_turn(no_wait, s.rounds, *calls)
     assert len(set(counts)) == 1, f'not the same work: {counts} tokens'
     n_million = counts[0] / 1e6
-    yield ratio('tokenizing to a file', n_million / a, n_million / b, unit='M tokens/s',
-                peer='a document a task')
+    yield ratio('tokenizing to a file', n_million / our_seconds, n_million / their_seconds,
+                unit='M tokens/s', peer='a document a task')
 
 
 def load_encoding():
@@ -324,9 +330,11 @@ def compare_hellaswag(s, machine, config):
             rows = hellaswag.render(item, gpt2, config.block_size)
             scores['theirs'][i] = score_rows(theirs, rows, machine)
 
-    a, b = time_in_turn(machine.synchronize, s.rounds, score_ours, score_theirs)
-    name, value, unit, comment = ratio('HellaSwag', len(items) / a, len(items) / b, unit='items/s',
-                                       peer='an item a forward pass')
+    our_seconds, their_seconds = time_in_turn(machine.synchronize, s.rounds, score_ours,
+                                              score_theirs)
+    name, value, unit, comment = ratio(
+        'HellaSwag', len(items) / our_seconds, len(items) / their_seconds, unit='items/s',
+        peer='an item a forward pass')
     difference = (scores['ours'] - scores['theirs']).abs().max().item()
     yield name, value, unit, f'{comment}; the scores differ by {difference:.0e} at most'
 

@@ -1,9 +1,11 @@
 """
 Draw the pictures of report.py, each a PNG: losses, HellaSwag, and measures of texts.
-    python report.py out/book
+    python extras/report.py out/book
 
 A run here has a name, a color, its config, and what its log says: steps, evals, swags and best (see
 report.py). References are values to compare with, {label: value}, drawn as level lines.
+
+Needs folio/configurator.py and matplotlib.
 """
 import math
 

@@ -1,12 +1,14 @@
 """
 Compare runs on one page: their curves, figures and texts, and what n-grams make of the same data.
-    python report.py out/book
-    python report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
+    python extras/report.py out/book
+    python extras/report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
 
 Reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set where that is still there;
 writes report.md and pictures. A run that is still going, was cut short or never saved anything is
 reported as far as it goes. Four small runs took 55 s on two cores of an AMD EPYC (torch 2.13,
-2026-11-21). Needs plots.py and ngrams.py beside it, model.py, folio/ and matplotlib.
+2026-11-21).
+
+Needs model.py, folio/, plots.py and ngrams.py beside it, and matplotlib.
 """
 import glob
 import html
@@ -16,20 +18,19 @@ import re
 import sys
 import types
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
 
-sys.path[0] = os.path.abspath(__file__ + '/../..')  # the root of the checkout
-from extras import ngrams
-from extras import plots
-import folio.tokenizer
 import folio.checkpoint
+import folio.tokenizer
+from extras import ngrams, plots
 from folio import engine, fast
 from folio.checkpoint import read_log, steps_done
 from folio.configurator import UserError, configure
 from folio.data import Dataset, evaluate
 from folio.machine import Machine, default_device
-from folio.tokenizer import tokenizer_of
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def examine(run, picture, temperature_list):
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,
                                 machine=machine)
         if num_samples:
-            tokenizer = tokenizer_of(checkpoint)
+            tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
             return text_section(picture, run, model, tokenizer, machine, temperature_list)
     except (UserError, RuntimeError) as e:
         # Characters that its tokenizer does not know in a prompt, or no memory: report the rest
@@ -452,7 +453,8 @@ def main():
     check_counts()
     Machine(device, 'auto')
     if not folders:
-        raise UserError('which runs? Name their folders: python report.py out/book [out/other …]')
+        raise UserError('which runs? Name their folders: '
+                        'python extras/report.py out/book [out/other …]')
     runs = [read_run(folder) for folder in dict.fromkeys(map(os.path.normpath, folders))]
     try:
         os.makedirs(to, exist_ok=True)

@@ -1,6 +1,6 @@
 """
 Learn a byte-level BPE, in plain Python: count the pieces of a text, then make merge after merge.
-    python -c "import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2, ' lowest': 3}, 3))"
+    python -c "from folio import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2}, n_merges=3))"
 
 learn_merges_slowly is the algorithm to read, learn_merges the one to use: its merges are the same.
 31,743 merges from 30 MB of textbooks take 5 s on one core of an AMD EPYC, half of that to count;

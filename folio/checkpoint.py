@@ -12,7 +12,9 @@ import zipfile
 import torch
 import torch.nn.functional as F
 
+import folio.tokenizer
 from folio.configurator import UserError
+from folio.data import Dataset
 from folio.tokenizer import spec_hash
 from model import GPT, GPTConfig, padded
 
@@ -168,6 +170,24 @@ def require_training_state(checkpoint, path):
         if name not in checkpoint:
             raise UserError(f'{path} holds weights but no {name}, so no run can be resumed from '
                             f'it; start one with --init_from={path} and another --out_dir')
+
+
+def tokenizer_of(checkpoint):
+    """Return the tokenizer that a checkpoint carries, or else the one of the data it names.
+
+    nanoGPT's checkpoints carry none, and those that name no data set here have GPT-2's. Raises
+    UserError where it does not fit the model.
+    """
+    trained_on = checkpoint.get('config', {}).get('dataset', '')
+    spec = checkpoint.get('tokenizer')
+    if spec is None and os.path.exists(os.path.join('data', trained_on, 'train.bin')):
+        spec = Dataset(trained_on).spec
+    tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
+    vocab_size = checkpoint['model_args']['vocab_size']
+    if tokenizer.n_vocab != vocab_size:
+        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer '
+                        f'({tokenizer.spec["kind"]}) of {tokenizer.n_vocab}')
+    return tokenizer
 
 
 # ---- Saving --------------------------------------------------------------------------------------

@@ -141,8 +141,9 @@ def prepare_command(name):
     """Return the command that prepares a data set: its own script, or that of a book."""
     name = os.path.basename(os.path.normpath(name))
     for script in (name, name.partition('_')[0]):
-        if os.path.isdir(os.path.join(ROOT, 'prepare', script)):
-            return f'python prepare/{script}/prepare.py'
+        for folder in ('prepare', 'extras'):
+            if os.path.isfile(os.path.join(ROOT, folder, script, 'prepare.py')):
+                return f'python {folder}/{script}/prepare.py'
     return f'python prepare/book/prepare.py --dataset={name}'
 
 
@@ -221,8 +222,8 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before is in use.
 
-    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are then
-    copied without waiting.
+    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are
+    then copied without waiting.
     """
     def next_batch():
         batch = next(batches, None)

@@ -2,8 +2,8 @@
 Generate text fast: a cache of keys and values, rules for drawing a token, batches, streaming.
     python sample.py --out_dir=out/book --strategy=nucleus
 
-`generate` continues prompts token by token, `stream_text` gives the text of it. GPT.generate in
-model.py does the same in a dozen plain lines, without a cache.
+`generate` continues prompts token by token, and `stream_text` turns the tokens into text.
+GPT.generate in model.py does the same in a dozen plain lines, without a cache.
 """
 import codecs
 import copy
@@ -20,8 +20,8 @@ STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
 class KVCache:
     """Keep the keys and values of the tokens read so far.
 
-    A forward pass asks for `positions` once and appends in each layer. All rows hold equally many
-    tokens; the first padding[b] of row b are no text, and hidden from all others.
+    A forward pass asks for `positions` once, and appends in each layer. All rows have the same
+    number of tokens; the first padding[b] tokens of row b are padding, which no token sees.
     """
 
     def __init__(self, model, batch_size, padding=None, size=None):
@@ -31,7 +31,7 @@ class KVCache:
         head_size = config.n_embd // config.n_head
         padding = padding or [0] * batch_size
         self.shape = (config.n_layer, 2, batch_size, config.n_head, size, head_size)
-        self.kv = None  # a tensor of this shape, once the first keys say in which number format
+        self.kv = None  # allocated at the first append, whose keys say in which number format
         self.device = model.lm_head.weight.device
         self.padding_B1 = torch.tensor(padding, device=self.device)[:, None]
         self.hides_keys = max(padding) > 0
@@ -66,10 +66,10 @@ class KVCache:
 
 
 class StaticKVCache:
-    """Keep the same for compiled steps of one token, in which no shape may change.
+    """A KVCache of fixed shapes, for compiled steps of one token a row.
 
-    Each query is shown all slots, also those that are empty yet, and a mask hides what it may not
-    see. The caller adds 1 to `length` after each step, outside of what is compiled.
+    Each query is given all slots, also the ones still empty, and a mask hides what it may not see.
+    Call `advance` after each step: inside the compiled step it would be compiled too.
     """
     hides_keys = True
 
@@ -88,6 +88,9 @@ class StaticKVCache:
         slots_S = torch.arange(self.kv[0][0].size(2), device=self.length.device)
         return self.length - self.padding_B1, slots_S - self.padding_B1
 
+    def advance(self):
+        self.length += 1
+
     def append(self, layer, k_BHTD, v_BHTD):
         for whole_BHSD, new_BHTD in zip(self.kv[layer], (k_BHTD, v_BHTD)):
             whole_BHSD.index_copy_(2, self.length[None], new_BHTD)
@@ -104,8 +107,8 @@ def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=
     logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
     if strategy == 'greedy' or temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # The first of exponential clocks with rates p rings with probability p. Unlike
-    # torch.multinomial this never makes the CPU wait for the GPU.
+    # Divided by exponential noise, the largest probability is that of token i with probability p_i.
+    # Unlike torch.multinomial this never makes the CPU wait for the GPU.
     noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
     return (logits_BV.softmax(dim=-1) / noise_BV).argmax(dim=-1)
 
@@ -134,7 +137,7 @@ def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9,
     elif strategy == 'nucleus':
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         p_BV = sorted_BV.softmax(dim=-1)
-        # Out is a token if those before it already sum to top_p.
+        # Rule out a token if those before it already sum to top_p.
         sum_before_BV = p_BV.cumsum(dim=-1) - p_BV
         ruled_out_BV |= torch.zeros_like(ruled_out_BV).scatter(1, order_BV, sum_before_BV >= top_p)
     return logits_BV.masked_fill(ruled_out_BV, -math.inf)
@@ -168,7 +171,7 @@ def penalize(logits_BV, seen_BV, penalty):
 
 # ---- Generation ----------------------------------------------------------------------------------
 def generate(model, prompts, max_new_tokens, **options):
-    """Continue each prompt: yield one (B,) tensor of token ids a step.
+    """Continue each prompt: yield one (B,) tensor of token ids per step.
 
     prompts: token ids, a (B, T) tensor or lists of different lengths. options: those of
     generate_with_logits.
@@ -181,22 +184,22 @@ def generate(model, prompts, max_new_tokens, **options):
 def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temperature=1.0,
                          top_k=50, top_p=0.9, min_p=0.0, repetition_penalty=1.0, seed=None,
                          stop=(), use_cache=True, compile=False):
-    """Continue each prompt: yield (token ids (B,), the logits (B, V) they were drawn from) a step.
+    """Continue each prompt: yield (token ids (B,), the model's logits (B, V)) per step.
 
-    The rules are those of next_token_logits; the logits are those of the model. A row longer than
-    the context is cut to its newer half and goes on. stop: token ids that end a row, which then
-    repeats its last one; the generator ends when all rows have. seed: of the draws; None takes
-    torch's own random state. compile: the steps of one token a row. Raises UserError.
+    The tokens are drawn by the rules of next_token_logits. A row that fills the context goes on
+    with the newer half of it. stop: token ids that end a row, which then repeats its last one; the
+    generator ends when all rows have ended. seed: for the draws; None takes torch's own random
+    state. compile: whether to compile the steps of one token a row. Raises UserError.
     """
     rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
     if not rows or not all(rows):
-        raise UserError('a prompt needs a token')
+        raise UserError('a prompt must have at least one token')
     if repetition_penalty <= 0:
         raise UserError(f'repetition_penalty is {repetition_penalty}; it must be above 0')
     B = len(rows)
     limit = model.config.block_size
     device = model.lm_head.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     # model.forward is eager even where train.py has compiled the model: prompts have odd shapes
     decode = model.forward
@@ -224,7 +227,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
         for _ in range(max_new_tokens):
             context_is_full = any(end - start > limit for start in starts)
             if cache is None or context_is_full:
-                starts = [newer_half(start, end, limit) for start in starts]
+                starts = [truncated_start(start, end, limit) for start in starts]
                 logits_BV, cache = read(model, history_BN[:, :end], starts, use_cache)
                 if cache is not None and compile:
                     cache = StaticKVCache(cache)
@@ -232,11 +235,11 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
                 logits_BTV, _ = decode(next_B[:, None], cache=cache)
                 logits_BV = logits_BTV[:, -1]
                 if compile:
-                    cache.length += 1
+                    cache.advance()
             rated_BV = logits_BV
             if repetition_penalty != 1:
                 rated_BV = penalize(logits_BV, seen_BV, repetition_penalty)
-            drawn_B = draw_token(rated_BV, strategy, temperature, top_k, top_p, min_p, generator)
+            drawn_B = draw_token(rated_BV, strategy, temperature, top_k, top_p, min_p, rng)
             next_B = torch.where(ended_B, next_B, drawn_B)
             history_BN[:, end] = next_B
             end += 1
@@ -251,7 +254,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
         model.train(was_training)
 
 
-def newer_half(start, end, limit):
+def truncated_start(start, end, limit):
     """Return where a text begins: at start, or later if start … end exceeds the context."""
     if end - start <= limit:
         return start
@@ -263,17 +266,17 @@ def read(model, history_BN, starts, use_cache):
     first = min(starts)
     idx_BT = history_BN[:, first:]
     padding = [start - first for start in starts]
-    cache = KVCache(model, len(idx_BT), padding)
+    cache = KVCache(model, len(idx_BT), padding)  # also knows the padding, so always needed
     logits_BTV, _ = model.forward(idx_BT, cache=cache)
     return logits_BTV[:, -1], cache if use_cache else None
 
 
 def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **options):
-    """Continue each prompt: yield the new texts so far, a list of B strings, a step.
+    """Continue each prompt: yield the new texts so far, a list of B strings, per step.
 
-    A row ends with the end-of-text token, or where find_end(row, text) gives a position in its
-    text, at which it is cut; None: not yet. A character of several tokens appears with its last.
-    prompts, options: those of generate.
+    A row ends with the end-of-text token, or where find_end(row, text) returns a position in its
+    text, at which it is cut; None: not yet. A character that takes several tokens appears once the
+    last of them is there. prompts, options: those of generate.
     """
     stop = set() if tokenizer.eot is None else {tokenizer.eot}
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]

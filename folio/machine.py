@@ -152,6 +152,11 @@ class Machine:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         atexit.register(dist.destroy_process_group)
 
+    def barrier(self):
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def any(self, flag):
         """Return whether a flag is set in any process.
 
@@ -167,9 +172,15 @@ class Machine:
         """Return each number summed over all processes."""
         if self.world_size == 1:
             return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.sum_tensor(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def sum_tensor(self, tensor):
+        """Return a tensor summed over all processes."""
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu()
 
     def shard(self, model):
         """Divide a model's parameters among the processes, block by block (Zhao et al. 2023)."""

@@ -226,25 +226,6 @@ def save(tokenizer, path):
         json.dump(tokenizer.spec, f)
 
 
-def tokenizer_of(checkpoint):
-    """Return the tokenizer that a checkpoint carries, or else the one of the data it names.
-
-    nanoGPT's checkpoints carry none, and those that name no data set here have GPT-2's. Raises
-    UserError where it does not fit the model.
-    """
-    from folio.data import Dataset  # which needs spec_hash from here
-    trained_on = checkpoint.get('config', {}).get('dataset', '')
-    spec = checkpoint.get('tokenizer')
-    if spec is None and os.path.exists(os.path.join('data', trained_on, 'train.bin')):
-        spec = Dataset(trained_on).spec
-    tokenizer = load(spec or {'kind': 'gpt2'})
-    vocab_size = checkpoint['model_args']['vocab_size']
-    if tokenizer.n_vocab != vocab_size:
-        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer '
-                        f'({tokenizer.spec["kind"]}) of {tokenizer.n_vocab}')
-    return tokenizer
-
-
 def spec_hash(spec):
     """Return a fingerprint, equal for two tokenizers that give the same ids."""
     text = json.dumps(spec, sort_keys=True)

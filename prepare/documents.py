@@ -1,8 +1,8 @@
 """
 Read documents, from here or from the hub, as a stream, and tokenize them with all cores.
-    python -c "from prepare.documents import read_chunks; print(next(read_chunks('my.jsonl', 'text')))"
+    python -c "from prepare import documents; print(next(documents.read_chunks('a.jsonl', 'text')))"
 
-That prints the share of the file read so far and the first documents of my.jsonl, about a million
+That prints the share of the file read so far and the first documents of a.jsonl, about a million
 characters of them. A file is .parquet, .jsonl, .json or .txt (one document), compressed or not.
 """
 import collections

@@ -1,51 +1,154 @@
-"""What the tests share: a way to run the scripts as a user does, small data, small models."""
+"""
+What the tests share: a way to run the scripts as a user does, small data, small models.
+    pytest -n auto             # what a contributor runs: under two minutes on two cores
+    pytest -m '' -n auto       # all, with what is slow and what lies in tests/extras/
+    pytest tests/test_train.py # a file or a test that is named runs whatever it is
+"""
+import argparse
+import contextlib
 import functools
+import io
 import os
 import pathlib
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
-from forked import Forks
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXTRAS = ROOT / 'tests' / 'extras'
 SHARED = ROOT.parent / 'shared' / 'data'
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side, and threads that spin slow each other down
+# Tests run side by side, and threads that spin slow each other down.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
-        '--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2',
-        '--lr_decay_iters=30', '--max_iters=30', '--eval_interval=10', '--eval_iters=4', '--log_interval=5',
-        '--out_dir=out']
+TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
+        '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1',
+        '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
+        '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
 
 
-def pytest_collection_modifyitems(items):
-    """The notebook first: it takes minutes, in which a second process does the rest."""
+# ---- Which tests run -----------------------------------------------------------------------------
+def pytest_configure(config):
+    config.addinivalue_line('markers', "slow: runs only if it is named, or with -m ''")
+    if getattr(config.option, 'dist', None) == 'load':
+        config.option.dist = 'loadfile'  # what the tests of a file share is then made once
+
+
+def paths_asked_for(config):
+    """Return the files and folders that the command line names."""
+    if config.args_source is not config.ArgsSource.ARGS:
+        return []
+    folder = config.invocation_params.dir
+    return [(folder / arg.split('::')[0]).resolve() for arg in config.args]
+
+
+def marks_asked_for(config):
+    """Return whether the command line has -m, be it for all marks: -m ''."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-m', action='append')
+    known, _ = parser.parse_known_args(list(map(str, config.invocation_params.args)))
+    return known.m is not None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out tests/extras/ unless it, or something in it, is named."""
+    if collection_path != EXTRAS or marks_asked_for(config):
+        return None
+    named = any(path.is_relative_to(EXTRAS) for path in paths_asked_for(config))
+    return None if named else True
+
+
+def pytest_collection_modifyitems(items, config):
+    """Leave out what is slow unless its file, or a test of it, is named."""
+    # The notebook first: it takes minutes, in which a second process does the rest.
     items.sort(key=lambda item: 'from_start_to_end' not in item.name)
+    if marks_asked_for(config):
+        return
+    named = paths_asked_for(config)
+    kept = []
+    left_out = []
+    for item in items:
+        is_slow = item.get_closest_marker('slow') and item.path not in named
+        (left_out if is_slow else kept).append(item)
+    if left_out:
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
 
 
+# ---- Running a script ----------------------------------------------------------------------------
 def run(script, *args, cwd, status=0, **options):
-    """Run a script with this Python in cwd; assert its exit status; return (standard output, standard error)."""
-    command = [str(ROOT / script), *map(str, args)]
-    if sys.platform == 'linux' and not options:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [os.path.join(folder, name) for name in ('out', 'err')]
-            code = forks().run(*command[:1], command[1:], str(cwd), *paths, timeout=300)
-            out, err = (pathlib.Path(path).read_text(encoding='utf-8') for path in paths)
-    else:
-        done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, encoding='utf-8',
-                              timeout=300, **options)
-        code, out, err = done.returncode, done.stdout, done.stderr
+    """Run a script as `python script args` does; return (standard output, standard error).
+
+    It runs in this process, which has imported torch already; with options of subprocess.run, such
+    as env, in a process of its own. Asserts the exit status.
+    """
+    if options:
+        return run_process(script, *args, cwd=cwd, status=status, **options)
+    out, err = io.StringIO(), io.StringIO()
+    with left_as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        os.chdir(cwd)
+        sys.argv = [str(ROOT / script), *map(str, args)]
+        code = exit_status(sys.argv[0])
+    return checked(code, status, out.getvalue(), err.getvalue())
+
+
+def run_process(script, *args, cwd, status=0, **options):
+    """Do what `run` does in a process of its own, which takes seconds to import torch."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding='utf-8',
+                          timeout=300, **options)
+    return checked(done.returncode, status, done.stdout, done.stderr)
+
+
+def checked(code, status, out, err):
+    """Return (out, err) of a script; assert that it ended with `status`."""
     if "GPT-2's tokenizer could not be downloaded" in err:
         need_gpt2()
     assert code == status, f'status {code}, not {status}\n{out}\n{err}'
     return out, err
 
 
+def exit_status(path):
+    """Run a script as the main program, and return the status that its process would end with."""
+    try:
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except Exception:
+            sys.excepthook(*sys.exc_info())  # the script's own, which may exit with another status
+            return 1
+    except SystemExit as e:
+        return 0 if e.code is None else e.code
+    return 0
+
+
+@contextlib.contextmanager
+def left_as_it_was():
+    """Restore what a script changes in its process and Python, or torch, does not."""
+    import torch
+    folder = os.getcwd()
+    argv = sys.argv
+    path = list(sys.path)
+    hook = sys.excepthook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        sys.path[:] = path
+        sys.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_float32_matmul_precision(precision)
+
+
+# ---- What may be missing -------------------------------------------------------------------------
 @functools.cache
 def gpt2_can_be_had():
     from folio import tokenizer
@@ -61,12 +164,6 @@ def need_gpt2():
         pytest.skip("needs GPT-2's tokenizer: a network, or TIKTOKEN_CACHE_DIR")
 
 
-@functools.cache
-def forks():
-    """Of this process of pytest."""
-    return Forks()
-
-
 def shared(path):
     """A file of the development data, or a skip that says so."""
     if not (SHARED / path).exists():
@@ -74,29 +171,47 @@ def shared(path):
     return SHARED / path
 
 
+# ---- Data and models -----------------------------------------------------------------------------
 @pytest.fixture(scope='session')
 def book_once(tmp_path_factory):
-    """A folder with data/book, 20,000 characters of the Python reference, for tests that change nothing in it."""
+    """A folder with data/book, 20,000 characters of the Python reference, that stays as it is."""
     from pydoc_data.topics import topics
     folder = tmp_path_factory.mktemp('book')
-    (folder / 'book.txt').write_text('\n\n'.join(topics[name] for name in sorted(topics))[:20000], encoding='utf-8')
+    text = '\n\n'.join(topics[name] for name in sorted(topics))
+    (folder / 'book.txt').write_text(text[:20000], encoding='utf-8')
     run('prepare/book/prepare.py', '--book=book.txt', cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def trained_once(book_once, tmp_path_factory):
+    """The same with out/, a run of TINY, that stays as it is."""
+    folder = tmp_path_factory.mktemp('trained') / 'work'
+    shutil.copytree(book_once, folder)
+    run('train.py', *TINY, cwd=folder)
     return folder
 
 
 @pytest.fixture
 def book(book_once, tmp_path):
-    """The same in a folder of its own: a small run takes seconds."""
+    """data/book in a folder of the test's own."""
     return pathlib.Path(shutil.copytree(book_once, tmp_path / 'work'))
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """data/book and the run in a folder of the test's own."""
+    return pathlib.Path(shutil.copytree(trained_once, tmp_path / 'work'))
 
 
 @pytest.fixture(params=['gpt2', 'modern'])
 def model(request):
-    """A tiny model of each architecture, in eval mode, its weights large enough for sharp predictions."""
+    """A tiny model of each architecture, in eval mode, its weights large: sharp predictions."""
     import torch
     from model import GPT, GPTConfig
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=request.param)).eval()
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32,
+                          arch=request.param)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model

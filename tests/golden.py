@@ -1,10 +1,10 @@
 """
 Compute the numbers that a refactoring must not change, or write them down anew.
     python tests/golden.py                       # print them as JSON
-    python tests/golden.py tests/golden.json     # write them, where a mend changes a number on purpose
+    python tests/golden.py tests/golden.json     # write them, where a mend changes one on purpose
 
-Tiny seeded runs of the scripts themselves on a text made here: 20 losses and gradient norms of each, samples,
-HellaSwag scores, and the merges of a BPE. tests/test_golden.py compares.
+Tiny seeded runs of the scripts themselves on a text made here: 20 losses and gradient norms of
+each, samples, HellaSwag scores, and the merges of a BPE. tests/test_golden.py compares.
 """
 import contextlib
 import hashlib
@@ -41,8 +41,9 @@ RUNS = {
 
 def golden_text():
     """Return 20,000 characters that are the same on every machine and under every Python."""
-    words = ('time light river stone every little nothing between morning house question answer green '
-             'quiet letter number second garden window people water sudden gentle over under').split()
+    words = ('time light river stone every little nothing between morning house question answer '
+             'green quiet letter number second garden window people water sudden gentle over '
+             'under').split()
     rng = random.Random(0)
     text = ''
     while len(text) < 20000:
@@ -116,18 +117,23 @@ def compute():
     prepare = ['--book=golden.txt']
     run_script('prepare/book/prepare.py', *prepare, '--dataset=golden')
     run_script('prepare/book/prepare.py', *prepare, '--dataset=masked')
-    run_script('prepare/book/prepare.py', *prepare, '--dataset=bpe', '--tokenizer=bpe', '--vocab_size=320')
+    run_script('prepare/book/prepare.py', *prepare, '--dataset=bpe', '--tokenizer=bpe',
+               '--vocab_size=320')
     for split in ('train', 'val'):  # in the masked set two tokens of three are targets
         size = os.path.getsize(f'data/masked/{split}.bin') // 2
-        pathlib.Path(f'data/masked/{split}.mask.bin').write_bytes(bytes(i % 3 > 0 for i in range(size)))
+        mask = bytes(i % 3 > 0 for i in range(size))
+        pathlib.Path(f'data/masked/{split}.mask.bin').write_bytes(mask)
     runs = {name: train(name) for name in RUNS}
-    first, last = list(RUNS)[0], list(RUNS)[-1]
-    samples = [sample(name, *options) for name in (first, last)
-               for options in (['--strategy=greedy'], ['--strategy=nucleus', '--num_samples=2'],
-                               ['--strategy=top_k', '--top_k=5', '--repetition_penalty=1.2'])]
-    merges = json.loads(pathlib.Path('data/bpe/tokenizer.json').read_text(encoding='utf-8'))['merges']
-    return {'machine': machine(), 'runs': runs, 'samples': samples,
-            'hellaswag': [hellaswag_scores(name, text) for name in (first, last)], 'merges': merges}
+    sampled = (list(RUNS)[0], list(RUNS)[-1])
+    samples = []
+    for name in sampled:
+        samples.append(sample(name, '--strategy=greedy'))
+        samples.append(sample(name, '--strategy=nucleus', '--num_samples=2'))
+        samples.append(sample(name, '--strategy=top_k', '--top_k=5', '--repetition_penalty=1.2'))
+    scores = [hellaswag_scores(name, text) for name in sampled]
+    tokenizer = json.loads(pathlib.Path('data/bpe/tokenizer.json').read_text(encoding='utf-8'))
+    return {'machine': machine(), 'runs': runs, 'samples': samples, 'hellaswag': scores,
+            'merges': tokenizer['merges']}
 
 
 def main():

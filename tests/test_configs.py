@@ -1,43 +1,91 @@
-import dataclasses
-
+"""config/: every recipe sets what there is, says how to run it, and is the recipe it claims."""
 import pytest
 import torch
 
+import bench
 from conftest import ROOT
-from folio.configurator import configure
+from folio.configurator import UserError, configure, model_settings
 from model import GPT, GPTConfig
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 
 
-def settings_of(*configs):
-    """train.py's settings after these config files."""
-    namespace = {}
-    exec((ROOT / 'train.py').read_text(encoding='utf-8').partition('\nconfig = configure(')[0], namespace)
-    return configure(namespace | {'device': 'cuda'}, [str(ROOT / 'config' / name) for name in configs])
+def settings_of(*configs, device='cuda'):
+    """Return train.py's settings after these config files."""
+    settings = bench.settings_of(ROOT / 'train.py') | {'device': device}
+    return configure(settings, [str(ROOT / 'config' / name) for name in configs])
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_sets_only_settings_that_exist(name, device):
+    settings_of(name, device=device)  # raises for a name or a type that is none of train.py's
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_a_config_sets_only_what_there_is_and_says_how_to_run_it(name):
-    settings_of(name)  # which raises at a name or a type that is none of train.py's
-    comments = [line for line in (ROOT / 'config' / name).read_text(encoding='utf-8').splitlines() if line[0:1] == '#']
-    assert any(f'config/{name}' in line for line in comments)
+def test_a_config_says_how_to_run_it(name):
+    lines = (ROOT / 'config' / name).read_text(encoding='utf-8').splitlines()
+    assert any(f'config/{name}' in line for line in lines if line.startswith('#'))
 
 
-def test_train_fineweb_is_the_published_recipe():
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_describes_a_model_that_can_be(name):
+    GPTConfig(**model_settings(settings_of(name), GPTConfig), vocab_size=50257)
+
+
+# ---- The published recipe ------------------------------------------------------------------------
+RECIPE = {
+    'max_iters': 19073, 'warmup_iters': 715, 'lr_decay_iters': 19073, 'learning_rate': 6e-4,
+    'min_lr': 6e-5, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'n_layer': 12, 'n_head': 12,
+    'n_embd': 768, 'bias': True, 'arch': 'gpt2'}
+
+
+@pytest.mark.parametrize('name', RECIPE)
+def test_train_fineweb_is_the_published_recipe(name):
+    assert settings_of('train_fineweb.py')[name] == RECIPE[name]
+
+
+def test_train_fineweb_takes_half_a_million_tokens_a_step():
     s = settings_of('train_fineweb.py')
     assert s['gradient_accumulation_steps'] * s['batch_size'] * s['block_size'] == 524288
-    assert (s['max_iters'], s['warmup_iters'], s['lr_decay_iters']) == (19073, 715, 19073)
-    assert (s['learning_rate'], s['min_lr'], s['weight_decay'], s['beta1'], s['beta2']) == (6e-4, 6e-5, 0.1, 0.9, 0.95)
-    assert (s['n_layer'], s['n_head'], s['n_embd'], s['bias'], s['arch']) == (12, 12, 768, True, 'gpt2')
-    assert s['eval_iters'] * s['batch_size'] * s['block_size'] == 10485760 and s['gradient_accumulation_steps'] % 8 == 0
+    assert s['gradient_accumulation_steps'] % 8 == 0  # eight GPUs
 
 
-@pytest.mark.parametrize('size, millions', [('small', 124.4), ('medium', 354.8), ('large', 774.0), ('xl', 1557.6)])
-def test_a_size_stacked_on_a_recipe_changes_the_size_alone(size, millions):
-    plain, s = settings_of('train_fineweb.py'), settings_of('train_fineweb.py', f'gpt2_{size}.py')
-    assert {k for k in s if s[k] != plain[k]} <= {'n_layer', 'n_head', 'n_embd'}
+def test_train_fineweb_evaluates_ten_million_tokens():
+    s = settings_of('train_fineweb.py')
+    assert s['eval_iters'] * s['batch_size'] * s['block_size'] == 10485760
+
+
+# ---- Sizes ---------------------------------------------------------------------------------------
+SIZES = {'small': 124.4, 'medium': 354.8, 'large': 774.0, 'xl': 1557.6}  # millions of parameters
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_a_size_stacked_on_a_recipe_changes_the_size_alone(size):
+    plain = settings_of('train_fineweb.py')
+    sized = settings_of('train_fineweb.py', f'gpt2_{size}.py')
+    changed = {name for name in sized if sized[name] != plain[name]}
+    assert changed <= {'n_layer', 'n_head', 'n_embd'}
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_a_size_has_the_parameters_of_openais(size):
+    settings = settings_of('train_fineweb.py', f'gpt2_{size}.py')
     with torch.device('meta'):
-        model = GPT(GPTConfig(**{f.name: s.get(f.name, 50257) for f in dataclasses.fields(GPTConfig)}))
-    padding = (50304 - 50257) * s['n_embd']
-    assert sum(p.numel() for p in model.parameters()) - padding == pytest.approx(millions * 1e6, rel=1e-3)
+        model = GPT(GPTConfig(**model_settings(settings, GPTConfig), vocab_size=50257))
+    padding = (50304 - 50257) * settings['n_embd']
+    n_parameters = sum(p.numel() for p in model.parameters()) - padding
+    assert n_parameters == pytest.approx(SIZES[size] * 1e6, rel=1e-3)
+
+
+# ---- The fields of the model ---------------------------------------------------------------------
+def test_every_field_of_the_model_is_a_setting_of_train():
+    settings = bench.settings_of(ROOT / 'train.py')
+    model_settings(settings, GPTConfig)  # raises for a field without a setting
+
+
+def test_a_field_without_a_setting_is_an_error_that_names_it():
+    settings = bench.settings_of(ROOT / 'train.py')
+    del settings['window']
+    with pytest.raises(UserError, match='GPTConfig has a field window, and the script no setting'):
+        model_settings(settings, GPTConfig)

@@ -13,10 +13,12 @@ from conftest import ROOT
 @pytest.fixture(scope='module')
 def numbers():
     """(those written down, those of the code as it is now)."""
-    done = subprocess.run([sys.executable, 'tests/golden.py'], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300)
+    one_thread = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, 'tests/golden.py'], cwd=ROOT, capture_output=True,
+                          text=True, env=one_thread, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads((ROOT / 'tests' / 'golden.json').read_text(encoding='utf-8')), json.loads(done.stdout)
+    written = (ROOT / 'tests' / 'golden.json').read_text(encoding='utf-8')
+    return json.loads(written), json.loads(done.stdout)
 
 
 @pytest.mark.parametrize('name', golden.RUNS)

@@ -1,109 +1,176 @@
 """Every mistake a user can make: one line on standard error, exit status 2, nothing lost."""
-import os
+import contextlib
 import resource
 
 import pytest
 
-from conftest import TINY, run
+from conftest import TINY, run, run_process
 
 
-def refused(script, *args, cwd, **options):
-    """The one line that a script answers a mistake with."""
-    _, err = run(script, *args, cwd=cwd, status=2, **options)
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith('error: '), err
+def the_line(err):
+    """Return the one line that is all of standard error."""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith('error: ')
     return lines[0]
 
 
+def refused(script, *args, cwd):
+    """Return the one line with which a script answers a mistake."""
+    _, err = run(script, *args, cwd=cwd, status=2)
+    return the_line(err)
+
+
+# ---- As a user sees it ---------------------------------------------------------------------------
+@pytest.mark.parametrize('script', [
+    'train.py', 'prepare/book/prepare.py', pytest.param('sample.py', marks=pytest.mark.slow),
+    pytest.param('bench.py', marks=pytest.mark.slow),
+    pytest.param('hellaswag.py', marks=pytest.mark.slow)])
+def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
+    _, err = run_process(script, '--dataset', cwd=tmp_path, status=2)
+    assert '--dataset: a setting is written --key=value' in the_line(err)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('arg, says', [
+    ('--n_lyer=2', 'did you mean n_layer?'),
+    ('--n_layer=two', 'takes int'),
+    ('config/no.py', 'no config file'),
+    ('--dataset=novel', 'prepare/book/prepare.py --dataset=novel'),
+    ('--init_from=resume', 'no checkpoint out/ckpt.pt'),
+    ('--init_from=missing.pt', 'no checkpoint missing.pt'),
+    ('--init_from=missing', 'not a Hugging Face folder'),
+    ('--n_embd=33', '--n_embd=36'),
+    ('--n_layer=0', 'at least 1'),
+    ('--block_size=100000', '--block_size='),
+    ('--batch_size=0', 'batch_size'),
+    ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps'),
+    ('--log_interval=0', 'log_interval'),
+    ('--arch=gpt5', 'gpt2, modern'),
+    ('--optimizer=sgd', 'adamw, muon'),
+    ('--schedule=linear', 'cosine, trapezoid'),
+    ('--compile=maybe', 'auto, True, False'),
+    ('--learning_rate=0', 'learning_rate'),
+    ('--max_iters=-1', 'max_iters'),
+    ('--eval_iters=-1', 'eval_iters'),
+    ('--beta2=1', 'beta2'),
+    ('--dtype=int8', 'bfloat16'),
+    ('--device=tpu9', '--device=cpu'),
+    ('--dropout=1.5', 'dropout'),
+    ('--out_dir=book.txt', 'another --out_dir'),
+])
+def test_training_settings_that_cannot_work(book_once, arg, says):
+    assert says in refused('train.py', *TINY, arg, cwd=book_once)
+
+
+def test_processes_must_divide_the_micro_steps(book_once, monkeypatch):
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '3', 'LOCAL_RANK': '0'}.items():
+        monkeypatch.setenv(name, value)
+    line = refused('train.py', *TINY, '--gradient_accumulation_steps=4', cwd=book_once)
+    assert 'gradient_accumulation_steps (4)' in line
+    assert 'a multiple of their number, 3' in line
+
+
+def test_float16_is_refused_where_parameters_are_sharded(book_once, monkeypatch):
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}.items():
+        monkeypatch.setenv(name, value)
+    line = refused('train.py', *TINY, '--gradient_accumulation_steps=2', '--fsdp=True',
+                   '--dtype=float16', cwd=book_once)
+    assert line.startswith('error: float16')
+    assert '--dtype=bfloat16' in line
+
+
+# ---- A run that is there already -----------------------------------------------------------------
+@pytest.fixture
+def kept(trained):
+    """A folder with data and a run, whose checkpoint must not change."""
+    before = (trained / 'out' / 'ckpt.pt').read_bytes()
+    yield trained
+    assert (trained / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.fixture
+def other_data(kept):
+    """The same after data/book was made anew from a text of other characters."""
+    text = 'Another book, with other characters: àéîõü.\n' * 100
+    (kept / 'other.txt').write_text(text, encoding='utf-8')
+    run('prepare/book/prepare.py', '--book=other.txt', cwd=kept)
+    return kept
+
+
 @pytest.mark.parametrize('args, says', [
-    (['--n_lyer=2'], 'did you mean n_layer?'),
-    (['--n_layer=two'], 'takes int'),
-    (['config/no.py'], 'no config file'),
-    (['--dataset=novel'], 'prepare/book/prepare.py --dataset=novel'),
-    (['--init_from=resume'], 'no checkpoint out/ckpt.pt'),
-    (['--init_from=missing.pt'], 'no checkpoint missing.pt'),
-    (['--init_from=missing'], 'not a Hugging Face folder'),
-    (['--n_embd=33'], '--n_embd=36'),
-    (['--n_layer=0'], 'at least 1'),
-    (['--block_size=100000'], '--block_size='),
-    (['--batch_size=0'], 'batch_size'),
-    (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps'),
-    (['--arch=gpt5'], 'gpt2, modern'),
-    (['--optimizer=sgd'], 'adamw, muon'),
-    (['--schedule=linear'], 'cosine, trapezoid'),
-    (['--learning_rate=0'], 'learning_rate'),
-    (['--max_iters=-1'], 'max_iters'),
-    (['--eval_iters=-1'], 'eval_iters'),
-    (['--beta2=1'], 'beta2'),
-    (['--dtype=int8'], 'bfloat16'),
-    (['--device=tpu9'], '--device=cpu'),
-    (['--dropout=1.5'], 'dropout'),
-    (['--out_dir=book.txt'], 'another --out_dir'),
-], ids=lambda x: x[0] if isinstance(x, list) else '')
-def test_training_settings_that_cannot_work(book_once, args, says):
-    assert says in refused('train.py', *TINY, *args, cwd=book_once)
+    (['--init_from=resume'], 'another vocabulary'),
+    ([], 'another shape (vocab_size'),
+    (['--init_from=out/best.pt', '--out_dir=new'], 'another vocabulary'),
+], ids=['resume', 'scratch', 'file'])
+def test_data_of_another_vocabulary_than_the_checkpoint(other_data, args, says):
+    assert says in refused('train.py', *TINY, *args, cwd=other_data)
 
 
-def test_processes_must_divide_the_micro_steps(book_once):
-    environment = os.environ | {'RANK': '0', 'WORLD_SIZE': '3', 'LOCAL_RANK': '0'}
-    line = refused('train.py', *TINY, '--gradient_accumulation_steps=4', cwd=book_once, env=environment)
-    assert 'gradient_accumulation_steps (4)' in line and '3' in line
+def test_as_many_other_characters_are_another_vocabulary_too(kept):
+    text = (kept / 'book.txt').read_text(encoding='utf-8')
+    (kept / 'other.txt').write_text(text.replace('e', '\u4e00'), encoding='utf-8')
+    run('prepare/book/prepare.py', '--book=other.txt', cwd=kept)
+    assert 'another vocabulary' in refused('train.py', *TINY, '--init_from=resume', cwd=kept)
 
 
-def test_data_of_another_vocabulary_than_the_checkpoint(book):
-    run('train.py', *TINY, '--max_iters=2', cwd=book)
-    kept = (book / 'out' / 'ckpt.pt').read_bytes()
-    (book / 'other.txt').write_text('Another book, with other characters: àéîõü.\n' * 100, encoding='utf-8')
-    run('prepare/book/prepare.py', '--book=other.txt', cwd=book)
-    assert 'another shape (vocab_size' in refused('train.py', *TINY, '--init_from=resume', cwd=book)
-    assert 'another shape (vocab_size' in refused('train.py', *TINY, cwd=book)
-    assert 'another vocabulary' in refused('train.py', *TINY, '--init_from=out/best.pt', '--out_dir=new', cwd=book)
-    assert (book / 'out' / 'ckpt.pt').read_bytes() == kept
+@pytest.mark.parametrize('how', ['scratch', 'resume', 'auto'])
+def test_an_out_dir_that_holds_a_run_of_another_shape(kept, how):
+    line = refused('train.py', *TINY, '--n_layer=3', f'--init_from={how}', cwd=kept)
+    assert 'n_layer is 2, not 3' in line
+    assert '--out_dir' in line
 
 
-def test_same_number_of_other_characters_is_another_vocabulary_too(book):
-    run('train.py', *TINY, '--max_iters=2', cwd=book)
-    text = (book / 'book.txt').read_text(encoding='utf-8')
-    (book / 'other.txt').write_text(text.replace('e', '\u4e00'), encoding='utf-8')
-    run('prepare/book/prepare.py', '--book=other.txt', cwd=book)
-    assert 'another vocabulary' in refused('train.py', *TINY, '--init_from=resume', cwd=book)
+@pytest.mark.parametrize('arg, says', [
+    ('--max_iters=1', 'give a higher --max_iters'),
+    ('--optimizer=muon', 'give --optimizer as it was')])
+def test_a_run_that_cannot_be_resumed_so(kept, arg, says):
+    assert says in refused('train.py', *TINY, arg, '--init_from=resume', cwd=kept)
 
 
-def test_an_out_dir_that_holds_a_run_of_another_shape(book):
-    run('train.py', *TINY, '--max_iters=2', cwd=book)
-    kept = (book / 'out' / 'ckpt.pt').read_bytes()
-    for how in ('scratch', 'resume', 'auto'):
-        line = refused('train.py', *TINY, '--n_layer=3', f'--init_from={how}', cwd=book)
-        assert 'n_layer is 2, not 3' in line and '--out_dir' in line
-    assert 'max_iters' in refused('train.py', *TINY, '--max_iters=1', '--init_from=resume', cwd=book)
-    assert 'optimizer' in refused('train.py', *TINY, '--optimizer=muon', '--init_from=resume', cwd=book)
-    assert (book / 'out' / 'ckpt.pt').read_bytes() == kept
+# ---- A full disk ---------------------------------------------------------------------------------
+@contextlib.contextmanager
+def largest_file(n_bytes):
+    """Stand in for a full disk: the system refuses to write more than n_bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_space_left_keeps_the_previous_checkpoint(book):
-    """A limit on the size of a file stands in for a full disk: the system refuses the same write."""
-    run('train.py', *TINY, '--max_iters=10', cwd=book)
-    kept = (book / 'out' / 'ckpt.pt').read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2,) * 2)
-    line = refused('train.py', *TINY, '--init_from=resume', cwd=book, preexec_fn=limit)
-    assert 'could not write out/' in line and 'intact' in line
-    assert (book / 'out' / 'ckpt.pt').read_bytes() == kept and not (book / 'out' / 'ckpt.pt.tmp').exists()
-    run('train.py', *TINY, '--init_from=resume', cwd=book)
+def test_no_space_left_keeps_the_previous_checkpoint(kept):
+    size = (kept / 'out' / 'ckpt.pt').stat().st_size
+    with largest_file(size // 2):
+        line = refused('train.py', *TINY, '--init_from=resume', '--max_iters=40', cwd=kept)
+    assert 'could not write out/' in line
+    assert 'intact' in line
+    assert not (kept / 'out' / 'ckpt.pt.tmp').exists()
+
+
+def test_a_run_goes_on_when_there_is_space_again(trained):
+    size = (trained / 'out' / 'ckpt.pt').stat().st_size
+    with largest_file(size // 2):
+        refused('train.py', *TINY, '--init_from=resume', '--max_iters=40', cwd=trained)
+    out, _ = run('train.py', *TINY, '--init_from=resume', '--max_iters=40', cwd=trained)
+    assert 'done at step 40' in out
 
 
 def test_no_space_left_for_the_log_is_one_line(book):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100,) * 2)
-    assert 'File too large' in refused('train.py', *TINY, cwd=book, preexec_fn=limit)
+    with largest_file(100):
+        assert 'File too large' in refused('train.py', *TINY, cwd=book)
 
 
 def test_no_space_left_for_a_data_set_keeps_the_previous_one(book):
-    kept = (book / 'data' / 'book' / 'train.bin').read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000,) * 2)
-    assert 'could not write data/book' in refused('prepare/book/prepare.py', cwd=book, preexec_fn=limit)
-    assert (book / 'data' / 'book' / 'train.bin').read_bytes() == kept
+    before = (book / 'data' / 'book' / 'train.bin').read_bytes()
+    with largest_file(10000):
+        assert 'could not write data/book' in refused('prepare/book/prepare.py', cwd=book)
+    assert (book / 'data' / 'book' / 'train.bin').read_bytes() == before
     run('train.py', *TINY, '--max_iters=1', cwd=book)
 
 
+# ---- Preparing a book ----------------------------------------------------------------------------
 @pytest.mark.parametrize('content, args, says', [
     (b'', [], '0 characters'),
     (b'One line is not a book.\n', [], 'at least 200'),
@@ -112,23 +179,31 @@ def test_no_space_left_for_a_data_set_keeps_the_previous_one(book):
     (b'words ' * 100, ['--tokenizer=word'], 'char, bpe, gpt2'),
     (b'words ' * 100, ['--tokenizer=bpe', '--vocab_size=100'], '257'),
     (None, [], 'cannot be read'),
-])
+], ids=['empty', 'short', 'latin-1', 'encoding', 'tokenizer', 'vocab_size', 'missing'])
 def test_books_that_cannot_be_learned_from(tmp_path, content, args, says):
     if content is not None:
         (tmp_path / 'my.txt').write_bytes(content)
-    assert says in refused('prepare/book/prepare.py', '--book=my.txt', *args, cwd=tmp_path)
+    line = refused('prepare/book/prepare.py', '--book=my.txt', *args, cwd=tmp_path)
+    assert says in line
     assert not (tmp_path / 'data' / 'book' / 'train.bin').exists()
 
 
 def test_gutenberg_needs_a_number(tmp_path):
-    assert 'gutenberg:1342' in refused('prepare/book/prepare.py', '--book=gutenberg:pride', cwd=tmp_path)
+    line = refused('prepare/book/prepare.py', '--book=gutenberg:pride', cwd=tmp_path)
+    assert 'gutenberg:1342' in line
 
 
-def test_prompts_and_settings_that_cannot_be_sampled(book):
-    run('train.py', *TINY, '--max_iters=2', cwd=book)
-    for args, says in {('--start=日本',): "'日'", ('--strategy=beam',): 'greedy, sample, top_k, nucleus',
-                       ('--start=FILE:no.txt',): 'no.txt', ('--top_p=0', '--strategy=nucleus'): 'top_p',
-                       ('--num_samples=0',): 'num_samples', ('--repetition_penalty=0',): 'above 0',
-                       ('--out_dir=empty',): 'no checkpoint empty/ckpt.pt',
-                       ('--temprature=1',): 'did you mean temperature'}.items():
-        assert says in refused('sample.py', '--out_dir=out', '--device=cpu', *args, cwd=book)
+# ---- Sampling ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('arg, says', [
+    ('--start=日本', "'日'"),
+    ('--strategy=beam', 'greedy, sample, top_k, nucleus'),
+    ('--start=FILE:no.txt', 'no.txt'),
+    ('--top_p=0', 'top_p'),
+    ('--num_samples=0', 'num_samples'),
+    ('--repetition_penalty=0', 'above 0'),
+    ('--out_dir=empty', 'no checkpoint empty/ckpt.pt'),
+    ('--quantize=int4', 'int8'),
+    ('--temprature=1', 'did you mean temperature'),
+])
+def test_prompts_and_settings_that_cannot_be_sampled(trained_once, arg, says):
+    assert says in refused('sample.py', '--out_dir=out', '--device=cpu', arg, cwd=trained_once)

@@ -1,49 +1,150 @@
+"""folio/optim.py: which optimizer steps what, Muon, and the learning rate."""
 import pytest
 import torch
 
 from folio.configurator import UserError
+from folio.optim import Muon, learning_rate_at, load_states, make_optimizers, orthogonalize
 from model import GPT, GPTConfig
-from folio.optim import learning_rate_at, make_optimizers, orthogonalize
+
+SMALL = dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 
 
-def test_cosine_follows_nanogpt():
-    rate = lambda step: learning_rate_at(step, 100, 1.0, 0.1, warmup=10)
-    assert rate(0) == pytest.approx(1 / 11) and rate(10) == pytest.approx(1.0)
-    assert rate(55) == pytest.approx(0.55) and rate(100) == rate(1000) == pytest.approx(0.1)
+def optimizers_of(model, kind, **options):
+    defaults = dict(learning_rate=0.1, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    return make_optimizers(model, kind, **(defaults | options))
 
 
-def test_trapezoid_is_flat_then_falls_in_a_line():
-    rate = lambda step: learning_rate_at(step, 100, 1.0, 0.0, warmup=10, schedule='trapezoid', cooldown=40)
-    assert [rate(s) for s in (10, 30, 60, 70, 80, 100)] == pytest.approx([1, 1, 1, 0.75, 0.5, 0])
-    with pytest.raises(UserError):
-        learning_rate_at(0, 1, 1.0, 0.0, schedule='linear')
+# ---- The learning rate ---------------------------------------------------------------------------
+@pytest.mark.parametrize('step, rate', [
+    (0, 1 / 11), (9, 10 / 11), (10, 1.0), (55, 0.55), (100, 0.1), (1000, 0.1)])
+def test_cosine_follows_nanogpt(step, rate):
+    assert learning_rate_at(step, 100, 1.0, 0.1, warmup=10) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-@pytest.mark.parametrize('kind', ['adamw', 'muon'])
-def test_vectors_do_not_decay_and_every_parameter_is_stepped_once(arch, kind):
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32, arch=arch))
-    groups = [g for o in make_optimizers(model, kind, 0.1, 0.02, 0.1, (0.9, 0.95)) for g in o.param_groups]
+@pytest.mark.parametrize('step, rate', [(10, 1), (30, 1), (60, 1), (70, 0.75), (80, 0.5), (100, 0)])
+def test_trapezoid_is_flat_then_falls_in_a_line(step, rate):
+    got = learning_rate_at(step, 100, 1.0, 0.0, warmup=10, schedule='trapezoid', cooldown=40)
+    assert got == pytest.approx(rate)
+
+
+# ---- Which optimizer steps what ------------------------------------------------------------------
+@pytest.fixture(params=[(arch, kind) for arch in ('gpt2', 'modern') for kind in ('adamw', 'muon')],
+                ids=str)
+def model_and_groups(request):
+    arch, kind = request.param
+    model = GPT(GPTConfig(**SMALL, arch=arch))
+    groups = [group for o in optimizers_of(model, kind) for group in o.param_groups]
+    return model, groups
+
+
+def test_matrices_decay_and_vectors_do_not(model_and_groups):
+    _, groups = model_and_groups
     for group in groups:
-        assert all((p.ndim >= 2) == (group['weight_decay'] > 0) for p in group['params'])
-    params = [p for group in groups for p in group['params']]
-    assert len(params) == len(list(model.parameters())) == len({id(p) for p in params})
+        for p in group['params']:
+            assert group['weight_decay'] == (0.1 if p.ndim >= 2 else 0.0)
 
 
-@pytest.mark.parametrize('shape', [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
+def test_every_parameter_is_stepped_once(model_and_groups):
+    model, groups = model_and_groups
+    stepped = [id(p) for group in groups for p in group['params']]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+
+
+def test_muon_steps_the_matrices_of_the_blocks_and_no_other():
+    model = GPT(GPTConfig(**SMALL, arch='modern'))
+    adamw, muon = optimizers_of(model, 'muon')
+    stepped = {id(p) for p in muon.param_groups[0]['params']}
+    for name, p in model.named_parameters():
+        assert (id(p) in stepped) == name.startswith('transformer.h.'), name
+    assert muon.param_groups[0]['lr'] == 0.02
+    assert adamw.param_groups[0]['lr'] == 0.1
+
+
+@pytest.mark.parametrize('kind, options, says', [
+    ('sgd', {}, 'adamw, muon'),
+    ('adamw', {'learning_rate': 0.0}, 'learning_rate'),
+    ('muon', {'muon_learning_rate': 0.0}, 'muon_learning_rate'),
+    ('adamw', {'weight_decay': -1.0}, 'weight_decay'),
+    ('adamw', {'betas': (0.9, 1.0)}, 'beta2'),
+])
+def test_a_value_out_of_its_range_is_refused(kind, options, says):
+    with pytest.raises(UserError, match=says):
+        optimizers_of(GPT(GPTConfig(**SMALL)), kind, **options)
+
+
+def test_states_of_another_optimizer_are_refused():
+    model = GPT(GPTConfig(**SMALL))
+    saved = [o.state_dict() for o in optimizers_of(model, 'muon')]
+    with pytest.raises(UserError, match='give --optimizer as it was'):
+        load_states(optimizers_of(model, 'adamw'), saved)
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize('shape', [(3, 32, 32), (2, 64, 16), (2, 16, 64)], ids=str)
 def test_orthogonalize_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert 0.3 < values.min()
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (2, 64, 16), (2, 16, 64)], ids=str)
+def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
+    torch.manual_seed(0)
     G = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonalize(G))
-    assert 0.3 < values.min() and values.max() < 1.3
     one_by_one = torch.stack([orthogonalize(g) for g in G])
     torch.testing.assert_close(orthogonalize(G), one_by_one, atol=1e-4, rtol=1e-4)
 
 
+def plain_muon(p, gradients, lr, weight_decay, momentum=0.95):
+    """Return a matrix after a step for each gradient, by Jordan's formulas written out."""
+    average = torch.zeros_like(p)
+    for g in gradients:
+        average = momentum * average + (1 - momentum) * g
+        update = (1 - momentum) * g + momentum * average  # Nesterov
+        rows, columns = p.shape
+        scale = max(1, rows / columns)**0.5
+        p = p - lr * weight_decay * p - lr * scale * orthogonalize(update)
+    return p
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)], ids=str)
+def test_muon_takes_the_steps_of_its_formulas(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    gradients = torch.randn(4, *shape)
+    p = torch.nn.Parameter(start.clone())
+    muon = Muon([p], n_matrices=[1], lr=0.1, weight_decay=0.5)
+    for g in gradients:
+        p.grad = g
+        muon.step()
+    expected = plain_muon(start, gradients, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(p.detach(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_muon_steps_as_torchs_does():
+    """torch's has the same scale if it is told to leave its learning rate alone: "original"."""
+    torch.manual_seed(0)
+    start = torch.randn(48, 16)
+    gradients = torch.randn(4, 48, 16)
+    results = []
+    for make in (lambda p: Muon([p], n_matrices=[1], lr=0.1, weight_decay=0.5),
+                 lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.5, momentum=0.95,
+                                            nesterov=True, adjust_lr_fn='original')):
+        p = torch.nn.Parameter(start.clone())
+        muon = make(p)
+        for g in gradients:
+            p.grad = g.clone()
+            muon.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, atol=2e-2, rtol=0)  # torch's products are in bfloat16
+
+
 def test_muon_treats_query_key_and_value_apart():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, arch='modern'))
-    muon = make_optimizers(model, 'muon', 0.1, 1.0, 0.0, (0.9, 0.95))[1]
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16,
+                          arch='modern'))
+    muon = optimizers_of(model, 'muon', muon_learning_rate=1.0, weight_decay=0.0)[1]
     weight = model.transformer.h[0].attn.c_attn.weight
     before = weight.detach().clone()
     for p in model.parameters():
@@ -52,3 +153,16 @@ def test_muon_treats_query_key_and_value_apart():
     muon.step()
     for part in (weight - before).detach().chunk(3):
         assert torch.linalg.matrix_norm(part, 2) == pytest.approx(1.0, abs=0.35)
+
+
+def test_muon_does_not_guess_from_a_shape_how_many_matrices_there_are():
+    """An MLP three times as wide as the stream has the shape of c_attn, and is one matrix."""
+    model = GPT(GPTConfig(**SMALL, arch='modern'))
+    for block in model.transformer.h:
+        block.mlp.c_fc = torch.nn.Linear(32, 96, bias=False)
+        block.mlp.c_proj = torch.nn.Linear(96, 32, bias=False)
+    group = optimizers_of(model, 'muon')[1].param_groups[0]
+    n_matrices = {id(p): n for p, n in zip(group['params'], group['n_matrices'])}
+    for block in model.transformer.h:
+        assert n_matrices[id(block.attn.c_attn.weight)] == 3
+        assert n_matrices[id(block.mlp.c_fc.weight)] == 1

@@ -3,9 +3,10 @@ import threading
 
 import pytest
 
-from conftest import run, shared
-from folio.data import Dataset
 import folio.tokenizer
+from conftest import run, shared
+from folio import download
+from folio.data import Dataset
 
 BOOK = 'prepare/book/prepare.py'
 BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
@@ -43,16 +44,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """A server on 127.0.0.1 that sends GUTENBERG, as its `script` says, one entry for each request.
 
-    An entry is 'ok', 'cut', 'no-range' or a status. seen: [(path, range, entry)] of the requests.
+    Nobody waits between two attempts. An entry is 'ok', 'cut', 'no-range' or a status. seen: [(path, range, entry)] of the requests.
     """
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.script = []
     server.seen = []
     server.url = f'http://127.0.0.1:{server.server_port}'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)
     yield server
     server.shutdown()
 

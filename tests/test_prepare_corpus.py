@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import folio.tokenizer
 from conftest import ROOT, need_gpt2, run, shared
-from folio.lock import only_one
-from prepare.corpus import write_corpus
 from folio.data import Dataset
 from hub import Hub
-import folio.tokenizer
+from folio.lock import only_one
+from prepare.corpus import write_corpus
 
 HARD = ['plain', ' \n\n  spaces \t\n', '<|endoftext|>', 'a<|endoftext|>b', '<|endoftext|',
         '🙂‍↔️ naïve Ünïcode 漢字',
@@ -71,6 +71,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, tmp_path):
     moments = random.Random(7)
     n_killed = 0
@@ -89,6 +90,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, tmp_p
     assert result(tmp_path) == result(undisturbed)
 
 
+@pytest.mark.slow
 def test_workers_make_the_parts_that_a_last_run_joins(undisturbed, tmp_path):
     source = f'--source={shared("textbooks")}/*.parquet'
     workers = []
@@ -153,6 +155,7 @@ def peak_memory(folder, n_texts):
     return int(done.stdout.splitlines()[-1]) / 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """170 MB more of text, in one file, take at most 60 MB more."""
     small = peak_memory(tmp_path, n_texts=150)
@@ -342,7 +345,7 @@ def with_hub(hub, tmp_path, *args, script=FINEWEB, status=0):
 
 @pytest.mark.parametrize('trouble', [
     [],
-    [500, 'ok', 429, 'ok', 'cut'],
+    pytest.param([500, 'ok', 429, 'ok', 'cut'], marks=pytest.mark.slow),
 ], ids=['calm', 'trouble'])
 def test_fineweb_comes_from_the_hub(hub, tmp_path, trouble):
     hub.trouble = list(trouble)
@@ -353,6 +356,7 @@ def test_fineweb_comes_from_the_hub(hub, tmp_path, trouble):
     assert not hub.trouble
 
 
+@pytest.mark.slow
 def test_openwebtext_comes_from_the_parquet_copy(hub, tmp_path):
     with_hub(hub, tmp_path, '--val_tokens=300', script='prepare/openwebtext/prepare.py')
     assert stream_of(tmp_path, 'openwebtext')[0] == tokens_of(hub.texts)
@@ -360,7 +364,7 @@ def test_openwebtext_comes_from_the_parquet_copy(hub, tmp_path):
 
 @pytest.mark.parametrize('trouble', [
     [],
-    [500, 429, 'cut', 'ok', 'wrong', 'ok', 'cut', 'ok'],
+    pytest.param([500, 429, 'cut', 'ok', 'wrong', 'ok', 'cut', 'ok'], marks=pytest.mark.slow),
 ], ids=['calm', 'trouble'])
 def test_ready_made_tokens_are_downloaded_checked_and_joined(hub, tmp_path, trouble):
     hub.trouble = list(trouble)
@@ -373,10 +377,10 @@ def test_ready_made_tokens_are_downloaded_checked_and_joined(hub, tmp_path, trou
 
 
 @pytest.mark.parametrize('trouble, says', [
-    (['wrong'] * 20, 'SHA-256'),
     ([404] * 3, '404'),
-    ([500] * 20, '500'),
-])
+    pytest.param(['wrong'] * 20, 'SHA-256', marks=pytest.mark.slow),
+    pytest.param([500] * 20, '500', marks=pytest.mark.slow),
+], ids=['404', 'wrong', '500'])
 def test_a_download_that_cannot_succeed_leaves_one_line_and_nothing_half_written(
         hub, tmp_path, trouble, says):
     hub.trouble = list(trouble)
@@ -390,6 +394,7 @@ def test_a_download_that_cannot_succeed_leaves_one_line_and_nothing_half_written
         assert not path.name.endswith('_000000.bin')  # the first shard
 
 
+@pytest.mark.slow
 def test_a_header_of_another_format_is_refused(hub, tmp_path):
     shards = hub.files['kjj0/finewebedu10B-gpt2']
     for name in shards:

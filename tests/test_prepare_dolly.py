@@ -98,6 +98,7 @@ def test_what_is_too_long_or_empty_is_left_out_and_counted(tmp_path):
     assert f'{40 - n_long} of 42 documents; left out: {n_long} of over 40 tokens, 2 without' in out
 
 
+@pytest.mark.slow
 def test_it_comes_from_the_hub(tmp_path):
     file = ''.join(json.dumps(row) + '\n' for row in ROWS).encode()
     hub = Hub({'databricks/databricks-dolly-15k': {'databricks-dolly-15k.jsonl': file}})
@@ -152,6 +153,7 @@ def test_mistakes_get_one_line(tmp_path, content, args, says):
     assert not (tmp_path / 'data').exists()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_gets_one_line(tmp_path):
     hub = Hub({})
     environment = os.environ | hub.environment(tmp_path / 'hub')

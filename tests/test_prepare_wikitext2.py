@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import folio.tokenizer
 from conftest import run, shared
 from folio.data import Dataset
 from hub import Hub
 from model import GPT
-import folio.tokenizer
 
 WIKITEXT2 = 'prepare/wikitext2/prepare.py'
 SMALL = ['--dataset=wikitext2', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32',
@@ -94,6 +94,7 @@ def test_perplexity_a_word_is_that_of_a_computation_by_hand(folder):
             assert float(printed[name]) == value, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['raw', 'v1'])
 def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
     name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
@@ -129,6 +130,7 @@ def test_mistakes_get_one_line(tmp_path, args, says):
     assert error.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach_gets_one_line(tmp_path):
     nowhere = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'hub')}
     _, error = run(WIKITEXT2, cwd=tmp_path, status=2, env=os.environ | nowhere)

@@ -1,3 +1,5 @@
+"""sample.py: text from a run, on standard output."""
+import shutil
 import subprocess
 import sys
 
@@ -5,82 +7,111 @@ import pytest
 import torch
 
 import folio.tokenizer
-from conftest import ROOT, TINY, run, shared
-import folio.checkpoint
+from conftest import ROOT, run, shared
+from folio import checkpoint
 from model import GPT, GPTConfig
 
 
-@pytest.fixture
-def trained(book):
-    run('train.py', *TINY, cwd=book)
-    return book
-
-
 def sample(folder, *args):
-    return run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=40', *args, cwd=folder)[0]
+    """Return 40 characters of the run in a folder, after the prompt."""
+    out, _ = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=40', *args,
+                 cwd=folder)
+    return out
 
 
-def test_works_from_the_checkpoint_alone(trained, tmp_path):
-    (tmp_path / 'alone' / 'out').mkdir(parents=True)
-    (trained / 'out' / 'ckpt.pt').rename(tmp_path / 'alone' / 'out' / 'ckpt.pt')
-    text = sample(tmp_path / 'alone', '--start=The')
-    assert text.startswith('The') and len(text) == len('The') + 40 + len('\n')
+def test_it_works_from_the_checkpoint_alone(trained_once, tmp_path):
+    (tmp_path / 'out').mkdir()
+    shutil.copy(trained_once / 'out' / 'ckpt.pt', tmp_path / 'out')
+    text = sample(tmp_path, '--start=The')
+    assert text.startswith('The')
+    assert len(text) == len('The') + 40 + len('\n')
 
 
 @pytest.mark.parametrize('strategy', ['greedy', 'sample', 'top_k', 'nucleus'])
-def test_the_same_seed_repeats_the_text(trained, strategy):
-    first, again, other = (sample(trained, f'--strategy={strategy}', f'--seed={s}') for s in (1, 1, 2))
-    assert first == again and (first == other) == (strategy == 'greedy')
+def test_the_same_seed_repeats_the_text(trained_once, strategy):
+    first, again = [sample(trained_once, f'--strategy={strategy}', '--seed=1') for _ in range(2)]
+    assert first == again
 
 
-def test_samples_are_drawn_as_one_batch(trained):
-    texts = sample(trained, '--num_samples=3', '--start=a').split('\n---------------\n')
-    assert len(texts) == 3 and len(set(texts)) == 3 and all(text.startswith('a') for text in texts)
+@pytest.mark.parametrize('strategy, same', [
+    ('greedy', True), ('sample', False), ('top_k', False), ('nucleus', False)])
+def test_another_seed_gives_another_text_unless_it_is_greedy(trained_once, strategy, same):
+    first, other = [sample(trained_once, f'--strategy={strategy}', f'--seed={n}') for n in (1, 2)]
+    assert (first == other) == same
 
 
-def test_prompt_comes_from_a_file(trained):
-    (trained / 'prompt.txt').write_text('def f(x):\n', encoding='utf-8')
-    assert sample(trained, '--start=FILE:prompt.txt').startswith('def f(x):\n')
+def test_several_samples_differ_and_all_begin_with_the_prompt(trained_once):
+    out = sample(trained_once, '--num_samples=3', '--start=a')
+    texts = out.split('\n---------------\n')
+    assert len(set(texts)) == len(texts) == 3
+    assert all(text.startswith('a') for text in texts)
 
 
-def test_an_over_long_prompt_is_cut_with_a_notice(trained):
-    out, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', f'--start={"abc " * 20}',
-                   cwd=trained)
-    assert out.startswith('abc ' * 20) and len(out) == 80 + 5 + 1 and err.startswith('notice: ')
+def test_a_prompt_comes_from_a_file(trained_once, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('def f(x):\n', encoding='utf-8')
+    assert sample(trained_once, f'--start=FILE:{tmp_path}/prompt.txt').startswith('def f(x):\n')
 
 
-def test_stop_ends_the_text_before_it(trained):
-    whole = sample(trained, '--strategy=greedy', '--start=The')
+def test_an_over_long_prompt_is_cut_with_a_notice(trained_once):
+    prompt = 'abc ' * 20  # the model sees 32 characters
+    out, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',
+                   f'--start={prompt}', cwd=trained_once)
+    assert out.startswith(prompt)
+    assert len(out) == 80 + 5 + 1
+    assert err.startswith('notice: ')
+
+
+def test_8_bit_weights_write_too(trained_once):
+    assert len(sample(trained_once, '--quantize=int8', '--start=a')) == 1 + 40 + 1
+
+
+@pytest.fixture(scope='module')
+def stopped(trained_once):
+    """(three characters that the greedy text has, the text before they come)."""
+    whole = sample(trained_once, '--strategy=greedy', '--start=The')
     stop = whole[10:13]
-    expected = whole[:whole.index(stop, 3)]
-    assert sample(trained, '--strategy=greedy', '--start=The', f'--stop={stop}') == expected + '\n'
-    both = sample(trained, '--strategy=greedy', '--start=The', f'--stop={stop}', '--num_samples=2')
-    assert both == f'{expected}\n---------------\n{expected}\n'
+    return stop, whole[:whole.index(stop, 3)]
 
 
-def test_streamed_text_never_breaks_a_character(trained, tmp_path):
-    """Bytes of a character come one a token; what is read from the pipe at any moment decodes."""
+def test_stop_ends_the_text_before_it(trained_once, stopped):
+    stop, expected = stopped
+    text = sample(trained_once, '--strategy=greedy', '--start=The', f'--stop={stop}')
+    assert text == expected + '\n'
+
+
+def test_stop_ends_each_of_several_texts(trained_once, stopped):
+    stop, expected = stopped
+    text = sample(trained_once, '--strategy=greedy', '--start=The', f'--stop={stop}',
+                  '--num_samples=2')
+    assert text == f'{expected}\n---------------\n{expected}\n'
+
+
+def test_streamed_bytes_never_break_a_character_and_end_with_the_document(tmp_path):
+    """The bytes of a character come one a token; whatever a pipe holds at a moment decodes."""
     tokenizer = folio.tokenizer.train_bpe([], 257)
-    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32, arch='modern'))
-    text = 'né 日本 👩‍👩‍👧 ok'
-    idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(text) + [tokenizer.eot]])
     torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=32,
+                          arch='modern'))
+    text = 'né 日本 ok'
+    idx = torch.tensor([[tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(300):
+    for _ in range(200):
         _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.01
-    (tmp_path / 'run').mkdir()
-    folio.checkpoint.save(str(tmp_path / 'run' / 'ckpt.pt'), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                                        'tokenizer': tokenizer.spec})
-    command = [sys.executable, str(ROOT / 'sample.py'), '--out_dir=run', '--device=cpu', '--strategy=greedy']
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), {
+        'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': tokenizer.spec})
+    command = [sys.executable, str(ROOT / 'sample.py'), '--out_dir=.', '--device=cpu',
+               '--strategy=greedy']
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, bufsize=0)
     pieces = []
     while piece := process.stdout.read(4096):
         pieces.append(piece.decode('utf-8'))  # raises where a character is broken
-    assert ''.join(pieces) == text + '\n' and process.wait() == 0  # and the end of the document ended it
+    assert process.wait() == 0
+    assert ''.join(pieces) == text + '\n'
 
 
 def test_gpt2_weights_are_sampled_with_gpt2_tokens(tmp_path):
@@ -88,5 +119,7 @@ def test_gpt2_weights_are_sampled_with_gpt2_tokens(tmp_path):
     shared('tiktoken')
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'gpt2')
-    out, _ = run('sample.py', '--init_from=./gpt2', '--start=Hello', '--max_new_tokens=3', '--device=cpu', cwd=tmp_path)
-    assert out.startswith('Hello') and len(out) > 6
+    out, _ = run('sample.py', '--init_from=./gpt2', '--start=Hello', '--max_new_tokens=3',
+                 '--device=cpu', cwd=tmp_path)
+    assert out.startswith('Hello')
+    assert len(out) > 6

@@ -1,4 +1,4 @@
-import doctest
+"""folio/tokenizer.py and folio/bpe.py: text to tokens and back, and how a BPE is learned."""
 import functools
 import os
 import signal
@@ -9,11 +9,11 @@ import time
 import pytest
 import regex
 
-from folio import bpe
-from prepare import documents
 import folio.tokenizer
+from conftest import ROOT, shared
+from folio import bpe
 from folio.configurator import UserError
-from conftest import ROOT, run, shared
+from prepare import documents
 
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
@@ -96,15 +96,35 @@ def test_documents_are_cut_at_what_tiktoken_takes_for_white_space():
     assert tokenizer.encode_documents(texts).tolist() == one_by_one(tokenizer, texts)
 
 
-def test_save_and_load_give_the_same_tokenizer(tmp_path):
-    for tokenizer in (TRAINED, folio.tokenizer.CharTokenizer('ab\n😀é')):
-        folio.tokenizer.save(tokenizer, tmp_path / 'tokenizer.json')
-        for source in (str(tmp_path), str(tmp_path / 'tokenizer.json'), tokenizer.spec):
-            again = folio.tokenizer.load(source)
-            assert folio.tokenizer.spec_hash(again.spec) == folio.tokenizer.spec_hash(tokenizer.spec)
-            assert again.encode('ab\nab') == tokenizer.encode('ab\nab')
-            assert again.n_vocab == tokenizer.n_vocab
-            assert again.eot == tokenizer.eot
+@pytest.mark.parametrize('tokenizer', [TRAINED, folio.tokenizer.CharTokenizer('ab\n😀é')],
+                         ids=['bpe', 'char'])
+def test_save_and_load_give_the_same_tokenizer(tmp_path, tokenizer):
+    folio.tokenizer.save(tokenizer, tmp_path / 'tokenizer.json')
+    for source in (str(tmp_path), str(tmp_path / 'tokenizer.json'), tokenizer.spec):
+        again = folio.tokenizer.load(source)
+        assert again.spec == tokenizer.spec
+        assert again.encode('ab\nab') == tokenizer.encode('ab\nab')
+        assert again.n_vocab == tokenizer.n_vocab
+        assert again.eot == tokenizer.eot
+
+
+def test_the_hash_of_a_tokenizer_is_that_of_its_ids_alone():
+    spec = TRAINED.spec
+    reordered = dict(reversed(spec.items()))
+    assert folio.tokenizer.spec_hash(reordered) == folio.tokenizer.spec_hash(spec)
+    shorter = spec | {'merges': spec['merges'][:-1]}
+    assert folio.tokenizer.spec_hash(shorter) != folio.tokenizer.spec_hash(spec)
+
+
+@pytest.mark.parametrize('source, says', [
+    ({'kind': 'word'}, "unknown kind of tokenizer 'word'"),
+    ({'kind': 'char'}, "a damaged tokenizer .KeyError: 'chars'"),
+    ({'kind': 'bpe', 'pattern': '.', 'merges': 3}, 'a damaged tokenizer'),
+    ('nowhere', 'no tokenizer in nowhere'),
+])
+def test_what_is_no_tokenizer_is_one_line(source, says):
+    with pytest.raises(UserError, match=says):
+        folio.tokenizer.load(source)
 
 
 def test_char_names_the_characters_it_never_saw():
@@ -158,11 +178,14 @@ def test_no_token_is_spelled_twice(texts):
     assert len(set(tokens)) == len(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='counts processes in /proc')
 def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path):
     """They end however it ends, and leave Ctrl-C, which a terminal sends to all, to it alone."""
     (tmp_path / 'start.py').write_text(
-        f'import sys, time; sys.path.insert(0, {str(ROOT)!r}); import documents\n'
+        f'import sys, time\n'
+        f'sys.path.insert(0, {str(ROOT)!r})\n'
+        'from prepare import documents\n'
         "if __name__ == '__main__':\n"
         '    with documents.start_pool() as pool:\n'
         '        pool.submit(time.sleep, 0).result()\n'
@@ -228,11 +251,14 @@ def test_the_rarest_of_too_many_pieces_are_forgotten(monkeypatch):
     assert kept[' the'] == kept[' cat'] == 1000
 
 
+@pytest.mark.slow
 def test_memory_of_training_does_not_grow_with_the_text():
     """A stream that is longer by 27 MB takes at most 8 MB more."""
     peaks = []
     for n in (30, 300):
-        code = ("import resource, tokenizer; text = ' '.join(map(str, range(20000)))\n"
+        code = ('import resource\n'
+                'from folio import tokenizer\n'
+                "text = ' '.join(map(str, range(20000)))\n"
                 f'tokenizer.train_bpe((text[i:] for i in range({n})), 300)\n'
                 'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
         command = [sys.executable, '-c', code]
@@ -241,6 +267,7 @@ def test_memory_of_training_does_not_grow_with_the_text():
     assert peaks[1] - peaks[0] < 8, peaks
 
 
+@pytest.mark.slow
 def test_bpe_compresses_like_hugging_face_tokenizers():
     hf = pytest.importorskip('tokenizers')
     parquet = pytest.importorskip('pyarrow.parquet')
@@ -260,23 +287,11 @@ def test_bpe_compresses_like_hugging_face_tokenizers():
     assert all(ours.decode(ours.encode(text)) == text for text in texts)
 
 
-def test_training_stops_where_nothing_repeats():
-    assert folio.tokenizer.train_bpe(['abcd'], 1000).n_vocab == 257
-    assert folio.tokenizer.train_bpe([], 1000).n_vocab == 257
+@pytest.mark.parametrize('texts', [['abcd'], []], ids=str)
+def test_training_stops_where_nothing_repeats(texts):
+    assert folio.tokenizer.train_bpe(texts, 1000).n_vocab == 257
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
     with pytest.raises(UserError, match='257'):
         folio.tokenizer.train_bpe(['abcd'], 256)
-
-
-def test_fertility_report_of_a_text(book):
-    out, _ = run('extras/fertility.py', 'book.txt', 'data/book', cwd=book)
-    assert '20,000 tokens' in out
-    assert '1.00 bytes a token' in out
-    _, err = run('extras/fertility.py', 'book.txt', 'nowhere', cwd=book, status=2)
-    assert err.startswith('error: no tokenizer in nowhere')
-    assert err.count('\n') == 1
-
-
-@pytest.mark.parametrize('module', [folio.tokenizer, bpe])
-def test_the_examples_in_its_docstrings_are_true(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0 and result.failed == 0

@@ -1,172 +1,335 @@
-import json
+"""train.py: a run, what it keeps and logs, and that it can be stopped at any moment."""
 import os
 import random
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY, run
-import folio.checkpoint
+from conftest import ROOT, TINY, run, run_process
+from folio import checkpoint
+from folio.data import Dataset
+from folio.tokenizer import CharTokenizer
+from prepare.corpus import write_dataset
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / 'out' / 'log.jsonl').read_text().splitlines()]
+    return checkpoint.read_log(str(folder / 'out' / 'log.jsonl'))
 
 
 def figures(folder):
-    """What a log says, without what depends on the clock."""
-    keep = ('iter', 'loss', 'val_loss', 'lr', 'grad_norm', 'tokens')
-    return [{k: v for k, v in entry.items() if k in keep} for entry in log_of(folder) if 'iter' in entry]
+    """Return the entries of steps and evaluations, without what depends on the clock."""
+    keys = ('iter', 'loss', 'val_loss', 'lr', 'grad_norm', 'tokens')
+    return [{key: value for key, value in entry.items() if key in keys}
+            for entry in log_of(folder) if 'iter' in entry]
+
+
+def evaluations(folder):
+    return [entry for entry in log_of(folder) if 'val_loss' in entry]
+
+
+def newest(folder):
+    return checkpoint.load(str(folder / 'out'))
+
+
+def assert_same_weights(ours, theirs):
+    assert ours['model'].keys() == theirs['model'].keys()
+    for name, weight in ours['model'].items():
+        assert torch.equal(weight, theirs['model'][name]), name
+
+
+# ---- Stopped and resumed -------------------------------------------------------------------------
+VARIANTS = {
+    'dropout': ['--dropout=0.2'],
+    'bfloat16': ['--dropout=0.2', '--dtype=bfloat16', '--arch=modern'],
+    'accumulation-muon': ['--gradient_accumulation_steps=3', '--batch_size=2', '--optimizer=muon',
+                          '--arch=modern', '--dropout=0.1'],
+    'float16-scaler': ['--dtype=float16', '--schedule=trapezoid', '--cooldown_iters=10'],
+}
+
+
+def assert_same_run(ours, theirs):
+    """Assert that two checkpoints are the same, bit for bit, but for the clock."""
+    assert_same_weights(ours, theirs)
+    for a, b in zip(ours['optimizer'], theirs['optimizer'], strict=True):
+        assert a['state'].keys() == b['state'].keys()
+        for i, values in a['state'].items():
+            assert all(torch.equal(value, b['state'][i][key]) for key, value in values.items())
+    for key in ('scaler', 'best_val_loss', 'iter_num', 'evals_without_gain'):
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
+def test_resume_is_bitwise_identical(book, options):
+    run('train.py', *TINY, *options, cwd=book)
+    undisturbed = newest(book)
+    expected = figures(book)
+    run('train.py', *TINY, *options, '--max_iters=13', cwd=book)
+    run('train.py', *TINY, *options, '--init_from=resume', cwd=book)
+    assert_same_run(newest(book), undisturbed)
+    # The shorter run has one evaluation more, at its end.
+    assert [entry for entry in figures(book) if entry['iter'] != 13] == expected
 
 
 def start_training(folder, *args):
-    return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *TINY, *args], cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *TINY, *args], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize('options', [
-    ['--dropout=0.2'],
-    ['--dropout=0.2', '--dtype=bfloat16', '--arch=modern'],
-    ['--gradient_accumulation_steps=3', '--batch_size=2', '--optimizer=muon', '--arch=modern', '--dropout=0.1'],
-    ['--dtype=float16', '--schedule=trapezoid', '--cooldown_iters=10'],
-], ids=['dropout', 'bfloat16', 'accumulation-muon', 'float16-scaler'])
-def test_resume_is_bitwise_identical(book, options):
-    """A run killed with SIGKILL at a random moment and resumed, against one that was left alone."""
-    options = [*options, '--max_iters=120']  # long enough for the kill to come before the end
+def assert_a_killed_run_ends_as_one_left_alone(book, options):
+    """Kill a run at a random moment, resume it, and compare it with one that was left alone."""
+    options = [*options, '--max_iters=120', '--log_interval=1']  # long enough to be killed in time
     run('train.py', *TINY, *options, cwd=book)
-    undisturbed, expected = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt')), figures(book)
+    undisturbed = newest(book)
+    expected = figures(book)
     os.rename(book / 'out', book / 'undisturbed')
     step = random.Random(str(options)).randrange(11, 50)
-    process = start_training(book, *options, '--log_interval=1')
+    process = start_training(book, *options)
     for line in process.stdout:
         if line.startswith(f'iter {step}:'):
             break
     process.kill()
     process.wait()
-    assert 0 < folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] < 120
-    run('train.py', *TINY, *options, '--log_interval=1', '--init_from=resume', cwd=book)
-    resumed = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))
-    for name, weight in undisturbed['model'].items():
-        assert torch.equal(weight, resumed['model'][name]), name
-    for ours, theirs in zip(undisturbed['optimizer'], resumed['optimizer'], strict=True):
-        assert all(torch.equal(ours['state'][p][k], theirs['state'][p][k])
-                   for p in ours['state'] for k in ours['state'][p])
-    assert undisturbed['scaler'] == resumed['scaler'] and undisturbed['best_val_loss'] == resumed['best_val_loss']
-    steps = [entry['iter'] for entry in figures(book) if 'loss' in entry]
-    assert steps == list(range(120))  # nothing twice, nothing missing
-    assert all(entry in figures(book) for entry in expected)
+    assert 0 < newest(book)['iter_num'] < 120
+    run('train.py', *TINY, *options, '--init_from=resume', cwd=book)
+    assert_same_run(newest(book), undisturbed)
+    assert figures(book) == expected  # nothing twice, nothing missing
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_that_is_resumed_ends_bitwise_as_one_left_alone(book):
+    assert_a_killed_run_ends_as_one_left_alone(book, VARIANTS['dropout'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'dropout'])
+def test_a_killed_run_of_another_kind_ends_so_too(book, name):
+    assert_a_killed_run_ends_as_one_left_alone(book, VARIANTS[name])
+
+
+@pytest.mark.parametrize('number', [
+    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(book, number):
-    process = start_training(book, '--max_iters=100000', '--log_interval=1', '--eval_interval=100000')
+    process = start_training(book, '--max_iters=100000', '--log_interval=1',
+                             '--eval_interval=100000')
     for line in process.stdout:
         if line.startswith('iter 3:'):
             process.send_signal(number)
             break
     rest = process.stdout.read()
-    assert process.wait() == 128 + number and 'Traceback' not in rest
-    step = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
-    assert step >= 4 and f'stopped at step {step}' in rest and '--init_from=resume' in rest
-    out, _ = run('train.py', *TINY, f'--max_iters={step + 2}', '--log_interval=1', '--init_from=auto', cwd=book)
-    assert f'iter {step}:' in out and f'iter {step - 1}:' not in out
+    assert process.wait() == 128 + number
+    assert 'Traceback' not in rest
+    step = newest(book)['iter_num']
+    assert step >= 4
+    assert f'stopped at step {step}' in rest
+    assert '--init_from=resume' in rest
+    out, _ = run('train.py', *TINY, f'--max_iters={step + 2}', '--log_interval=1',
+                 '--init_from=auto', cwd=book)
+    assert f'iter {step}:' in out
+    assert f'iter {step - 1}:' not in out
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(book):
-    run('train.py', *TINY, cwd=book)
-    losses = [run('train.py', *TINY, '--init_from=resume', '--eval_only=True', '--eval_iters=0', f'--batch_size={n}',
-                  cwd=book)[0].split('val: ')[1].split(',')[0] for n in (1, 7, 64)]
-    assert len(set(losses)) == 1
+def test_auto_begins_where_there_is_nothing_to_resume(book):
+    out, _ = run('train.py', *TINY, '--init_from=auto', '--max_iters=1', cwd=book)
+    assert 'iter 0:' in out
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def test_evaluation_does_not_depend_on_the_batch_size(trained_once):
+    losses = set()
+    for n in (1, 7, 64):
+        out, _ = run('train.py', *TINY, '--init_from=resume', '--eval_only=True', '--eval_iters=0',
+                     f'--batch_size={n}', cwd=trained_once)
+        losses.add(out.partition('val: ')[2].partition(',')[0])
+    assert len(losses) == 1
 
 
 def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(book):
-    out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', cwd=book)
-    last = [entry for entry in log_of(book) if 'val_loss' in entry][-1]
-    assert last['iter'] == 15 == folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num']
-    out, _ = run('train.py', *TINY, '--eval_iters=0', '--max_iters=15', '--eval_only=True', '--init_from=resume',
-                 cwd=book)
-    assert f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, ' \
-           f'bits_per_byte {last["bits_per_byte"]:.4f}' in out
-
-
-def test_loss_falls_and_best_and_newest_checkpoints_are_kept(book):
-    run('train.py', *TINY, '--learning_rate=1e-2', '--max_iters=60', '--lr_decay_iters=60', cwd=book)
-    evals = [entry for entry in log_of(book) if 'val_loss' in entry]
-    assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
-    assert folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['iter_num'] == 60
-    best = folio.checkpoint.load(str(book / 'out' / 'best.pt'))
-    assert best['best_val_loss'] == min(entry['val_loss'] for entry in evals)
-    first = log_of(book)[0]
-    assert first['config']['max_iters'] == 60 and 'torch' in first['machine']
+    options = ['--eval_iters=0', '--max_iters=15']
+    run('train.py', *TINY, *options, cwd=book)
+    last = evaluations(book)[-1]
+    assert last['iter'] == newest(book)['iter_num'] == 15
+    out, _ = run('train.py', *TINY, *options, '--eval_only=True', '--init_from=resume', cwd=book)
+    assert (f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, '
+            f'bits_per_byte {last["bits_per_byte"]:.4f}') in out
 
 
 def test_patience_stops_a_run_that_no_longer_improves(book):
-    out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-12', '--min_lr=0', '--eval_interval=2',
+    out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-12', '--min_lr=0',
+                 '--eval_interval=2', cwd=book)
+    assert 'no gain in 2 evaluations' in out
+    assert len(evaluations(book)) < 16
+
+
+def test_patience_lets_a_run_that_improves_go_on(book):
+    out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-2', '--eval_interval=5',
                  cwd=book)
-    assert 'no gain in 2 evaluations' in out and len([e for e in log_of(book) if 'val_loss' in e]) < 16
+    assert len(evaluations(book)) == 7
+    assert 'no gain' not in out
 
 
-def test_samples_are_drawn_during_training(book):
+# ---- What a run keeps ----------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def longer(book_once, tmp_path_factory):
+    """The folder of a run of 60 steps, long enough to learn something."""
+    folder = tmp_path_factory.mktemp('longer')
+    os.symlink(book_once / 'data', folder / 'data')
+    run('train.py', *TINY, '--learning_rate=1e-2', '--max_iters=60', '--lr_decay_iters=60',
+        cwd=folder)
+    return folder
+
+
+def test_loss_falls(longer):
+    evals = evaluations(longer)
+    assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
+
+
+def test_the_newest_checkpoint_is_of_the_last_step(longer):
+    assert newest(longer)['iter_num'] == 60
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_that_was_logged(longer):
+    best = checkpoint.load(str(longer / 'out' / 'best.pt'))
+    lowest = min(evaluations(longer), key=lambda entry: entry['val_loss'])
+    assert best['best_val_loss'] == lowest['val_loss']
+    assert best['iter_num'] == lowest['iter']
+
+
+def test_the_log_begins_with_settings_and_machine(longer):
+    first = log_of(longer)[0]
+    assert first['config']['max_iters'] == 60
+    assert first['machine']['torch'] == torch.__version__
+
+
+def test_the_log_has_a_line_for_each_log_interval(longer):
+    steps = [entry for entry in log_of(longer) if 'loss' in entry]
+    assert [entry['iter'] for entry in steps] == list(range(0, 60, 5))
+    assert all(entry['tokens'] == (entry['iter'] + 1) * 4 * 32 for entry in steps)
+
+
+def test_the_learning_rate_rises_and_falls(longer):
+    rates = [entry['lr'] for entry in log_of(longer) if 'loss' in entry]
+    assert rates[0] < rates[1]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_a_fresh_run_puts_the_old_one_aside(trained):
+    before = (trained / 'out' / 'ckpt.pt').read_bytes()
+    out, _ = run('train.py', *TINY, '--max_iters=5', cwd=trained)
+    assert 'out/previous' in out
+    assert (trained / 'out' / 'previous' / 'ckpt.pt').read_bytes() == before
+    assert [entry['iter'] for entry in evaluations(trained)] == [0, 5]
+
+
+@pytest.mark.parametrize('always', [True, False])
+def test_always_save_checkpoint_saves_what_is_no_better_too(book, always):
+    run('train.py', *TINY, f'--always_save_checkpoint={always}', '--learning_rate=5.0',
+        '--max_iters=10', cwd=book)
+    before, after = evaluations(book)
+    assert after['val_loss'] > before['val_loss']
+    assert (book / 'out' / 'ckpt.pt').exists() == always
+
+
+# ---- From other weights --------------------------------------------------------------------------
+TUNED = [*TINY, '--out_dir=tuned', '--block_size=16', '--n_layer=7']
+
+
+@pytest.fixture(scope='module')
+def tuned(trained_once, tmp_path_factory):
+    """A folder with data/ and out/, and tuned/, a run of other settings from out/best.pt."""
+    folder = tmp_path_factory.mktemp('tuned')
+    for name in ('data', 'out'):
+        os.symlink(trained_once / name, folder / name)
+    run('train.py', *TUNED, '--init_from=out/best.pt', cwd=folder)
+    return folder
+
+
+def test_weights_keep_their_shape_where_settings_say_another_but_the_context(tuned):
+    args = checkpoint.load(str(tuned / 'tuned'))['model_args']
+    assert args['n_layer'] == 2
+    assert args['block_size'] == 16
+
+
+def test_training_goes_on_from_the_loss_that_was_reached(tuned):
+    reached = evaluations(tuned)[-1]['val_loss']
+    saved = checkpoint.load(str(tuned / 'tuned'))
+    assert saved['iter_num'] == 30
+    assert saved['best_val_loss'] < reached + 0.3
+
+
+def test_a_tuned_run_is_resumed_with_the_settings_that_began_it(tuned):
+    run('train.py', *TUNED, '--init_from=resume', '--max_iters=32', cwd=tuned)
+    assert checkpoint.load(str(tuned / 'tuned'))['iter_num'] == 32
+
+
+# ---- Samples, masks, dropout ---------------------------------------------------------------------
+def test_samples_are_printed_and_logged(book):
     out, _ = run('train.py', *TINY, '--sample_interval=10', '--max_iters=10', cwd=book)
     texts = [entry['sample'] for entry in log_of(book) if 'sample' in entry]
-    assert len(texts) == 1 and len(texts[0]) == 200 and texts[0] in out
+    assert len(texts) == 1
+    assert len(texts[0]) == 200
+    assert texts[0] in out
 
 
 def test_samples_do_not_change_the_training(book):
     run('train.py', *TINY, '--dropout=0.1', cwd=book)
-    plain = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
+    plain = newest(book)
     run('train.py', *TINY, '--dropout=0.1', '--sample_interval=5', cwd=book)
-    sampled = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
-    assert all(torch.equal(plain[k], sampled[k]) for k in plain)
-
-
-def test_a_fresh_run_puts_the_old_one_aside(book):
-    run('train.py', *TINY, cwd=book)
-    before = (book / 'out' / 'ckpt.pt').read_bytes()
-    out, _ = run('train.py', *TINY, '--max_iters=5', cwd=book)
-    assert 'out/previous' in out and (book / 'out' / 'previous' / 'ckpt.pt').read_bytes() == before
-    assert [e['iter'] for e in figures(book) if 'val_loss' in e] == [0, 5]
-
-
-def test_training_goes_on_from_a_checkpoint_file(book):
-    run('train.py', *TINY, cwd=book)
-    reached = figures(book)[-1]['val_loss']
-    run('train.py', *TINY, '--init_from=out/best.pt', '--out_dir=tuned', '--block_size=16', '--n_layer=7', cwd=book)
-    tuned = folio.checkpoint.load(str(book / 'tuned' / 'ckpt.pt'))
-    assert (tuned['model_args']['n_layer'], tuned['model_args']['block_size'], tuned['iter_num']) == (2, 16, 30)
-    assert tuned['best_val_loss'] < reached + 0.3
-    run('train.py', *TINY, '--init_from=resume', '--out_dir=tuned', '--block_size=16', '--n_layer=7', '--max_iters=32',
-        cwd=book)  # the same settings resume it, though n_layer came from the file
+    assert_same_weights(newest(book), plain)
 
 
 def test_masked_tokens_are_no_targets(book):
     """With every token masked but 'e', the model learns to say e."""
-    import numpy as np
-    from folio.data import Dataset
     data = Dataset(str(book / 'data' / 'book'))
     e = data.spec['chars'].index('e')
     for split in data.splits():
-        (data.tokens(split) == e).astype(np.uint8).tofile(book / 'data' / 'book' / f'{split}.mask.bin')
+        mask = data.tokens(split) == e
+        mask.astype(np.uint8).tofile(book / 'data' / 'book' / f'{split}.mask.bin')
     run('train.py', *TINY, '--learning_rate=1e-2', cwd=book)
-    assert figures(book)[-1]['val_loss'] < 0.3
+    assert evaluations(book)[-1]['val_loss'] < 0.3
 
 
+def losses_of_a_model_that_stays(folder, dropout):
+    """Return the losses of ten steps on one and the same batch, at a learning rate near zero."""
+    text = 'a' * 1000
+    write_dataset(folder / 'data' / 'same', CharTokenizer('ab'), {'train': [text], 'val': [text]},
+                  source='here')
+    run('train.py', *TINY, '--dataset=same', f'--dropout={dropout}', '--learning_rate=1e-12',
+        '--min_lr=0', '--max_iters=10', '--log_interval=1', cwd=folder)
+    return [entry['loss'] for entry in log_of(folder) if 'loss' in entry]
+
+
+def test_dropout_differs_from_step_to_step(tmp_path):
+    assert len(set(losses_of_a_model_that_stays(tmp_path, dropout=0.5))) == 10
+
+
+def test_without_dropout_the_same_batch_has_the_same_loss(tmp_path):
+    losses = losses_of_a_model_that_stays(tmp_path, dropout=0.0)
+    assert losses == pytest.approx([losses[0]] * 10, abs=1e-6)
+
+
+# ---- Compiling -----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_compile_trains_the_same_model(book):
-    out, _ = run('train.py', *TINY, '--compile=True', '--max_iters=4', cwd=book)
-    compiled = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
+    out, _ = run_process('train.py', *TINY, '--compile=True', '--max_iters=4', cwd=book)
     if 'compile is off: ' in out:
         pytest.skip('no compiler here, as train.py said')
+    compiled = newest(book)['model']
     run('train.py', *TINY, '--compile=False', '--max_iters=4', cwd=book)
-    eager = folio.checkpoint.load(str(book / 'out' / 'ckpt.pt'))['model']
+    eager = newest(book)['model']
     assert eager.keys() == compiled.keys()
     for name in eager:
         torch.testing.assert_close(eager[name], compiled[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_where_compile_does_not_work_the_reason_is_printed(book):
-    environment = os.environ | {'CXX': '/no/such/compiler', 'TORCHINDUCTOR_CACHE_DIR': str(book / 'cache')}
-    out, _ = run('train.py', *TINY, '--compile=True', '--max_iters=2', cwd=book, env=environment)
-    assert 'compile is off: ' in out and 'compile False' in out and 'done at step 2' in out
+    environment = os.environ | {'CXX': '/no/such/compiler',
+                                'TORCHINDUCTOR_CACHE_DIR': str(book / 'cache')}
+    out, _ = run_process('train.py', *TINY, '--compile=True', '--max_iters=2', cwd=book,
+                         env=environment)
+    assert 'compile is off: ' in out
+    assert 'compile False' in out
+    assert 'done at step 2' in out

@@ -1,12 +1,14 @@
 """
 Make Python exercises and textbook pages by composing a predicate, a transform and an aggregate.
-    python prepare/textbook/generator.py 3    # three exercises, three pages, three problems
+    python extras/textbook/generator.py 3  # three exercises, three pages, three problems
 
 A composition such as (even, squares, sum) takes the numbers of a list, of a dictionary's values or
 of a range; others take the words of a list, a dictionary or a text. Each is named, worded and coded
 in many ways. Every solution is executed: the examples in its docstring are what it returned, and
 what the same thing written as a single comprehension returns. One composition in seven is held out:
 it occurs in no page and no exercise, only in the problems.
+
+Needs nothing of ours.
 """
 import random
 import sys

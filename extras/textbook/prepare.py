@@ -1,18 +1,21 @@
 """
 Prepare the data of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
-    python prepare/textbook/prepare.py                 # all of it is made here, without a network
-    python prepare/textbook/prepare.py --source=hub    # published sets
-    OPENAI_API_KEY=… python prepare/textbook/prepare.py --source=api --teacher=gpt-4o-mini
+    python extras/textbook/prepare.py  # all of it is made here, without a network
+    python extras/textbook/prepare.py --source=hub  # published sets
+    OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
 
 Writes three data sets, with one BPE for all:
 - data/textbook_raw: raw code
 - data/textbook_filtered: the part of that code which a quality classifier likes best, and textbook
   pages
 - data/textbook_exercises: a signature and a docstring as the prompt, of which only the solution is
-  learned; beside them problems.jsonl, problems of held-out compositions for humaneval.py
+  learned; beside them problems.jsonl, problems of held-out compositions for
+  extras/humaneval.py
 
 A document that shares `overlap` words in a row with one of these problems, or with one of
-HumanEval's, is removed. textbook.py runs the study.
+HumanEval's, is removed. study.py, beside this file, runs the study.
+
+Needs folio/, prepare/, extras/humaneval.py, extras/confine.py and the files beside it.
 """
 import itertools
 import os
@@ -22,20 +25,20 @@ import sys
 import sysconfig
 import zlib
 
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
+import folio  # first: it sets what torch reads when it is loaded
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
-from extras import confine
-from extras.textbook import generator
-from extras import humaneval
-from extras.textbook import teacher as teachers
 import folio.tokenizer
-from folio.configurator import UserError, configure
+from extras import confine, humaneval
+from extras.textbook import generator
+from extras.textbook import teacher as teachers
+from folio.configurator import UserError, configure, require_at_least, require_choice
 from folio.data import write_jsonl
-from prepare.corpus import write_dataset
 from folio.download import hub_errors
+from prepare.corpus import write_dataset
 
 # ---- Settings ------------------------------------------------------------------------------------
 source = 'builtin'  # builtin, hub (published sets) or api (a teacher that speaks OpenAI's protocol)
@@ -122,13 +125,19 @@ def first_chars(texts, n_chars):
 
 def from_hub():
     """Return raw code, pages, exercises and no ratings from the published sets. Raise UserError."""
-    python = (row['response'] for row in hub_rows('raw') if row['programming_language'] == 'Python')
-    raw = first_chars(python, raw_chars)
-    textbook = [row['textbook'] for row in itertools.islice(hub_rows('pages'), pages)]
-    pairs = [(row['problem'], row['solution'])
-             for row in itertools.islice(hub_rows('exercises'), exercises)]
+    python_rows = (row for row in hub_rows('raw') if row['programming_language'] == 'Python')
+    raw = first_chars((row['response'] for row in python_rows), raw_chars)
+
+    textbook = []
+    for row in itertools.islice(hub_rows('pages'), pages):
+        textbook.append(row['textbook'])
     require_rows('pages', textbook, pages)
+
+    pairs = []
+    for row in itertools.islice(hub_rows('exercises'), exercises):
+        pairs.append((row['problem'], row['solution']))
     require_rows('exercises', pairs, exercises)
+
     if not raw:
         raise UserError(f'{HUB["raw"][0]} has no rows in Python')
     n_chars = sum(len(text) for text in raw)
@@ -276,13 +285,13 @@ def best_of(raw, textbook, ratings, rng):
     The classifier learns to tell the textbook from raw code; or, if a teacher has rated twenty
     pieces of the code, the better half of these from the other half.
     """
-    ranked = sorted((ratings[text], i) for i, text in enumerate(raw)
-                    if ratings.get(text) is not None)
-    if len(ranked) >= 20:
-        half = len(ranked) // 2
-        bad = [raw[i] for _, i in ranked[:half]]
-        good = [raw[i] for _, i in ranked[half:]]
-        what = f'the better of {len(ranked)} rated pieces against the others'
+    rated_texts = [text for text in raw if ratings.get(text) is not None]
+    if len(rated_texts) >= 20:
+        rated_texts.sort(key=ratings.get)
+        half = len(rated_texts) // 2
+        bad = rated_texts[:half]
+        good = rated_texts[half:]
+        what = f'the better of {len(rated_texts)} rated pieces against the others'
     else:
         bad = raw
         good = textbook
@@ -341,12 +350,13 @@ def other_problems():
 # ---- Work ----------------------------------------------------------------------------------------
 def check_settings():
     """Raise UserError for a setting out of its range."""
-    if source not in ('builtin', 'hub', 'api'):
-        raise UserError(f'source is {source!r}; choose from builtin, hub, api')
-    shares_fit = 0 < keep <= 1 and 0 < val_share < 1
-    if not shares_fit or min(raw_chars, pages, exercises, problems, overlap) < 1:
-        raise UserError('keep and val_share lie between 0 and 1; raw_chars, pages, exercises, '
-                        'problems and overlap are at least 1')
+    settings = globals()
+    require_choice(settings, 'source', ('builtin', 'hub', 'api'))
+    require_at_least(1, settings, 'raw_chars', 'pages', 'exercises', 'problems', 'overlap')
+    if not 0 < keep <= 1:
+        raise UserError(f'keep is {keep}; it must be above 0 and at most 1')
+    if not 0 < val_share < 1:
+        raise UserError(f'val_share is {val_share}; it must lie between 0 and 1')
 
 
 def write_set(name, tokenizer, documents, rng):
@@ -373,12 +383,8 @@ def move_white_space(prompt, solution):
     return stripped, prompt[len(stripped):] + solution
 
 
-def main():
-    check_settings()
-    # The teacher first: what is wrong with its settings is said before any work is done
-    model = open_teacher() if source == 'api' else None
-    rng = random.Random(seed)
-
+def make_problems(rng):
+    """Return problems of the held-out compositions, and how many of these there are."""
     held_out = list(generator.compositions(held_out=True))
     rng.shuffle(held_out)
     # If there are more problems than compositions, those have another turn, in other words
@@ -386,33 +392,46 @@ def main():
     for number in range(problems):
         composition = held_out[number % len(held_out)]
         tests.append(generator.problem(composition, number, rng))
-    against = tests + other_problems()
+    return tests, len(held_out)
 
+
+def train_tokenizer(raw, textbook, pairs):
+    """Return one BPE for all three sets, learned from some of each: so models can be compared."""
+    programs = [prompt + solution for prompt, solution in pairs]
+    sample = first_chars(raw, 3_000_000)
+    sample += first_chars(textbook, 2_000_000)
+    sample += first_chars(programs, 1_000_000)
+    return folio.tokenizer.train_bpe(sample, vocab_size)
+
+
+def main():
+    check_settings()
+    # The teacher first: what is wrong with its settings is said before any work is done
+    model = open_teacher() if source == 'api' else None
+    rng = random.Random(seed)
+
+    tests, n_compositions = make_problems(rng)
+    forbidden = tests + other_problems()
     if source == 'builtin':
         raw, textbook, pairs, ratings = from_builtin(rng)
     elif source == 'hub':
         raw, textbook, pairs, ratings = from_hub()
     else:
         raw, textbook, pairs, ratings = from_api(model, rng)
-    raw = decontaminate(raw, against, 'raw code')
-    textbook = decontaminate(textbook, against, 'textbook')
-    pairs = decontaminate(pairs, against, 'exercises')
+    raw = decontaminate(raw, forbidden, 'raw code')
+    textbook = decontaminate(textbook, forbidden, 'textbook')
+    pairs = decontaminate(pairs, forbidden, 'exercises')
     pairs = [move_white_space(prompt, solution) for prompt, solution in pairs]
     chosen = best_of(raw, textbook, ratings, rng)
     print(f'of the raw code the {len(chosen):,} documents that it likes best join the textbook')
 
-    # One tokenizer, learned from some of each, so that the models can be compared
-    programs = [prompt + solution for prompt, solution in pairs]
-    sample = first_chars(raw, 3_000_000)
-    sample += first_chars(textbook, 2_000_000)
-    sample += first_chars(programs, 1_000_000)
-    tokenizer = folio.tokenizer.train_bpe(sample, vocab_size)
+    tokenizer = train_tokenizer(raw, textbook, pairs)
     write_set('raw', tokenizer, raw, rng)
     write_set('filtered', tokenizer, chosen + textbook, rng)
     write_set('exercises', tokenizer, pairs, rng)
     write_jsonl('data/textbook_exercises/problems.jsonl', tests)
     print(f'data/textbook_exercises/problems.jsonl: {len(tests)} problems '
-          f'of {len(held_out)} held-out compositions')
+          f'of {n_compositions} held-out compositions')
 
 
 if __name__ == '__main__':

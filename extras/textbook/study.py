@@ -1,6 +1,7 @@
 """
 Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
-    python prepare/textbook/prepare.py && python textbook.py --allow_code_execution=True
+    python extras/textbook/prepare.py
+    python extras/textbook/study.py --allow_code_execution=True
 
 Trains one model on raw code and one on the textbook, with as many tokens, fine-tunes each on the
 exercises, lets all four solve the held-out problems, and prints one table. What was done before is
@@ -8,7 +9,9 @@ not done again: its results are in --out_dir.
 
 `val loss` is measured on the solutions of validation exercises. After ± comes the standard error of
 the mean over the seeds or, where it is larger, the mean of the standard errors over the problems.
-The README has the table, with the machine and the time it took.
+README.md beside this file has the table, with the machine and the time it took.
+
+Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the recipes beside it.
 """
 import hashlib
 import json
@@ -17,7 +20,7 @@ import statistics
 import subprocess
 import sys
 
-sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
+sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from extras import confine
 from folio.checkpoint import read_log
 from folio.configurator import UserError, configure
@@ -25,15 +28,16 @@ from folio.configurator import UserError, configure
 # ---- Settings ------------------------------------------------------------------------------------
 out_dir = 'out/textbook_study'  # holds a folder for each run
 seeds = 3  # of each model
-problems = 'builtin'  # or humaneval, or a file: see humaneval.py
+problems = 'builtin'  # or humaneval, or a file: see extras/humaneval.py
 num_samples = 10  # for each problem
 temperature = 0.2  # of the samples
 max_new_tokens = 64  # of a solution
 settings = ''  # more settings for each training run, such as '--device=cpu --max_iters=10'
 allow_code_execution = False  # True allows code that a model wrote to run on this machine
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
-# The four models: each one's config and, if it is fine-tuned, the model that it starts from. A
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.abspath(HERE + '/../..')
+# The four models: each one's recipe and, if it is fine-tuned, the model that it starts from. A
 # model comes after the one that it needs.
 CONFIGS = {
     'raw code': 'train_textbook_raw.py',
@@ -76,7 +80,7 @@ def made_with():
                 described += f.read()
         except FileNotFoundError:
             raise UserError(f'data/textbook_{name} is not there; '
-                            'python prepare/textbook/prepare.py writes it') from None
+                            'python extras/textbook/prepare.py writes it') from None
     return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature,
             'settings': settings, 'max_new_tokens': max_new_tokens,
             'data': hashlib.sha256(described).hexdigest()}
@@ -84,7 +88,7 @@ def made_with():
 
 def train(name, seed):
     """Train one of the models into its folder."""
-    arguments = [os.path.join(ROOT, 'config', CONFIGS[name]),
+    arguments = [os.path.join(HERE, CONFIGS[name]),
                  f'--out_dir={folder_of(name, seed)}',
                  f'--seed={seed}']
     if name in PRETRAINED:
@@ -94,8 +98,8 @@ def train(name, seed):
 
 
 def score(name, seed):
-    """Return the metrics of a trained model on the problems, a dictionary: see humaneval.py."""
-    printed = run('humaneval.py',
+    """Return the metrics of a trained model on the problems: see extras/humaneval.py."""
+    printed = run('extras/humaneval.py',
                   f'--out_dir={folder_of(name, seed)}',
                   f'--problems={problems}',
                   '--allow_code_execution=True',

@@ -1,11 +1,13 @@
 """
 Ask a teacher, a model behind any OpenAI-compatible endpoint, for pages, exercises and ratings.
-    OPENAI_API_KEY=... python prepare/textbook/prepare.py --source=api --teacher=gpt-4o-mini
+    OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
 
 The endpoint is OPENAI_BASE_URL or, without one, OpenAI's own. Every request leaves two lines in
 folder/answers.jsonl: one before it is sent, with the most that it can cost, and one when it ends,
 with its real cost and its answer. So a run that was killed, and is started again, repeats only the
 requests that were under way at the kill, and counts each of those at the most it can have cost.
+
+Needs folio/ and prepare/corpus.py.
 """
 import ast
 import collections

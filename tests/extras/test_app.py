@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-import folio.tokenizer
 import folio.checkpoint
-from folio import engine
+import folio.tokenizer
 from conftest import ROOT, TINY, run
+from folio import engine
 from model import GPT, GPTConfig
 
 PATIENCE = 60  # seconds that a condition may take, on a slow machine
@@ -73,8 +73,8 @@ def address(runs):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    command = [sys.executable, str(ROOT / 'extras/app.py'), '--out_dir=out/chars', '--other=out/bytes',
-               '--device=cpu', f'--port={port}']
+    command = [sys.executable, str(ROOT / 'extras/app.py'), '--out_dir=out/chars',
+               '--other=out/bytes', '--device=cpu', f'--port={port}']
     offline = os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(runs / 'hub')}
     with open(runs / 'app.log', 'w') as log:
         server = subprocess.Popen(command, cwd=runs, env=offline, stdout=log, stderr=log)
@@ -221,7 +221,8 @@ def test_both_panes_stream(window):
 
 def test_a_text_is_what_the_model_generates(window, runs):
     model, tokenizer = load_chars(runs)
-    steps = engine.generate(model, [tokenizer.encode('The ')], 100, strategy='sample', temperature=0.5, seed=7)
+    steps = engine.generate(model, [tokenizer.encode('The ')], 100, strategy='sample',
+                            temperature=0.5, seed=7)
     expected = 'The ' + tokenizer.decode([token.item() for token in steps])
     window.press('sample')
     assert window.write('The ', max_new_tokens=100, temperature=0.5, seed=7)[0] == expected
@@ -358,8 +359,8 @@ def test_a_mistake_is_one_line(runs, args, message):
 def test_a_port_that_is_taken_is_named(runs):
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
-        _, err = run('extras/app.py', '--device=cpu', '--out_dir=out/chars', f'--port={port}', cwd=runs,
-                     status=2)
+        _, err = run('extras/app.py', '--device=cpu', '--out_dir=out/chars', f'--port={port}',
+                     cwd=runs, status=2)
     assert f'port {port} cannot be used' in err and err.count('\n') == 1
 
 

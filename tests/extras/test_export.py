@@ -1,6 +1,7 @@
 """Exports that transformers loads, and folders that it wrote: same logits, text, token ids."""
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -11,16 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import folio.tokenizer
 import folio.checkpoint
+import folio.tokenizer
+from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
+from extras import export as script
 from folio import engine
 from folio.configurator import UserError
-from conftest import ROOT, SHARED, TINY, need_gpt2, run, shared
-from hub import Hub
 from folio.hugging_face import hub_errors, to_hugging_face
+from hub import Hub
 from model import GPT, GPTConfig
-from test_mistakes import refused
-from test_nanogpt import CHARS, char_folder, checkpoint_file
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
@@ -54,6 +54,15 @@ def write(folder, model, eot=None):
     tensors = {name: w.contiguous() for name, w in tensors.items()}
     save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
     return folder
+
+
+def export(folder, **settings):
+    """Do what `python extras/export.py --key=value …` does in a folder, but in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for key, value in settings.items():
+            patch.setattr(script, key, value)
+        script.main()
 
 
 def load(folder):
@@ -227,8 +236,8 @@ def novel():
 
 def save_model(path, model, spec):
     """Write a checkpoint of a model and the spec of its tokenizer."""
-    folio.checkpoint.save(str(path), {'model': model.state_dict(), 'model_args': vars(model.config),
-                                'tokenizer': spec})
+    folio.checkpoint.save(str(path), {
+        'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': spec})
 
 
 def load_tokenizer(folder):
@@ -243,7 +252,7 @@ def pair(request, tmp_path_factory):
         shared('tiktoken')
         theirs = gpt2_of_transformers(vocab_size=50257, n_embd=8, n_layer=1)
         theirs.save_pretrained(folder / 'weights')
-        run('extras/export.py', '--init_from=weights', '--to=hf', cwd=folder)
+        export(folder, init_from='weights', to='hf')
         return folio.tokenizer.load('gpt2'), load_tokenizer(folder / 'hf')
     if request.param == 'char':
         ours = folio.tokenizer.CharTokenizer(''.join(sorted(set(novel() + ''.join(HARD)))))
@@ -252,7 +261,7 @@ def pair(request, tmp_path_factory):
         ours = folio.tokenizer.train_bpe(runs + HARD * 2 + [novel()[:100000]], 1000)
     model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
     save_model(folder / 'ckpt.pt', model, ours.spec)
-    run('extras/export.py', '--out_dir=.', cwd=folder)
+    export(folder, out_dir='.')
     return ours, load_tokenizer(folder / 'hf')
 
 
@@ -344,7 +353,7 @@ def test_exported_run_writes_the_same_text_in_transformers(trained):
 
 def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch,
                                                                        capsys):
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    export(trained, out_dir='out', to='hf')
     card = (trained / 'hf' / 'README.md').read_text()
     checkpoint = folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
     n_parameters = load(trained / 'hf').num_parameters()
@@ -356,12 +365,12 @@ def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, 
         assert fact in card
     monkeypatch.chdir(trained)
     exec(card.split('```python\n')[1].split('```')[0], {})  # which a reader pastes
-    assert capsys.readouterr().out.startswith('The')
+    assert '\nThe' in capsys.readouterr().out
 
 
 def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
-    run('extras/export.py', '--out_dir=out', cwd=trained)
-    run('extras/export.py', '--out_dir=out', '--dtype=bfloat16', cwd=trained)
+    export(trained, out_dir='out')
+    export(trained, out_dir='out', dtype='bfloat16')
     exported = load(trained / 'out' / 'hf').lm_head.weight
     checkpoint = folio.checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
     trained_head = checkpoint['model']['lm_head.weight'][:len(exported)]
@@ -382,25 +391,25 @@ def test_interrupted_export_leaves_what_was_there(trained, number, status):
     assert not (trained / 'hf').exists()
     n_left = 1 if number == signal.SIGKILL else 0
     assert len(list(trained.glob('hf.*.new'))) == n_left
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    export(trained, out_dir='out', to='hf')
     kept = {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()}
-    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained, status=status,
-        env=killed)
+    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained,
+        status=status, env=killed)
     assert {path.name: path.read_bytes() for path in (trained / 'hf').iterdir()} == kept
 
 
 def test_a_backup_beside_the_export_is_left_alone(trained):
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    export(trained, out_dir='out', to='hf')
     for name in ('hf.old', 'hf.tmp'):
         shutil.copytree(trained / 'hf', trained / name)
     before = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
-    run('extras/export.py', '--out_dir=out', '--to=hf', '--dtype=float16', cwd=trained)
+    export(trained, out_dir='out', to='hf', dtype='float16')
     after = {path: path.read_bytes() for path in trained.glob('hf.*/*')}
     assert before and before == after
 
 
 def test_an_export_samples_as_its_checkpoint_does(trained):
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    export(trained, out_dir='out', to='hf')
     sampling = ['--start=The ', '--max_new_tokens=20', '--device=cpu']
     of_export, _ = run('sample.py', '--init_from=hf', *sampling, cwd=trained)
     of_checkpoint, _ = run('sample.py', '--init_from=out/ckpt.pt', *sampling, cwd=trained)
@@ -438,12 +447,12 @@ def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
 
 
 def test_no_space_left_keeps_the_earlier_export(trained):
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    export(trained, out_dir='out', to='hf')
     kept = (trained / 'hf' / 'model.safetensors').read_bytes()
     limit = len(kept) // 2
-    error = refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert 'could not write hf' in error
+    _, error = run('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained, status=2,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert 'could not write hf' in error and error.count('\n') == 1
     assert (trained / 'hf' / 'model.safetensors').read_bytes() == kept
     assert not list(trained.glob('hf.*'))
 
@@ -453,34 +462,40 @@ def test_exports_that_cannot_be(trained):
     spec = {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}
     save_model(trained / 'window.pt', random_model(window=8), spec)
     gpt2_of_transformers().save_pretrained(trained / 'theirs')
-    (trained / 'shadow').mkdir()
-    (trained / 'shadow' / 'tokenizers.py').write_text('raise ImportError')
     before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
-    mistakes = {
-        ('--out_dir=none',): 'no checkpoint none/ckpt.pt',
-        ('--dtype=int8',): 'bfloat16',
-        ('--to=book.txt',): 'give another --to',
-        ('--to=theirs',): 'give another --to',
-        ('--to=book.txt/hf',): 'could not write',
-        ('--init_from=window.pt',): '--window=0',
-        ('--init_from=theirs', '--to=new'): 'a model of 101 tokens',
-    }
-    for arguments, message in mistakes.items():
-        assert message in refused('extras/export.py', '--out_dir=out', *arguments, cwd=trained)
-    environment = os.environ | {'PYTHONPATH': str(trained / 'shadow'),
-                                'PYTHONDONTWRITEBYTECODE': '1'}
-    error = refused('extras/export.py', '--out_dir=out', cwd=trained, env=environment)
-    assert 'pip install tokenizers' in error
+    mistakes = [
+        ({'out_dir': 'none'}, 'no checkpoint none/ckpt.pt'),
+        ({'dtype': 'int8'}, 'bfloat16'),
+        ({'to': 'book.txt'}, 'give another --to'),
+        ({'to': 'theirs'}, 'give another --to'),
+        ({'to': 'book.txt/hf'}, 'could not write'),
+        ({'init_from': 'window.pt'}, '--window=0'),
+        ({'init_from': 'theirs', 'to': 'new'}, 'a model of 101 tokens'),
+    ]
+    for settings, message in mistakes:
+        with pytest.raises(UserError, match=message) as error:
+            export(trained, **({'out_dir': 'out'} | settings))
+        assert '\n' not in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
 
 
+def test_without_tokenizers_the_command_that_mends_it_is_said(trained):
+    (trained / 'shadow').mkdir()
+    (trained / 'shadow' / 'tokenizers.py').write_text('raise ImportError')
+    environment = os.environ | {'PYTHONPATH': str(trained / 'shadow')}
+    _, error = run('extras/export.py', '--out_dir=out', cwd=trained, status=2, env=environment)
+    assert error == 'error: export needs a package: pip install tokenizers\n'
+    assert not (trained / 'out' / 'hf').exists()
+
+
 def test_export_with_a_note_beside_it_is_not_overwritten(trained):
-    run('extras/export.py', '--out_dir=out', cwd=trained)
+    export(trained, out_dir='out')
     (trained / 'out' / 'hf' / 'note.txt').write_text('mine')
-    assert 'give another --to' in refused('extras/export.py', '--out_dir=out', cwd=trained)
+    with pytest.raises(UserError, match='give another --to'):
+        export(trained, out_dir='out')
     assert (trained / 'out' / 'hf' / 'note.txt').read_text() == 'mine'
     (trained / 'empty').mkdir()
-    run('extras/export.py', '--out_dir=out', '--to=empty/', cwd=trained)
+    export(trained, out_dir='out', to='empty/')
     assert (trained / 'empty' / 'config.json').exists()
 
 
@@ -489,17 +504,31 @@ def test_export_with_a_note_beside_it_is_not_overwritten(trained):
 def test_a_model_that_we_did_not_export_is_not_overwritten(trained, config):
     (trained / 'hf').mkdir()
     (trained / 'hf' / 'config.json').write_text(config)
-    assert 'give another --to' in refused('extras/export.py', '--out_dir=out', '--to=hf', cwd=trained)
+    with pytest.raises(UserError, match='give another --to'):
+        export(trained, out_dir='out', to='hf')
     assert (trained / 'hf' / 'config.json').read_text() == config
 
 
 def test_nanogpt_checkpoint_is_exported_with_the_characters_of_its_data(tmp_path):
-    char_folder(tmp_path / 'data' / 'shakespeare_char')
-    ours, _ = checkpoint_file(tmp_path / 'out' / 'ckpt.pt', len(CHARS), bias=False)
-    run('extras/export.py', '--out_dir=out', '--to=hf', cwd=tmp_path)
+    """Its checkpoint has no tokenizer; the characters are in data/shakespeare_char/meta.pkl."""
+    text = 'To be, or not to be'
+    chars = sorted(set(text))
+    ours = random_model(len(chars), bias=False, gelu='none')
+    weights = ours.state_dict()
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        weights[name] = weights[name][:len(chars)]
+    args = {'n_layer': 3, 'n_head': 4, 'n_embd': 48, 'block_size': 32, 'bias': False,
+            'vocab_size': len(chars), 'dropout': 0.0}
+    torch.save({'model': weights, 'optimizer': {}, 'model_args': args, 'iter_num': 20,
+                'best_val_loss': torch.tensor(3.5), 'config': {'dataset': 'shakespeare_char'}},
+               tmp_path / 'ckpt.pt')
+    data = tmp_path / 'data' / 'shakespeare_char'
+    data.mkdir(parents=True)
+    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
+            'stoi': {c: i for i, c in enumerate(chars)}}
+    (data / 'train.bin').touch()
+    (data / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    export(tmp_path, out_dir='.', to='hf')
     tokenizer = load_tokenizer(tmp_path / 'hf')
-    ids = tokenizer('To be, or not to be', return_tensors='pt')['input_ids']
-    assert tokenizer.decode(ids[0]) == 'To be, or not to be'
-    with torch.no_grad():
-        logits_BTV = load(tmp_path / 'hf')(ids).logits
-        torch.testing.assert_close(logits_BTV, ours(ids), atol=1e-4, rtol=1e-4)
+    assert tokenizer.decode(tokenizer(text)['input_ids']) == text
+    assert_same_logits(ours, load(tmp_path / 'hf'))

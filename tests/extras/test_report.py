@@ -12,11 +12,9 @@ import torch
 
 pytest.importorskip('matplotlib')
 
-from extras import ngrams
-from extras import plots
-from extras import report
-from folio.configurator import UserError
 from conftest import TINY, run
+from extras import ngrams, plots, report
+from folio.configurator import UserError
 
 QUICK = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20', '--prompts=The|If',
          '--temperatures=1.0']
@@ -38,7 +36,7 @@ def trained(trained_once, tmp_path):
 
 
 def make(folder, *args):
-    """Do what `python report.py args` does in a folder, but in this process.
+    """Do what `python extras/report.py args` does in a folder, but in this process.
 
     To start another one takes longer than most reports do.
     """
@@ -254,7 +252,7 @@ def test_a_prompt_that_a_tokenizer_does_not_know_leaves_out_the_texts_alone(trai
 
 
 @pytest.mark.parametrize('args, says', [
-    ([], 'python report.py out/book'),
+    ([], 'python extras/report.py out/book'),
     (['out/none'], 'there are out/a'),
     (['out/a', '--num_samples=1'], 'at least 2'),
     (['out/a', '--temperatures=hot'], '--temperatures='),

@@ -1,4 +1,4 @@
-"""Test what prepare/textbook writes, and the study that textbook.py runs."""
+"""Test what extras/textbook/prepare.py writes, and the study that study.py runs."""
 import ast
 import doctest
 import io
@@ -8,22 +8,20 @@ import os
 import random
 import re
 import shutil
-import sys
 
 import pytest
 
-from folio.checkpoint import read_log
+import folio.tokenizer
 from conftest import ROOT, run, shared
+from extras.textbook import generator, prepare, study
+from folio.checkpoint import read_log
+from folio.configurator import UserError
 from folio.data import Dataset
 from hub import Hub
 from test_teacher import Endpoint
-import folio.tokenizer
-
-sys.path.insert(0, str(ROOT / 'extras' / 'textbook'))
-from extras.textbook import generator
-from extras.textbook import study as textbook
 
 PREPARE = 'extras/textbook/prepare.py'
+STUDY = 'extras/textbook/study.py'
 SMALL = ['--raw_chars=200000', '--pages=120', '--exercises=150', '--problems=12',
          '--vocab_size=600', '--keep=0.3']
 
@@ -144,35 +142,26 @@ def test_the_same_seed_gives_the_same_files(prepared_once, tmp_path):
         assert path.read_bytes() == (prepared_once[0] / path.relative_to(tmp_path)).read_bytes()
 
 
-def load_prepare():
-    """Return the functions of prepare.py, a dictionary; each test gets settings of its own."""
-    namespace = {'__name__': 'prepare', '__file__': str(ROOT / PREPARE)}
-    exec(compile((ROOT / PREPARE).read_text(encoding='utf-8'), 'prepare.py', 'exec'), namespace)
-    return namespace
-
-
 def test_documents_too_like_a_problem_are_removed_and_counted(capsys):
-    prepare = load_prepare()
     solution = ('    total = 0\n    for a in b:\n        total += a * a - 1 + a * 3\n'
                 '    return total or b\n')
     problem = {'prompt': 'def f(b):\n', 'canonical_solution': solution}
     copied = '# A copy\n' + solution.replace('    ', '\t').upper()
     kept = ['def g(b):\n    return sum(b)\n', ('def h(b):\n', '    total = 0\n    return total\n')]
     documents = [kept[0], copied, kept[1], ('def f(b):\n', solution)]
-    assert prepare['decontaminate'](documents, [problem], 'x') == kept
+    assert prepare.decontaminate(documents, [problem], 'x') == kept
     assert 'x: 4 documents, 2 dropped as too like a problem' in capsys.readouterr().out
 
 
-def test_the_classifier_keeps_the_code_that_is_like_the_textbook(capsys):
-    prepare = load_prepare()
+def test_the_classifier_keeps_the_code_that_is_like_the_textbook(monkeypatch, capsys):
     rng = random.Random(0)
     lesson = '# Lesson {}\n\nThe sum of a list is found by adding its numbers: sum(numbers).'
     textbook = [lesson.format(i) for i in range(60)]
     bad = [f'static int x{i} = 0x{i:x}; #define FOO_{i} bar->baz({i});' for i in range(90)]
     good = [f'# The sum of the numbers of list {i}, found by adding: sum(numbers)'
             for i in range(10)]
-    prepare['keep'] = 0.1
-    chosen = prepare['best_of'](bad[:50] + good + bad[50:], textbook, {}, rng)
+    monkeypatch.setattr(prepare, 'keep', 0.1)
+    chosen = prepare.best_of(bad[:50] + good + bad[50:], textbook, {}, rng)
     assert chosen == good
     assert 'classifier, textbook against raw code: ' in capsys.readouterr().out
 
@@ -185,7 +174,7 @@ def test_the_classifier_keeps_the_code_that_is_like_the_textbook(capsys):
             ratings[text] = None  # the teacher gave no number
         else:
             ratings[text] = 9.0
-    chosen = prepare['best_of'](rated + bad, textbook, ratings, rng)
+    chosen = prepare.best_of(rated + bad, textbook, ratings, rng)
     assert not any('static' in text for text in chosen)
 
 
@@ -261,31 +250,40 @@ def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_p
     assert len(endpoint.asked) == asked > 70  # nothing is asked twice
 
 
-@pytest.mark.parametrize('args, says', [
-    (['--source=web'], 'choose from builtin, hub, api'),
-    (['--keep=0'], 'keep and val_share lie between'),
-    (['--problems=0'], 'at least 1'),
-    (['--pages=3', '--raw_chars=90000'], 'too few to learn from'),
-    (['--source=api'], 'OPENAI_API_KEY'),
-    (['--source=api', '--teacher=x'], 'what does x cost?')])
-def test_mistakes_in_preparing_get_one_line(tmp_path, args, says):
-    (tmp_path / 'data/downloads').mkdir(parents=True)
-    if '--source=api' in args:
-        shutil.copy(shared('HumanEval.jsonl.gz'), tmp_path / 'data/downloads')
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith('OPENAI')}
-    _, error = run(PREPARE, '--exercises=20', *args, cwd=tmp_path, status=2, env=environment)
-    assert error.strip().splitlines()[-1].startswith('error: ')
-    assert says in error and 'Traceback' not in error
+@pytest.mark.parametrize('settings, says', [
+    ({'source': 'web'}, 'choose from builtin, hub, api'),
+    ({'keep': 0.0}, 'keep is 0.0; it must be above 0'),
+    ({'val_share': 1.0}, 'val_share is 1.0; it must lie between 0 and 1'),
+    ({'problems': 0}, 'problems is 0; it must be at least 1'),
+    ({'pages': 3, 'raw_chars': 90_000}, 'too few to learn from'),
+    ({'source': 'api'}, 'OPENAI_API_KEY'),
+    ({'source': 'api', 'teacher': 'x'}, 'what does x cost?')])
+def test_mistakes_in_preparing_get_one_line(tmp_path, monkeypatch, settings, says):
+    for name in ('OPENAI_BASE_URL', 'OPENAI_API_KEY'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name, value in ({'exercises': 20} | settings).items():
+        monkeypatch.setattr(prepare, name, value)
+    with pytest.raises(UserError) as mistake:
+        prepare.main()
+    assert says in str(mistake.value) and '\n' not in str(mistake.value)
+    assert not (tmp_path / 'data').exists()
+
+
+def test_a_set_that_is_missing_is_an_error_that_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='python extras/textbook/prepare.py'):
+        Dataset('textbook_filtered')
 
 
 # ---- The study -----------------------------------------------------------------------------------
-def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tmp_path):
+def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tmp_path,
+                                                               monkeypatch):
     shutil.copytree(prepared_once[0] / 'data', tmp_path / 'data')
     tiny = ('--device=cpu --n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 '
             '--max_iters=2 --lr_decay_iters=2 --cooldown_iters=1 --warmup_iters=0 --eval_iters=2 '
             '--eval_interval=1')
-    command = ['extras/textbook/study.py', '--seeds=1', '--max_new_tokens=4', '--allow_code_execution=True',
+    command = [STUDY, '--seeds=1', '--max_new_tokens=4', '--allow_code_execution=True',
                f'--settings={tiny}']
     out, _ = run(*command, cwd=tmp_path)
     none_solved = r'0\.0 ± 0\.0 %'
@@ -293,32 +291,35 @@ def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tm
     rows = re.findall(row, out, re.MULTILINE)
     names = [name for name, _ in rows]
     assert names == ['raw code', 'textbook', 'raw code, exercises', 'textbook, exercises']
-    study = tmp_path / 'out/textbook_study'
-    assert len(list(study.glob('*/result.json'))) == 4
-    log = read_log(study / 'textbook_exercises_1/log.jsonl')
+    results = tmp_path / 'out/textbook_study'
+    assert len(list(results.glob('*/result.json'))) == 4
+    log = read_log(results / 'textbook_exercises_1/log.jsonl')
     losses = [entry['val_loss'] for entry in log if 'val_loss' in entry]
     assert rows[1][1] == f'{losses[0]:.3f}' and rows[3][1] == f'{losses[-1]:.3f}'
 
     # Of four results one is missing: only that one is made again
-    (study / 'textbook_exercises_1/result.json').unlink()
+    (results / 'textbook_exercises_1/result.json').unlink()
     again, error = run(*command, cwd=tmp_path)
     assert again == out and re.findall('seed .*', error) == ['seed 1: textbook, exercises']
-    _, error = run(*command, '--temperature=1.0', cwd=tmp_path, status=2)
-    assert 'was made with other settings' in error
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, 'temperature', 1.0)
+    with pytest.raises(UserError, match='was made with other settings'):
+        study.result_of('textbook', seed=1)
 
 
 def test_the_larger_of_the_errors_over_seeds_and_over_problems_is_shown():
     results = [{'pass@1': p, 'pass@1_stderr': 0.01} for p in (0.1, 0.2, 0.6)]
-    assert textbook.percentage(results, 'pass@1') == '30.0 ± 15.3 %'
+    assert study.percentage(results, 'pass@1') == '30.0 ± 15.3 %'
     results = [result | {'pass@1_stderr': 0.2} for result in results]
-    assert textbook.percentage(results, 'pass@1') == '30.0 ± 20.0 %'
-    assert textbook.standard_error([0.5]) == 0
+    assert study.percentage(results, 'pass@1') == '30.0 ± 20.0 %'
+    assert study.standard_error([0.5]) == 0
 
 
 def test_the_two_pretrainings_differ_in_nothing_but_the_data():
     def settings(name):
         found = {}
-        exec((ROOT / 'config' / name).read_text(encoding='utf-8'), found)
+        path = ROOT / 'extras' / 'textbook' / name
+        exec(path.read_text(encoding='utf-8'), found)
         del found['__builtins__']
         return found
     filtered = settings('train_textbook.py')
@@ -328,5 +329,5 @@ def test_the_two_pretrainings_differ_in_nothing_but_the_data():
 
 
 def test_the_study_asks_before_it_runs_what_a_model_wrote(tmp_path):
-    _, error = run('extras/textbook/study.py', cwd=tmp_path, status=2)
+    _, error = run(STUDY, cwd=tmp_path, status=2)
     assert error.startswith('error: this runs code') and '--allow_code_execution=True' in error

@@ -1,4 +1,4 @@
-"""peers.py: the same work by others, and the race to a loss."""
+"""extras/peers.py: the same work by others, and the race to a loss."""
 import json
 import re
 
@@ -17,9 +17,9 @@ def test_peers_do_the_same_work_and_the_table_says_how_much_faster_ours_is(tmp_p
     endings = ['down.', 'on a roof and sings.', 'up', 'in the rain.']
     item = {'ctx': 'A man sits', 'endings': endings, 'label': 1}
     (tmp_path / 'items.jsonl').write_text(json.dumps(item))
-    out, _ = run('extras/peers.py', *TINY, '--steps=2', '--new_tokens=4', '--rounds=1', '--bias=True',
-                 '--dataset=none', '--texts=some.jsonl', '--hellaswag_source=items.jsonl',
-                 '--json=peers.json', cwd=tmp_path)
+    out, _ = run('extras/peers.py', *TINY, '--steps=2', '--new_tokens=4', '--rounds=1',
+                 '--bias=True', '--dataset=none', '--texts=some.jsonl',
+                 '--hellaswag_source=items.jsonl', '--json=peers.json', cwd=tmp_path)
     metrics = json.loads((tmp_path / 'peers.json').read_text())
     for name in ('training step', 'decoding, 1 x 900 tokens, int8', "Muon's step", 'HellaSwag',
                  'tokenizing to a file', 'learning a BPE of 32,000, tokenizers'):

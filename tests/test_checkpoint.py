@@ -1,0 +1,277 @@
+"""folio/checkpoint.py: what is loaded, what is refused in one line, and files that are whole."""
+import dataclasses
+import errno
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from folio import checkpoint
+from folio.configurator import UserError
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+
+
+def contents(model, **more):
+    """Return the dictionary of a checkpoint with nothing but weights, and more."""
+    args = dataclasses.asdict(model.config)
+    return {'model': model.state_dict(), 'model_args': args, **more}
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return GPT(SMALL)
+
+
+def refused(source, out_dir=None):
+    """Return the one line with which a source is refused."""
+    with pytest.raises(UserError) as error:
+        checkpoint.load(str(source), out_dir)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+# ---- Every kind of source ------------------------------------------------------------------------
+def assert_same_weights(found, model):
+    assert found['model_args'] == dataclasses.asdict(model.config)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found['model'][name], weight), name
+
+
+def test_a_file_is_loaded(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'any_name.pt'), contents(small))
+    assert_same_weights(checkpoint.load(str(tmp_path / 'any_name.pt')), small)
+
+
+def test_of_the_folder_of_a_run_the_newest_checkpoint_is_loaded(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'best.pt'), contents(small, iter_num=1))
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), contents(small, iter_num=2))
+    assert checkpoint.load(str(tmp_path))['iter_num'] == 2
+
+
+def test_resume_loads_the_run_in_out_dir(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), contents(small, iter_num=2))
+    assert checkpoint.load('resume', out_dir=str(tmp_path))['iter_num'] == 2
+
+
+def test_a_hugging_face_folder_is_loaded(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    args = GPTConfig(**checkpoint.load(str(tmp_path))['model_args'])
+    assert args == GPTConfig(vocab_size=101, block_size=32, n_embd=48, n_layer=3, n_head=4)
+
+
+def test_a_model_is_made_of_a_path_or_of_the_loaded_dictionary(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'a.pt'), contents(small))
+    idx_BT = torch.randint(50, (2, 16))
+    logits, _ = small(idx_BT)
+    for source in (str(tmp_path / 'a.pt'), checkpoint.load(str(tmp_path / 'a.pt'))):
+        assert torch.equal(GPT.from_pretrained(source)(idx_BT)[0], logits)
+
+
+def test_a_model_may_be_loaded_with_a_shorter_context(small):
+    shorter = GPT.from_pretrained(contents(small), block_size=8)
+    idx_BT = torch.randint(50, (2, 8))
+    assert torch.equal(shorter(idx_BT)[0], small(idx_BT)[0])
+
+
+def test_a_model_is_not_loaded_with_a_longer_context(small):
+    with pytest.raises(ValueError, match='block_size 17 is longer'):
+        GPT.from_pretrained(contents(small), block_size=17)
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+def test_a_missing_file_is_refused(tmp_path):
+    assert 'no checkpoint' in refused(tmp_path / 'missing.pt')
+
+
+def test_a_missing_run_is_refused(tmp_path):
+    assert f'no checkpoint {tmp_path}/ckpt.pt' in refused('resume', out_dir=str(tmp_path))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert 'not a Hugging Face folder' in refused(tmp_path)
+
+
+def test_the_folder_of_a_run_with_best_alone_says_what_was_meant(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'best.pt'), contents(small))
+    assert f'did you mean {tmp_path}/best.pt?' in refused(tmp_path)
+
+
+def test_fields_that_folio_lacks_are_named(small, tmp_path):
+    saved = contents(small)
+    saved['model_args'] |= {'n_kv_head': 2, 'alibi': True}
+    checkpoint.save(str(tmp_path / 'a.pt'), saved)
+    assert 'settings that folio does not have: alibi, n_kv_head' in refused(tmp_path / 'a.pt')
+
+
+def test_a_missing_weight_is_named(small, tmp_path):
+    saved = contents(small)
+    del saved['model']['transformer.h.1.ln_2.bias']
+    checkpoint.save(str(tmp_path / 'a.pt'), saved)
+    assert 'lacks the weight transformer.h.1.ln_2.bias' in refused(tmp_path / 'a.pt')
+
+
+def test_a_weight_too_many_is_named(small, tmp_path):
+    saved = contents(small)
+    saved['model']['transformer.h.2.ln_2.bias'] = torch.zeros(32)
+    checkpoint.save(str(tmp_path / 'a.pt'), saved)
+    line = refused(tmp_path / 'a.pt')
+    assert 'has a weight that folio does not have: transformer.h.2.ln_2.bias' in line
+
+
+def test_a_weight_of_another_shape_is_named_with_both(small, tmp_path):
+    saved = contents(small)
+    saved['model']['transformer.ln_f.weight'] = torch.zeros(31)
+    checkpoint.save(str(tmp_path / 'a.pt'), saved)
+    line = refused(tmp_path / 'a.pt')
+    assert 'transformer.ln_f.weight has the shape (31,)' in line
+    assert 'its settings ask for (32,)' in line
+
+
+def test_settings_that_cannot_be_are_named(small, tmp_path):
+    saved = contents(small)
+    saved['model_args']['n_head'] = 5
+    checkpoint.save(str(tmp_path / 'a.pt'), saved)
+    assert 'describes a model that cannot be: n_embd (32)' in refused(tmp_path / 'a.pt')
+
+
+@pytest.mark.parametrize('saved', [[1, 2], {'weights': {}}, {'model': {}}], ids=str)
+def test_another_file_of_torch_is_refused(tmp_path, saved):
+    torch.save(saved, tmp_path / 'a.pt')
+    assert 'is not a checkpoint of folio or nanoGPT' in refused(tmp_path / 'a.pt')
+
+
+class Evil:
+    """What would run a command if it were unpickled."""
+
+    def __reduce__(self):
+        return os.system, ('touch ran',)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('save', [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))],
+                         ids=['torch', 'pickle'])
+def test_a_checkpoint_cannot_run_what_it_brings(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    save({'model': {}, 'model_args': Evil()}, tmp_path / 'a.pt')
+    assert 'a.pt is refused' in refused('a.pt')
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('n_bytes', [0, 10, 1000, -1])
+def test_a_checkpoint_cut_short_is_refused(small, tmp_path, n_bytes):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(str(path), contents(small))
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    line = refused(path)
+    assert 'damaged' in line or 'refused' in line
+
+
+# ---- Saving --------------------------------------------------------------------------------------
+class FullDisk:
+    """A file to which nothing can be written."""
+
+    def __init__(self, *args):
+        self.file = open(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self):
+        pass
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(small, tmp_path, monkeypatch):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, contents(small, iter_num=1))
+    monkeypatch.setattr(checkpoint, 'open', FullDisk, raising=False)
+    with pytest.raises(UserError, match='No space left.*intact'):
+        checkpoint.save(path, contents(small, iter_num=2))
+    assert checkpoint.load(path)['iter_num'] == 1
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_a_checkpoint_is_replaced_by_a_rename_not_by_writing_into_it(small, tmp_path):
+    """So who reads the old file goes on reading the old one, whole."""
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(str(path), contents(small, iter_num=1))
+    with open(path, 'rb') as old:
+        checkpoint.save(str(path), contents(small, iter_num=2))
+        assert torch.load(old, weights_only=True)['iter_num'] == 1
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+
+
+# ---- The log -------------------------------------------------------------------------------------
+ENTRIES = [{'config': {}}, {'iter': 0, 'val_loss': 3.0}, {'iter': 0, 'loss': 3.0},
+           {'iter': 1, 'loss': 2.5}, {'iter': 2, 'val_loss': 2.4}, {'iter': 2, 'loss': 2.3}]
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    path.write_text(''.join(json.dumps(entry) + '\n' for entry in ENTRIES))
+    return path
+
+
+def test_a_log_keeps_what_was_written_before_the_checkpoint(log):
+    """The loss of step 2 came after the checkpoint of step 2, its evaluation before."""
+    checkpoint.truncate_log(str(log), 2)
+    assert checkpoint.read_log(str(log)) == ENTRIES[:5]
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(log):
+    log.write_text(log.read_text()[:-5])
+    assert checkpoint.read_log(str(log)) == ENTRIES[:5]
+
+
+def test_a_damaged_line_before_the_last_is_named(log):
+    log.write_text(log.read_text().replace('"iter": 1', '"iter" 1'))
+    with pytest.raises(UserError, match='line 4 is damaged'):
+        checkpoint.read_log(str(log))
+
+
+# ---- Other people's weights ----------------------------------------------------------------------
+@pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
+def test_a_gpt2_folder_of_transformers_gives_the_same_logits(tmp_path, activation):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.2, activation_function=activation)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx_BT = torch.randint(101, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits,
+                                   atol=1e-4, rtol=1e-4)
+
+
+def test_modern_has_the_shape_of_nanochat(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = transformers.NanoChatConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2)
+    theirs = transformers.NanoChatForCausalLM(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    assert ours.config.arch == 'modern'
+    idx_BT = torch.randint(64, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits,
+                                   atol=1e-4, rtol=1e-4)

@@ -1,0 +1,260 @@
+"""folio/engine.py: how a token is drawn, the cache, batches of prompts, and text as it comes."""
+import functools
+
+import pytest
+import torch
+
+import folio.tokenizer
+from folio import engine
+from folio.configurator import UserError
+from folio.engine import KVCache, draw_token, next_token_logits
+from model import GPT, GPTConfig
+
+
+def tokens(model, prompts, n, **options):
+    """Return what engine.generate yields as one tensor, (steps, B)."""
+    return torch.stack(list(engine.generate(model, prompts, n, **options)))
+
+
+class FixedModel(GPT):
+    """A model that gives the same logits after every text."""
+
+    def __init__(self, logits):
+        config = GPTConfig(block_size=8, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=8)
+        super().__init__(config)
+        self.logits_V = torch.tensor(logits)
+
+    def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
+        return self.logits_V.expand(len(idx_BT), 1, -1), None
+
+
+class RecitingModel(GPT):
+    """A model that recites a list of tokens: sure of the one that follows a position."""
+
+    def __init__(self, ids, vocab_size):
+        config = GPTConfig(block_size=len(ids) + 1, vocab_size=vocab_size, n_layer=1, n_head=1,
+                           n_embd=8)
+        super().__init__(config)
+        self.ids = ids
+
+    def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
+        B, T = idx_BT.shape
+        logits_BTV = torch.zeros(B, 1, self.config.vocab_size)
+        logits_BTV[:, 0, self.ids[T]] = 100.0
+        return logits_BTV, None
+
+
+# ---- Drawing a token -----------------------------------------------------------------------------
+def test_draws_follow_the_probabilities():
+    p = [0.1, 0.2, 0.3, 0.4]
+    model = FixedModel(torch.tensor(p).log().tolist())
+    drawn = tokens(model, [[0]] * 2000, 5, seed=0, use_cache=False).flatten()
+    shares = drawn.bincount() / len(drawn)
+    torch.testing.assert_close(shares, torch.tensor(p), atol=0.02, rtol=0)
+
+
+FIRST = [0.5, 0.3, 0.15, 0.05]
+MIRRORED = [0.05, 0.15, 0.3, 0.5]
+
+
+@pytest.mark.parametrize('options, n_kept', [
+    (dict(strategy='greedy'), 1),
+    (dict(strategy='sample'), 4),
+    (dict(strategy='sample', temperature=0.0), 1),
+    (dict(strategy='top_k', top_k=3), 3),
+    (dict(strategy='top_k', top_k=9), 4),
+    (dict(strategy='nucleus', top_p=0.79), 2),
+    (dict(strategy='nucleus', top_p=0.81), 3),
+    (dict(strategy='nucleus', top_p=1.0), 4),
+    (dict(strategy='sample', min_p=0.4), 2),
+], ids=str)
+def test_a_strategy_keeps_the_likeliest_tokens_of_each_row(options, n_kept):
+    kept_BV = next_token_logits(torch.tensor([FIRST, MIRRORED]).log(), **options).isfinite()
+    first = [True] * n_kept + [False] * (4 - n_kept)
+    assert kept_BV.tolist() == [first, first[::-1]]
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.tensor([[1.0, -2.0, 3.0]])
+    assert torch.equal(next_token_logits(logits, 'sample', temperature=0.5), logits * 2)
+
+
+@pytest.mark.parametrize('k', range(1, 7))
+def test_top_k_keeps_exactly_k_of_equals(k):
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 2.0, 3.0]])
+    kept = next_token_logits(logits, 'top_k', top_k=k).isfinite()
+    assert kept.sum(dim=1).tolist() == [min(k, 5)] * 2
+    lowest_kept = logits.masked_fill(~kept, 9.0).amin(dim=1)
+    assert (logits.masked_fill(kept, -9.0).amax(dim=1) <= lowest_kept).all()
+
+
+def test_greedy_draws_no_noise():
+    before = torch.get_rng_state()
+    assert draw_token(torch.tensor([[1.0, 3.0, 2.0]]), 'greedy').tolist() == [1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('logits', [[2.0, 1.9, 0.0], [-1.0, -1.1, -9.0]],
+                         ids=['positive', 'negative'])
+def test_repetition_penalty_makes_what_was_said_less_likely(logits):
+    drawn = tokens(FixedModel(logits), [[2]], 2, strategy='greedy', repetition_penalty=1.5,
+                   use_cache=False)
+    assert drawn.flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('options', [
+    dict(strategy='beam'), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1),
+    dict(min_p=-0.1), dict(repetition_penalty=0.0)], ids=str)
+def test_a_sampling_setting_out_of_its_range_is_refused(model, options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        next(engine.generate(model, [[1]], 1, **options))
+
+
+@pytest.mark.parametrize('prompts', [[], [[]], [[1], []]], ids=str)
+def test_a_prompt_without_a_token_is_refused(model, prompts):
+    with pytest.raises(UserError, match='a prompt needs a token'):
+        next(engine.generate(model, prompts, 1))
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(model):
+    first = tokens(model, [[1]], 30, seed=1)
+    assert torch.equal(first, tokens(model, [[1]], 30, seed=1))
+    assert not torch.equal(first, tokens(model, [[1]], 30, seed=2))
+
+
+# ---- The cache -----------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize('window', [0, 5])
+def test_cached_equals_uncached_logits(model, window):
+    """Ragged rows, the prompts in one go, then token by token."""
+    model.config.window = window
+    rows = torch.randint(50, (3, 16))
+    lengths = [7, 3, 5]
+    prompts = torch.zeros(3, 7, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        prompts[b, 7 - n:] = rows[b, :n]
+    cache = KVCache(model, 3, padding=[0, 4, 2])
+    cached = [model(prompts, cache=cache)[0][:, 0]]
+    for step in range(9):
+        new_B1 = torch.stack([rows[b, n + step] for b, n in enumerate(lengths)])[:, None]
+        cached.append(model(new_B1, cache=cache)[0][:, 0])
+    for b, n in enumerate(lengths):
+        for step in range(10):
+            alone = model(rows[b:b + 1, :n + step])[0][0, 0]
+            torch.testing.assert_close(cached[step][b], alone, atol=1e-4, rtol=1e-4)
+
+
+RAGGED = [[1, 2, 3], [4], list(range(20)), [5] * 16]  # one is longer than the context of 16
+
+
+@pytest.mark.parametrize('prompts', [RAGGED[:1], RAGGED], ids=['one', 'ragged'])
+def test_generation_with_cache_equals_without_past_a_full_context(model, prompts):
+    cached = tokens(model, prompts, 40, strategy='greedy')
+    assert torch.equal(cached, tokens(model, prompts, 40, strategy='greedy', use_cache=False))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model):
+    together = tokens(model, RAGGED, 40, strategy='greedy')
+    for row, prompt in enumerate(RAGGED):
+        alone = tokens(model, [prompt], 40, strategy='greedy')
+        assert torch.equal(alone[:, 0], together[:, row])
+
+
+def test_a_full_context_is_cut_to_its_newer_half(model):
+    ids = [7] * 16
+    for next_B in engine.generate(model, [list(ids)], 10, strategy='greedy'):
+        context = ids
+        if len(ids) > 16:  # 17 tokens become 8, then it grows again
+            context = ids[-(8 + len(ids) - 17):]
+        assert next_B.item() == model(torch.tensor([context]))[0].argmax().item()
+        ids.append(next_B.item())
+
+
+@pytest.mark.parametrize('window', [0, 5])
+def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window, monkeypatch):
+    """Ragged rows, past a full context, twice; the backend here only counts."""
+    torch.compiler.reset()
+    model.config.window = window
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile = functools.partial(torch.compile, backend=count, fullgraph=True)
+    monkeypatch.setattr(torch, 'compile', compile)
+    prompts = [[1, 2, 3], [4], [5] * 16]
+    eager = tokens(model, prompts, 40, strategy='greedy')
+    for _ in range(2):
+        assert torch.equal(tokens(model, prompts, 40, strategy='greedy', compile=True), eager)
+    assert len(graphs) == 1
+
+
+# ---- The end of a row ----------------------------------------------------------------------------
+def test_a_stop_token_ends_a_row_which_repeats_it_until_all_have_ended(model):
+    free = tokens(model, [[1], [2]], 30, strategy='greedy')
+    stop = free[3, 0].item()
+    stopped = tokens(model, [[1], [2]], 30, strategy='greedy', stop=[stop])
+    for row in range(2):
+        hits = (free[:, row] == stop).nonzero()
+        end = hits[0].item() if len(hits) else len(stopped)
+        assert torch.equal(stopped[:end, row], free[:end, row])
+        assert (stopped[end:, row] == stop).all()
+
+
+def test_generation_ends_when_all_rows_have(model):
+    first = tokens(model, [[1]], 30, strategy='greedy')[0].item()
+    assert len(tokens(model, [[1], [1]], 30, strategy='greedy', stop=[first])) == 1
+
+
+def test_a_model_that_was_training_goes_on_training(model):
+    model.train()
+    tokens(model, [[1]], 2)
+    assert model.training
+
+
+# ---- Text as it comes ----------------------------------------------------------------------------
+BYTES = folio.tokenizer.train_bpe([], 257)  # a token for each byte, and the end-of-text token
+
+
+def recite(text, n_prompts=1, **options):
+    """Return what stream_text yields where the model says a text of bytes, and then ends it."""
+    model = RecitingModel([BYTES.eot, *BYTES.encode(text), BYTES.eot, 0], BYTES.n_vocab)
+    return list(engine.stream_text(model, BYTES, [[BYTES.eot]] * n_prompts, 1000, strategy='greedy',
+                                   use_cache=False, **options))
+
+
+def test_streamed_text_ends_at_the_end_of_text_token():
+    assert recite('to be')[-1] == ['to be']
+
+
+def test_streamed_text_grows_a_token_a_step():
+    assert recite('abc') == [['a'], ['ab'], ['abc'], ['abc']]
+
+
+def test_streamed_text_never_holds_half_a_character():
+    """Every step shows a beginning of the text, though a character has up to four tokens."""
+    text = 'né 日本 👩‍👩‍👧 ok'
+    steps = recite(text)
+    assert len(steps) == len(text.encode()) + 1
+    assert all(text.startswith(step) for step, in steps)
+    assert steps[-1] == [text]
+
+
+def test_streamed_text_is_cut_where_find_end_says():
+    steps = recite('one two three', find_end=lambda row, text: 4 if 'two' in text else None)
+    assert steps[-1] == ['one ']
+    assert len(steps) == len('one two')
+
+
+def test_each_row_of_streamed_text_has_its_own_end():
+    def find_end(row, text):
+        return len(text) if len(text) == 3 + row else None
+    assert recite('abcdefgh', n_prompts=3, find_end=find_end)[-1] == ['abc', 'abcd', 'abcde']
+
+
+def test_streamed_text_ends_after_max_new_tokens(model):
+    chars = folio.tokenizer.CharTokenizer(''.join(map(chr, range(50, 100))))
+    steps = list(engine.stream_text(model, chars, [[1], [2]], 7))
+    assert len(steps) == 7
+    assert [len(text) for text in steps[-1]] == [7, 7]

@@ -1,0 +1,252 @@
+"""folio/fast.py: the same numbers sooner, and weights of 8 bits."""
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from folio import engine, fast
+from folio.configurator import UserError
+from folio.fast import Int8Linear, OneDNNLinear, head_loss, quantize
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(block_size=200, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+
+
+# ---- An accelerated model ------------------------------------------------------------------------
+@pytest.fixture(params=[('gpt2', 0), ('modern', 0), ('modern', 20)], ids=str)
+def pair(request):
+    """A plain model, a copy that is accelerated, and a batch for both."""
+    arch, window = request.param
+    torch.manual_seed(0)
+    plain = GPT(dataclasses.replace(SMALL, arch=arch, window=window))
+    nn.init.normal_(plain.lm_head.weight, std=0.3)
+    return plain, fast.accelerate(copy.deepcopy(plain)), torch.randint(50, (3, 200))
+
+
+def test_an_accelerated_model_has_the_loss_and_gradients_of_the_plain_one(pair):
+    plain, faster, idx_BT = pair
+    losses = [model(idx_BT, idx_BT.roll(-1, 1))[1] for model in (plain, faster)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), faster.parameters()):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
+
+
+def test_an_accelerated_model_has_the_logits_of_the_plain_one(pair):
+    plain, faster, idx_BT = pair
+    torch.testing.assert_close(faster(idx_BT, all_logits=True)[0],
+                               plain(idx_BT, all_logits=True)[0])
+
+
+def test_an_accelerated_model_keeps_the_names_of_its_parameters(pair):
+    plain, faster, _ = pair
+    assert faster.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_an_accelerated_model_returns_no_logits_with_its_loss(pair):
+    _, faster, idx_BT = pair
+    assert faster(idx_BT, idx_BT)[0] is None
+
+
+# ---- Products by oneDNN --------------------------------------------------------------------------
+@pytest.mark.skipif(not fast.ONEDNN, reason='oneDNN is used on x86 CPUs only')
+@pytest.mark.parametrize('bias', [True, False])
+def test_products_by_onednn_are_float32_products(bias):
+    torch.manual_seed(0)
+    layer = OneDNNLinear(300, 200, bias=bias)
+    x = torch.randn(4, 50, 300, requires_grad=True)
+    upstream = torch.randn(4, 50, 200)
+    y = layer(x)
+    assert 'onednn' in str(y.grad_fn)
+    exact = [t.double().detach().requires_grad_() for t in (x, *layer.parameters())]
+    exact_y = F.linear(*exact)
+    assert (y - exact_y).abs().max() < 1e-5
+    transposed = upstream.mT.contiguous().mT
+    expanded = torch.tensor(0.5).expand(4, 50, 200)
+    for dy in (upstream, transposed, expanded):
+        ours = torch.autograd.grad(y, [x, *layer.parameters()], dy, retain_graph=True)
+        wanted = torch.autograd.grad(exact_y, exact, dy.double(), retain_graph=True)
+        for a, b in zip(ours, wanted):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_small_products_take_torchs_way():
+    layer = OneDNNLinear(300, 200)
+    assert 'Addmm' in str(layer(torch.randn(1, 300)).grad_fn)
+
+
+def test_products_under_autocast_have_its_type():
+    layer = OneDNNLinear(300, 200)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(torch.randn(200, 300)).dtype == torch.bfloat16
+
+
+# ---- Attention in a window -----------------------------------------------------------------------
+@pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
+def test_a_window_in_blocks_equals_written_out_attention_and_so_do_its_gradients(window):
+    results = []
+    for flash in (True, False):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(SMALL, block_size=300, window=window, flash=flash))
+        if flash:
+            model = fast.accelerate(model)
+        logits_BTV, _ = model(torch.randint(50, (2, 300)), all_logits=True)
+        logits_BTV.square().sum().backward()
+        gradients = [p.grad / p.grad.abs().max() for p in model.parameters()]
+        results.append([logits_BTV, *gradients])
+    for ours, written_out in zip(*results):
+        torch.testing.assert_close(ours, written_out, atol=1e-5, rtol=0)
+
+
+def flops_of_attention(model, T):
+    """Return the FLOPs of attention to T tokens in one layer."""
+    q, k, v = torch.randn(3, 1, 2, T, 16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.transformer.h[0].attn.attend(q, k, v, None)
+    return counter.get_total_flops()
+
+
+def test_accelerated_attention_in_a_window_costs_the_window_not_the_context():
+    model = fast.accelerate(GPT(dataclasses.replace(SMALL, window=100)))
+    short = flops_of_attention(model, 1000)
+    assert flops_of_attention(model, 4000) == pytest.approx(4 * short, rel=0.1)
+
+
+def test_accelerated_attention_in_a_window_costs_less_than_all_of_it():
+    windowed = fast.accelerate(GPT(dataclasses.replace(SMALL, window=100)))
+    full = fast.accelerate(GPT(SMALL))
+    assert flops_of_attention(windowed, 4000) < flops_of_attention(full, 4000) / 10
+
+
+# ---- The loss in chunks --------------------------------------------------------------------------
+@pytest.fixture
+def head():
+    """(x, weight, targets) of 50 positions and a vocabulary of 100 in 128 rows."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 32, requires_grad=True)
+    weight = torch.randn(128, 32, requires_grad=True)
+    targets = torch.randint(0, 100, (50,))
+    targets[::7] = -1
+    return x, weight, targets
+
+
+def plain_head_loss(x, weight, targets, cap):
+    logits = (x @ weight.T)[:, :100]
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+
+
+@pytest.mark.parametrize('cap', [0.0, 15.0])
+@pytest.mark.parametrize('chunk', [2**25, 128 * 11], ids=['whole', 'chunks'])
+def test_head_loss_is_the_cross_entropy_and_so_are_its_gradients(head, cap, chunk, monkeypatch):
+    monkeypatch.setattr(fast, 'CHUNK', chunk)
+    x, weight, targets = head
+    expected = plain_head_loss(x, weight, targets, cap)
+    total = head_loss(x, weight, targets, 100, cap)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = torch.autograd.grad(total / 3, (x, weight))
+    wanted = torch.autograd.grad(expected / 3, (x, weight))
+    for a, b in zip(ours, wanted):
+        assert (a - b).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_head_loss_without_gradients_is_the_same(head):
+    x, weight, targets = head
+    expected = plain_head_loss(x, weight, targets, 15.0)
+    assert head_loss(x, weight, targets, 100, 15.0).item() == pytest.approx(expected.item())
+
+
+def test_head_loss_under_autocast_is_close_and_its_gradients_keep_their_type(head):
+    x, weight, targets = head
+    exact = torch.autograd.grad(head_loss(x, weight, targets, 100), (x, weight))
+    with torch.autocast('cpu', torch.bfloat16):
+        total = head_loss(x, weight, targets, 100)
+    assert total.dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(total, (x, weight)), exact):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_the_head_loss_of_no_token_is_zero():
+    none = torch.zeros(0, dtype=torch.long)
+    assert head_loss(torch.zeros(0, 8), torch.zeros(64, 8), none, 60).item() == 0
+
+
+def test_gradients_under_float16_stay_finite_however_many_tokens_there_are():
+    n = 2**17
+    x = torch.full((n, 8), 5.0)
+    weight = torch.zeros(64, 8, requires_grad=True)
+    with torch.autocast('cpu', torch.float16):
+        total = head_loss(x, weight, torch.zeros(n, dtype=torch.long), 64)
+    total.div(n).backward()
+    assert weight.grad.isfinite().all()
+    assert weight.grad[0, 0].item() == pytest.approx(-5 * 63 / 64, rel=1e-3)
+
+
+# ---- Weights of 8 bits ---------------------------------------------------------------------------
+def test_int8_weights_are_the_only_loss_of_precision():
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 200)
+    x = torch.randn(2, 5, 300) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)
+    x[0, 0, 0] = 30.0  # an outlier
+    x[1, 4] = 0.0  # a row of zeros
+    quantized = Int8Linear(layer)
+    rounded = quantized.weight.double() * quantized.scale.double()[:, None]
+    assert (rounded - layer.weight).abs().max() <= 0.501 * quantized.scale.max()
+    exact = F.linear(x.double(), rounded, layer.bias.double())
+    y = quantized(x)
+    assert y.shape == exact.shape
+    assert y.dtype == torch.float32
+    assert ((y - exact).abs() <= 2e-4 * x.abs().amax(dim=-1, keepdim=True)).all()
+
+
+@pytest.fixture(params=['gpt2', 'modern'])
+def quantized(request):
+    """(a model of 8-bit weights, a batch, the logits it had before)."""
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, arch=request.param)).eval()
+    nn.init.normal_(model.lm_head.weight, std=0.3)
+    idx_BT = torch.randint(50, (4, 32))
+    with torch.no_grad():
+        before = model(idx_BT, all_logits=True)[0]
+        return quantize(model), idx_BT, before
+
+
+def test_a_quantized_model_has_no_linear_layer_left(quantized):
+    model, _, _ = quantized
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 9
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+
+
+@torch.no_grad()
+def test_a_quantized_model_has_nearly_the_same_logits(quantized):
+    model, idx_BT, before = quantized
+    after = model(idx_BT, all_logits=True)[0]
+    assert 0 < (after - before).std() < 0.02 * before.std()
+
+
+def test_a_quantized_model_generates(quantized):
+    model, idx_BT, _ = quantized
+    tokens = torch.stack(list(engine.generate(model, idx_BT[:, :4], 20, strategy='greedy')), dim=1)
+    assert tokens.shape == (4, 20)
+
+
+def test_int8_products_are_exact_up_to_the_largest_sums():
+    layer = Int8Linear(nn.Linear(256, 3))
+    layer.weight.fill_(127)
+    exact = 2.0 * 127 * 256 * layer.scale + layer.bias
+    assert layer(torch.full((1, 256), 2.0)).allclose(exact, rtol=1e-4)
+
+
+def test_a_processor_whose_int8_products_are_not_exact_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, '_int_mm', lambda a, b: (a.int() @ b.int()).clamp(max=32640))
+    with pytest.raises(UserError, match='VNNI'):
+        quantize(nn.Linear(4, 4))
