@@ -37,9 +37,10 @@ Level 2, from Linux 5.12 on. As level 1, and the program
 
 What this does NOT cover. Below level 2 the program can see your other processes and write wherever
 its user may, also to your terminal. At level 0 it can signal those processes and read what they
-hold, such as the keys in their environment. Without libseccomp it can, at level 0, reach the
-network and, at any level, programs that listen at a socket in a folder that is not hidden from it,
-as an agent's in your home: such a program may run anything for it. At any level it can
+hold, such as the keys in their environment. Without libseccomp it can, at level 0, outlive its time
+and reach the network and, at any level, programs that listen at a socket in a folder that is not
+hidden from it, as an agent's in your home: such a program may run anything for it. At any level it
+can
 - read every file that you may read (or, if root started it, that nobody may), but for those hidden;
 - write into a FIFO that its user may write to, in a folder that is not hidden;
 - keep a core busy until its time is up;
@@ -378,8 +379,8 @@ def give_up_rights(is_root, timeout, memory):
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if os.uname().machine in SYS_KEYCTL:
             libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
+        die_with_parent()  # which keeps the time
         refuse_system_calls()
-    die_with_parent()  # which keeps the time
     limits = {
         resource.RLIMIT_CPU: int(timeout) + 1,  # seconds
         resource.RLIMIT_FSIZE: 16 * MIB,
@@ -417,7 +418,10 @@ def refuse_system_calls():
     # A pair of streams stays, for asyncio. Of the other kinds (2 and 3) an end can be connected to
     # a third socket.
     no_stream = Comparison(1, masked_equal, 0b1110, 0b0010)
-    conditions = {name: [] for name in REFUSED} | {'socketpair': [no_stream]}
+    # What ends the program with its parent shall not be taken back.
+    no_longer_dies = Comparison(0, masked_equal, 0xffffffff, PR_SET_PDEATHSIG)
+    conditions = {name: [] for name in REFUSED}
+    conditions |= {'socketpair': [no_stream], 'prctl': [no_longer_dies]}
     for name, condition in conditions.items():
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
         array = (Comparison * len(condition))(*condition)
