@@ -7,6 +7,7 @@ What the tests share: a way to run the scripts as a user does, small data, small
 import argparse
 import contextlib
 import functools
+import gc
 import io
 import os
 import pathlib
@@ -134,7 +135,8 @@ def left_as_it_was():
     argv = sys.argv
     path = list(sys.path)
     hook = sys.excepthook
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     precision = torch.get_float32_matmul_precision()
     try:
         yield
@@ -146,6 +148,7 @@ def left_as_it_was():
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
+        gc.collect()  # with its globals goes the lock on its out_dir
 
 
 # ---- What may be missing -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from folio.configurator import UserError
 from folio.data import (Dataset, eval_batches, prefetch, read_jsonl, to_batch, train_batch,
@@ -37,16 +36,15 @@ def test_each_epoch_has_another_order():
 
 def test_batches_do_not_depend_on_how_a_step_is_split():
     tokens = np.arange(500, dtype='<u2')
-    whole = train_batch(tokens, None, 8, batch_size=12, micro_steps=1, seed=1, step=3, micro_step=0)
-    parts = [train_batch(tokens, None, 8, batch_size=3, micro_steps=4, seed=1, step=3, micro_step=m)
-             for m in range(4)]
+    whole = train_batch(tokens, None, 8, batch_size=12, seed=1, first=36)
+    parts = [train_batch(tokens, None, 8, batch_size=3, seed=1, first=36 + 3 * m) for m in range(4)]
     for i in (0, 1):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
 
 
 def test_another_seed_gives_other_batches():
     tokens = np.arange(500, dtype='<u2')
-    options = dict(block_size=8, batch_size=12, micro_steps=1, step=3, micro_step=0)
+    options = dict(block_size=8, batch_size=12, first=36)
     first, _ = train_batch(tokens, None, seed=1, **options)
     other, _ = train_batch(tokens, None, seed=2, **options)
     assert not torch.equal(first, other)
@@ -55,8 +53,7 @@ def test_another_seed_gives_other_batches():
 def test_targets_are_the_next_tokens_and_masked_ones_are_left_out():
     tokens = np.arange(100, dtype='<u4')
     mask = (np.arange(100) % 3 == 0).astype(np.uint8)
-    idx_BT, targets_BT = train_batch(tokens, mask, 8, batch_size=4, micro_steps=1, seed=0, step=0,
-                                     micro_step=0)
+    idx_BT, targets_BT = train_batch(tokens, mask, 8, batch_size=4, seed=0, first=0)
     following = (idx_BT + 1) % 100
     assert torch.equal(targets_BT, torch.where(following % 3 == 0, following, -1))
 

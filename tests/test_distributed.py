@@ -84,15 +84,15 @@ def test_two_processes_give_the_losses_of_one(book, one_process):
     assert_close(losses(book), one_process(*options), options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('options', [SINGLE, ACCUMULATED], ids=['single', 'accumulated'])
+@pytest.mark.parametrize('options', [
+    pytest.param(SINGLE, marks=pytest.mark.slow), ACCUMULATED], ids=['single', 'accumulated'])
 def test_two_processes_with_adamw_give_the_losses_of_one(book, one_process, options):
     torchrun(*options, cwd=book)
     assert_close(losses(book), one_process(*options), options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('options', [SINGLE, [*ACCUMULATED, *MUON]], ids=['adamw', 'muon'])
+@pytest.mark.parametrize('options', [
+    pytest.param(SINGLE, marks=pytest.mark.slow), [*ACCUMULATED, *MUON]], ids=['adamw', 'muon'])
 def test_two_processes_that_share_the_parameters_give_the_losses_of_one(book, one_process, options):
     output = torchrun(*options, FSDP, cwd=book)
     assert 'sharded' in output
@@ -126,20 +126,17 @@ def sharded(book_once, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_a_sharded_checkpoint_is_an_ordinary_one(sharded):
     saved = checkpoint.load(str(sharded / 'out'))
     assert all(type(weight) is torch.Tensor for weight in saved['model'].values())
 
 
-@pytest.mark.slow
 def test_a_sharded_run_draws_samples_and_is_scored(sharded):
     entries = log_of(sharded)
     assert [entry['iter'] for entry in entries if 'sample' in entry] == [10]
     assert [entry['iter'] for entry in entries if 'acc' in entry] == [0, 12]
 
 
-@pytest.mark.slow
 def test_a_sharded_run_has_the_scores_of_its_checkpoint(sharded):
     out, _ = run('hellaswag.py', '--out_dir=out', '--source=items.jsonl', '--device=cpu',
                  cwd=sharded)
@@ -150,7 +147,6 @@ def test_a_sharded_run_has_the_scores_of_its_checkpoint(sharded):
     assert figures['acc_mean'] == logged['hellaswag']
 
 
-@pytest.mark.slow
 def test_a_sharded_run_is_sampled(sharded):
     text, _ = run('sample.py', '--out_dir=out', '--max_new_tokens=20', '--device=cpu', cwd=sharded)
     assert len(text.strip()) > 5
@@ -159,7 +155,8 @@ def test_a_sharded_run_is_sampled(sharded):
 # ---- A worker that dies --------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_weights(book):
-    options = [*ACCUMULATED, '--max_iters=60', '--dropout=0.1', '--init_from=auto']
+    options = [*ACCUMULATED, '--max_iters=60', '--eval_interval=10', '--dropout=0.1',
+               '--init_from=auto']
     torchrun(*options, cwd=book)
     undisturbed = checkpoint.load(str(book / 'out'))['model']
     os.rename(book / 'out', book / 'undisturbed')

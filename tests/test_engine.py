@@ -112,7 +112,7 @@ def test_a_sampling_setting_out_of_its_range_is_refused(model, options):
 
 @pytest.mark.parametrize('prompts', [[], [[]], [[1], []]], ids=str)
 def test_a_prompt_without_a_token_is_refused(model, prompts):
-    with pytest.raises(UserError, match='a prompt needs a token'):
+    with pytest.raises(UserError, match='at least one token'):
         next(engine.generate(model, prompts, 1))
 
 

@@ -100,9 +100,8 @@ def other_data(kept):
 
 @pytest.mark.parametrize('args, says', [
     (['--init_from=resume'], 'another vocabulary'),
-    ([], 'another shape (vocab_size'),
     (['--init_from=out/best.pt', '--out_dir=new'], 'another vocabulary'),
-], ids=['resume', 'scratch', 'file'])
+], ids=['resume', 'file'])
 def test_data_of_another_vocabulary_than_the_checkpoint(other_data, args, says):
     assert says in refused('train.py', *TINY, *args, cwd=other_data)
 
@@ -114,7 +113,7 @@ def test_as_many_other_characters_are_another_vocabulary_too(kept):
     assert 'another vocabulary' in refused('train.py', *TINY, '--init_from=resume', cwd=kept)
 
 
-@pytest.mark.parametrize('how', ['scratch', 'resume', 'auto'])
+@pytest.mark.parametrize('how', ['resume', 'auto'])
 def test_an_out_dir_that_holds_a_run_of_another_shape(kept, how):
     line = refused('train.py', *TINY, '--n_layer=3', f'--init_from={how}', cwd=kept)
     assert 'n_layer is 2, not 3' in line

@@ -45,9 +45,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on 127.0.0.1 that sends GUTENBERG, as its `script` says, one entry for each request.
+    """A server on 127.0.0.1 that sends GUTENBERG as its `script` says, one entry for each request.
 
-    Nobody waits between two attempts. An entry is 'ok', 'cut', 'no-range' or a status. seen: [(path, range, entry)] of the requests.
+    Nobody waits between two attempts. An entry is 'ok', 'cut', 'no-range' or a status.
+    seen: [(path, range, entry)] of the requests.
     """
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.script = []

@@ -218,8 +218,8 @@ def test_the_learning_rate_rises_and_falls(longer):
 def test_a_fresh_run_puts_the_old_one_aside(trained):
     before = (trained / 'out' / 'ckpt.pt').read_bytes()
     out, _ = run('train.py', *TINY, '--max_iters=5', cwd=trained)
-    assert 'out/previous' in out
-    assert (trained / 'out' / 'previous' / 'ckpt.pt').read_bytes() == before
+    assert 'out/previous-1' in out
+    assert (trained / 'out' / 'previous-1' / 'ckpt.pt').read_bytes() == before
     assert [entry['iter'] for entry in evaluations(trained)] == [0, 5]
 
 
