@@ -36,11 +36,11 @@ Level 2, from Linux 5.12 on. As level 1, and the program
   read-only.
 
 What this does NOT cover. Below level 2 the program can see your other processes and write wherever
-its user may, also to your terminal. At level 0 it can signal those processes and read what they
-hold, such as the keys in their environment. Without libseccomp it can, at level 0, outlive its time
-and reach the network and, at any level, programs that listen at a socket in a folder that is not
-hidden from it, as an agent's in your home: such a program may run anything for it. At any level it
-can
+its user may, also to your terminal. At level 0 it can signal and trace those processes and read
+what they hold, such as the keys in their environment. Without libseccomp it can, at level 0,
+outlive its time and reach the network and, at any level, the host of a virtual machine (vsock) and
+programs that listen at a socket in a folder that is not hidden from it, as an agent's in your home:
+such a program may run anything for it. At any level it can
 - read every file that you may read (or, if root started it, that nobody may), but for those hidden;
 - write into a FIFO that its user may write to, in a folder that is not hidden;
 - keep a core busy until its time is up;

@@ -165,7 +165,7 @@ def open_checkpoint(run):
         except UserError as e:
             run.notes.append(str(e))
             continue
-        run.saved = f'{name}, of step {checkpoint["iter_num"]}'
+        run.saved = f'{name}, of step {checkpoint.get("iter_num", 0)}'
         run.notes.append(f'its model is {run.saved}')
         return checkpoint
     run.notes.append('no checkpoint, so no test and no texts')

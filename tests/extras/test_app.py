@@ -358,8 +358,9 @@ def test_the_page_answers_to_known_names_only(address, host, status):
     assert 'out/chars' not in answer.text or status == 200
 
 
-@pytest.mark.parametrize('kind', ['multipart/form-data; boundary=b', 'Multipart/Form-Data; boundary=b',
-                                  'text/plain', 'application/x-www-form-urlencoded'])
+@pytest.mark.parametrize('kind', [
+    'multipart/form-data; boundary=b', 'Multipart/Form-Data; boundary=b', 'text/plain',
+    'application/x-www-form-urlencoded'])
 def test_nothing_can_be_uploaded(address, kind):
     """A page elsewhere can send all of these without asking first."""
     body = ('--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n'

@@ -336,7 +336,7 @@ def test_a_netrc_does_not_replace_the_key(repeater, tmp_path, monkeypatch):
     assert set(Repeater.seen) == {'Bearer sk-SECRETKEY'}
 
 
-def test_an_address_that_does_not_answer_is_shown_without_its_password(monkeypatch, tmp_path, capfd):
+def test_an_address_is_shown_without_its_password(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv('OPENAI_BASE_URL', 'http://user:s3cretpw@127.0.0.1:9/v1')
     monkeypatch.setattr(teachers, 'BACKOFF', 0.001)
     monkeypatch.chdir(tmp_path)
