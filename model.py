@@ -178,6 +178,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos_sin, mask, cache):
+        # What is added is normalised first, the stream itself never: gradients pass straight on.
         x = x + self.attn(self.ln_1(x), cos_sin, mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -303,6 +304,7 @@ class GPT(nn.Module):
             n_weights -= self.transformer.wpe.weight.numel()  # looked up, not multiplied
         else:
             n_weights -= self.transformer.wte.weight.numel()
+        # Attention reaches as far back as the window lets it.
         span = self.config.block_size
         if self.config.window > 0:
             span = min(self.config.window, span)

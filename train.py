@@ -147,17 +147,17 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 # torchrun has restarted this run after a worker died: go on, and not once more from the beginning.
-if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0 and os.path.exists(ckpt_path):
+# But if it died early, the folder still holds an older run, which is not what was asked for.
+is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
+if machine.any(is_restart and folio.checkpoint.is_of_launch(out_dir, machine.launch())):
     init_from = 'resume'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
 
 checkpoint = None
-is_file = os.path.isfile(init_from)
-if is_file and os.path.dirname(os.path.abspath(init_from)) == os.path.abspath(out_dir):
-    raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give another '
-                    '--out_dir, or --init_from=resume')
+if init_from not in ('scratch', 'resume') and not eval_only:
+    folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
@@ -186,6 +186,7 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
 first_window = 0  # where in the stream of training windows this run begins or goes on
+is_validated = False  # whether the model as it is before the next step was evaluated
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
@@ -195,6 +196,7 @@ if init_from == 'resume':
     first_iter = checkpoint['iter_num']
     # Counted in windows, because the size of a batch may have changed.
     first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
+    is_validated = checkpoint.get('is_validated', True)
     norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
@@ -262,9 +264,12 @@ def windows_before(iter_num):
     return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
 
 
+fingerprint = data.fingerprint('train')  # now: the files may be made anew while we train
+
+
 def save(path, iter_num):
-    """Write a checkpoint of the run as it is before step iter_num."""
-    stop_if_diverged(iter_num)  # nothing that is not finite is ever saved
+    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged."""
+    stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
@@ -280,7 +285,8 @@ def save(path, iter_num):
         'config': config,
         'iter_num': iter_num,
         'windows': windows_before(iter_num),
-        'data': data.fingerprint('train'),
+        'data': fingerprint,
+        'is_validated': is_validated,
         'norms': norms,
         'best_val_loss': best_val_loss,
         'evals_without_gain': evals_without_gain,
@@ -288,16 +294,17 @@ def save(path, iter_num):
     })
 
 
-def stop_if_diverged(iter_num):
-    """Raise UserError if a loss or a norm was not finite: what is saved shall stay as it is."""
-    if all_finite:
+def stop_if_diverged(iter_num, is_finite):
+    """Raise UserError if in any process a number was not finite: what is saved stays as it is."""
+    if not machine.any(not is_finite):
         return
     remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
     if os.path.exists(ckpt_path):
         remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
     rate = optimizers[0].param_groups[0]['lr']
     raise UserError(f'the run diverged at step {iter_num}, learning rate {rate:.2e}, gradient norm '
-                    f'{norm.item()}; {first_not_finite(model)} is not finite; {remedy}')
+                    f'{norm.item()}; {first_not_finite(model) or "the loss"} is not finite; '
+                    f'{remedy}')
 
 
 def log(entry):
@@ -314,8 +321,8 @@ def log_evaluation(iter_num, metrics):
     """Print and log the loss on the validation split and what follows from it."""
     print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in metrics.items()))
     others = {key: value for key, value in metrics.items() if key != 'loss'}
-    log({'iter': iter_num, 'tokens': iter_num * tokens_per_step, 'train_seconds': train_seconds,
-         'val_loss': metrics['loss'], **others})
+    log({'iter': iter_num, 'tokens': windows_before(iter_num) * block_size,
+         'train_seconds': train_seconds, 'val_loss': metrics['loss'], **others})
 
 
 def score_hellaswag(iter_num):
@@ -389,7 +396,7 @@ if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         lock = only_one(os.path.join(out_dir, 'lock'))  # held until this process ends
         if init_from == 'resume':
-            folio.checkpoint.truncate_log(log_path, first_iter)
+            folio.checkpoint.truncate_log(log_path, first_iter, is_validated)
             for entry in folio.checkpoint.read_log(log_path):
                 if entry.get('iter') == first_iter:
                     in_log |= entry.keys()
@@ -405,11 +412,13 @@ if rank == 0:
 in_log = {key for key in ('val_loss', 'hellaswag', 'sample') if machine.any(key in in_log)}
 log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
-    'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
-for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    if hasattr(signal, name):  # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), on_signal)
+    'launch': machine.launch(), 'cpus': os.cpu_count(), 'torch': torch.__version__,
+    'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+# Windows has no SIGHUP, and nohup has it ignored, so that a run outlives its terminal.
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, on_signal)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -447,7 +456,7 @@ for iter_num in range(first_iter, max_iters + 1):
     train_seconds += pause_start - step_start  # the clock stands still until the next step
     is_last = iter_num == max_iters
 
-    # Validate
+    # Validate, unless the checkpoint that we go on from was saved after that
     stopping = should_stop()
     metrics = None
     if not stopping and is_due('val_loss', eval_interval):
@@ -455,10 +464,11 @@ for iter_num in range(first_iter, max_iters + 1):
                            n_windows=eval_iters * batch_size, machine=machine,
                            should_stop=should_stop)
         stopping = metrics is None  # a signal came meanwhile
+    is_validated = metrics is not None or (iter_num == first_iter and 'val_loss' in in_log)
     improved = False
     if metrics is not None:
         all_finite &= math.isfinite(metrics['loss'])
-        stop_if_diverged(iter_num)
+        stop_if_diverged(iter_num, all_finite)
         improved = metrics['loss'] < best_val_loss
         best_val_loss = min(best_val_loss, metrics['loss'])
         evals_without_gain = 0 if improved else evals_without_gain + 1
@@ -513,26 +523,26 @@ for iter_num in range(first_iter, max_iters + 1):
         loss_weight = n_targets_here * world_size / max(1, n_targets)
         scaler.scale(loss * loss_weight).backward()
         loss_sum += loss.detach() * n_targets_here
-    # Clip the gradients that the loss itself has, not the scaled ones.
+    # The gradients that the loss itself has, not the scaled ones.
     for o in optimizers:
         scaler.unscale_(o)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if fsdp:
-        norm = norm.full_tensor()
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = total_norm.full_tensor() if fsdp else total_norm
+    # To look at this number waits for the device, so on a GPU it is looked at when one logs or
+    # saves. Under float16 only the loss tells: an overflow in the gradients is no divergence.
+    is_logged = iter_num % log_interval == 0
+    all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
+    if is_logged or machine.type == 'cpu':
+        stop_if_diverged(iter_num, all_finite)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, total_norm)
     # Do not step where float16 has overflowed (the scaler then scales less), nor at a spike.
     skip = machine.dtype == 'float16' and not norm.isfinite()
     if skip_spikes and is_spike(norm.item(), norms):
         skip = True
         print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
         log({'iter': iter_num, 'skipped': norm.item()})
-    if skip_spikes:
+    if skip_spikes and norm.isfinite():
         norms = [*norms, norm.item()][-100:]
-    # To look at this number waits for the device, so on a GPU it is looked at when one logs or
-    # saves. Under float16 only the loss tells: an overflow in the gradients is no divergence.
-    is_logged = iter_num % log_interval == 0
-    all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
-    if is_logged or machine.type == 'cpu':
-        stop_if_diverged(iter_num)
     for o in optimizers:
         if not skip:
             scaler.step(o)
@@ -558,7 +568,9 @@ if stopping:
     arguments = [arg for arg in sys.argv if not arg.startswith('--init_from=')]
     command = shlex.join(arguments + ['--init_from=resume'])
     launcher = 'python'
-    if world_size > 1:
+    if int(os.environ.get('GROUP_WORLD_SIZE', '1')) > 1:
+        launcher = 'torchrun with its options, on each node:'
+    elif world_size > 1:
         launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world_size)}'
     print0(f'stopped at step {iter_num}, saved in {ckpt_path}; go on with: {launcher} {command}')
     # If the signal came to another process, this one has no number to end with.

@@ -247,6 +247,15 @@ def require_same_tokenizer(checkpoint, source, data):
                         'it can only go on with its own')
 
 
+def require_elsewhere(init_from, out_dir):
+    """Raise UserError if weights to begin with lie where the run that they are of is moved away."""
+    folder = os.path.realpath(out_dir)
+    path = os.path.realpath(init_from)
+    if os.path.exists(init_from) and folder in (path, os.path.dirname(path)):
+        raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give '
+                        'another --out_dir, or --init_from=resume')
+
+
 def require_training_state(checkpoint, path):
     """Raise UserError unless a checkpoint holds what a run goes on from."""
     for name in ('iter_num', 'best_val_loss', 'optimizer'):
@@ -344,21 +353,43 @@ def read_log(path, damaged=None):
     return entries
 
 
+def is_of_launch(out_dir, launch):
+    """Return whether the run in a folder was begun by this start of torchrun, and can be resumed.
+
+    launch: what Machine.launch returns. Each start and each resume writes it to the log.
+    """
+    starts = []
+    for entry in read_log(os.path.join(out_dir, 'log.jsonl'), damaged=[]):
+        if 'config' in entry:
+            starts.append(entry)
+    if not starts or not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        return False
+    return starts[-1]['machine'].get('launch', '') == launch
+
+
 def steps_done(entry):
     """Return the steps finished when a log line was written; -1 for a header.
 
-    A training loss is logged after its step, everything else before one.
+    A training loss, or that a step was skipped, is logged after it; everything else before one.
     """
     if 'iter' not in entry:
         return -1
-    return entry['iter'] + 1 if 'loss' in entry else entry['iter']
+    is_of_step = 'loss' in entry or 'skipped' in entry
+    return entry['iter'] + 1 if is_of_step else entry['iter']
 
 
-def truncate_log(path, iter_num):
-    """Drop what a killed run logged after its checkpoint at iter_num, to be logged again."""
+def truncate_log(path, iter_num, is_validated):
+    """Drop what a killed run logged after its checkpoint at iter_num, to be logged again.
+
+    is_validated: whether the checkpoint was saved after the evaluation at iter_num.
+    """
     if not os.path.exists(path):
         return
-    entries = [entry for entry in read_log(path) if steps_done(entry) <= iter_num]
+    entries = []
+    for entry in read_log(path):
+        is_again = entry.get('iter') == iter_num and 'val_loss' in entry and not is_validated
+        if steps_done(entry) <= iter_num and not is_again:
+            entries.append(entry)
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(entry) + '\n' for entry in entries)
     os.replace(path + '.tmp', path)

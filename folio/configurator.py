@@ -37,6 +37,10 @@ def configure(namespace, argv=None):
     or of another type.
     """
     sys.excepthook = report
+    for stream in (sys.stdout, sys.stderr):
+        # A letter that the terminal does not have is written as \u4e00, and ends no run.
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     argv = sys.argv[1:] if argv is None else argv
     settings = {}
     for key, value in namespace.items():

@@ -165,17 +165,25 @@ class Dataset:
             fits = 'targets' not in self.counts(split)
         if not fits:
             raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
+        if mask is not None and not mask.any():
+            raise UserError(f'{path} leaves no target in {split}.bin; {self.remedy}')
         return mask
 
     def fingerprint(self, split):
-        """Return a short text that changes when the tokens of a split do: size and some blocks."""
-        path = self.path(f'{split}.bin')
-        size = os.path.getsize(path)
-        digest = hashlib.sha256(str(size).encode())
-        with open(path, 'rb') as f:
-            for i in range(64):
-                f.seek(size * i // 64)
-                digest.update(f.read(4096))
+        """Return a short text that changes when a split does: sizes and some blocks of its files.
+
+        These are 64 blocks of 4 KiB of the tokens, from the first to the last, and of the mask.
+        """
+        digest = hashlib.sha256()
+        for path in (self.path(f'{split}.bin'), self.path(f'{split}.mask.bin')):
+            if not os.path.isfile(path):
+                continue
+            size = os.path.getsize(path)
+            digest.update(f'{os.path.basename(path)} {size} '.encode())
+            with open(path, 'rb') as f:
+                for i in range(64):
+                    f.seek(max(0, size - 4096) * i // 63)
+                    digest.update(f.read(4096))
         return digest.hexdigest()[:16]
 
     def per_token(self, split, what):

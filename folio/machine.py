@@ -56,7 +56,7 @@ class Machine:
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
             if self.type == 'cuda' and ':' in device:
                 torch.cuda.set_device(device)  # for what asks about the current GPU
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).item()  # there are devices that hold no numbers
         except (RuntimeError, AssertionError) as e:  # either, for a device that is not there
             reason = str(e).partition('\n')[0]
             raise UserError(f'device {device}: {reason}; try --device=cpu') from None
@@ -81,6 +81,13 @@ class Machine:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return 'bfloat16'
         return 'float16'
+
+    def launch(self):
+        """Return what tells one start of torchrun from another, restarts included; '' without it.
+
+        It has a folder with a random name for each start: …/none_x1y2z3/attempt_0/0/error.json
+        """
+        return os.environ.get('TORCHELASTIC_ERROR_FILE', '').partition('/attempt_')[0]
 
     def __str__(self):
         processes = '1 process' if self.world_size == 1 else f'{self.world_size} processes'

@@ -195,7 +195,10 @@ def product_dtype(G):
 
 # ---- Divergence ----------------------------------------------------------------------------------
 def first_not_finite(model):
-    """Return which tensor of a model is the first to hold a NaN or an infinity; None: none does."""
+    """Return which tensor of a model is the first to hold a NaN or an infinity; None: none does.
+
+    Call it before gradients are clipped: by a norm that is not finite they all become so.
+    """
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f'the weight {name}'
@@ -208,9 +211,10 @@ def first_not_finite(model):
 def is_spike(norm, norms):
     """Return whether a gradient norm lies far outside the last ones, a list of at most 100.
 
-    Far is six standard deviations above their mean; fewer than 20 do not say what is usual.
+    Far is six standard deviations above their mean; fewer than 20 do not say what is usual. One
+    that is not finite is no spike: float16 has those, and scales its loss less.
     """
-    if len(norms) < 20:
+    if len(norms) < 20 or not math.isfinite(norm):
         return False
     return norm > statistics.fmean(norms) + 6 * statistics.pstdev(norms)
 

@@ -227,7 +227,7 @@ def log(tmp_path):
 
 def test_a_log_keeps_what_was_written_before_the_checkpoint(log):
     """The loss of step 2 came after the checkpoint of step 2, its evaluation before."""
-    checkpoint.truncate_log(str(log), 2)
+    checkpoint.truncate_log(str(log), 2, is_validated=True)
     assert checkpoint.read_log(str(log)) == ENTRIES[:5]
 
 

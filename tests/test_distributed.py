@@ -133,7 +133,7 @@ def test_a_sharded_checkpoint_is_an_ordinary_one(sharded):
 
 def test_a_sharded_run_draws_samples_and_is_scored(sharded):
     entries = log_of(sharded)
-    assert [entry['iter'] for entry in entries if 'sample' in entry] == [10]
+    assert [entry['iter'] for entry in entries if 'sample' in entry] == [10, 12]
     assert [entry['iter'] for entry in entries if 'acc' in entry] == [0, 12]
 
 

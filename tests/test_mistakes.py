@@ -15,9 +15,9 @@ def the_line(err):
     return lines[0]
 
 
-def refused(script, *args, cwd):
+def refused(script, *args, cwd, **options):
     """Return the one line with which a script answers a mistake."""
-    _, err = run(script, *args, cwd=cwd, status=2)
+    _, err = run(script, *args, cwd=cwd, status=2, **options)
     return the_line(err)
 
 

@@ -20,7 +20,7 @@ CHAR_RUN = [*TINY, '--dataset=shakespeare_char', '--bias=False']
 
 
 # ---- What they bring -----------------------------------------------------------------------------
-def write_char_folder(folder):
+def char_folder(folder):
     """Write data/shakespeare_char as its prepare.py leaves it."""
     folder.mkdir(parents=True)
     ids = [CHARS.index(c) for c in TEXT]
@@ -74,11 +74,11 @@ class PlainGPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))
 
 
-def write_checkpoint(path, vocab_size=len(CHARS), bias=False, prefix='', **changes):
+def checkpoint_file(path, vocab_size=len(CHARS), bias=False, prefix='', **changes):
     """Write a ckpt.pt after one step of AdamW over nanoGPT's two groups: matrices, then vectors.
 
     prefix: of the names, as of a compiled model. changes: entries of the dictionary; None: left
-    out. Returns the model.
+    out. Returns (the model, its optimizer).
     """
     torch.manual_seed(0)
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=bias, vocab_size=vocab_size,
@@ -99,15 +99,15 @@ def write_checkpoint(path, vocab_size=len(CHARS), bias=False, prefix='', **chang
              'config': {'dataset': 'shakespeare_char', 'out_dir': 'out'}} | changes
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: value for key, value in saved.items() if value is not None}, path)
-    return model.eval()
+    return model.eval(), optimizer
 
 
 @pytest.fixture(scope='module')
 def resumed_once(tmp_path_factory):
     """A folder with their data and a run of theirs that ours took from step 20 to 22."""
     folder = tmp_path_factory.mktemp('nanogpt') / 'work'
-    write_char_folder(folder / 'data' / 'shakespeare_char')
-    write_checkpoint(folder / 'out' / 'ckpt.pt')
+    char_folder(folder / 'data' / 'shakespeare_char')
+    checkpoint_file(folder / 'out' / 'ckpt.pt')
     out, _ = run('train.py', *CHAR_RUN, '--init_from=resume', '--max_iters=22', '--log_interval=1',
                  cwd=folder)
     (folder / 'printed.txt').write_text(out)
@@ -117,8 +117,8 @@ def resumed_once(tmp_path_factory):
 @pytest.fixture
 def nanogpt(tmp_path):
     """A folder with their data and a run of theirs, as their scripts left them."""
-    write_char_folder(tmp_path / 'data' / 'shakespeare_char')
-    write_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    char_folder(tmp_path / 'data' / 'shakespeare_char')
+    checkpoint_file(tmp_path / 'out' / 'ckpt.pt')
     return tmp_path
 
 
@@ -142,7 +142,7 @@ def assert_sampled(folder):
     (50304, 50257, True, '_orig_mod.'),  # GPT-2's vocabulary, with 47 rows that are no tokens
 ], ids=['char', 'gpt2-compiled'])
 def test_a_checkpoint_gives_the_same_logits(tmp_path, vocab_size, n_tokens, bias, prefix):
-    theirs = write_checkpoint(tmp_path / 'ckpt.pt', vocab_size, bias, prefix)
+    theirs, _ = checkpoint_file(tmp_path / 'ckpt.pt', vocab_size, bias, prefix)
     ours = GPT.from_pretrained(str(tmp_path / 'ckpt.pt')).eval()
     idx_BT = torch.randint(len(CHARS), (3, 32))
     with torch.no_grad():
@@ -170,20 +170,20 @@ def test_a_resumed_run_is_sampled(resumed_once):
 
 @pytest.mark.parametrize('optimizer', [{}, None], ids=['empty', 'missing'])
 def test_a_checkpoint_without_its_optimizer_is_sampled(nanogpt, optimizer):
-    write_checkpoint(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
+    checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
     assert_sampled(nanogpt)
 
 
 @pytest.mark.parametrize('optimizer', [{}, None], ids=['empty', 'missing'])
 def test_a_run_without_its_optimizer_goes_on_with_a_new_one_and_says_so(nanogpt, optimizer):
-    write_checkpoint(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
+    checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
     out, _ = run('train.py', *CHAR_RUN, '--init_from=resume', '--max_iters=21', cwd=nanogpt)
     assert 'out/ckpt.pt was saved without its optimizer, which starts anew' in out
     assert 'done at step 21' in out
 
 
 def test_weights_without_a_step_are_not_resumed_but_say_what_to_do(nanogpt):
-    write_checkpoint(nanogpt / 'out' / 'ckpt.pt', iter_num=None)
+    checkpoint_file(nanogpt / 'out' / 'ckpt.pt', iter_num=None)
     _, err = run('train.py', *CHAR_RUN, '--init_from=resume', cwd=nanogpt, status=2)
     assert 'holds weights but no iter_num' in err
     assert '--init_from=out/ckpt.pt' in err
@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_data_is_refused_for_its_vocabulary(nanogpt):
 def char_run(tmp_path_factory):
     """(the checkpoint of a run on their characters, what it printed)."""
     folder = tmp_path_factory.mktemp('char')
-    write_char_folder(folder / 'data' / 'shakespeare_char')
+    char_folder(folder / 'data' / 'shakespeare_char')
     out, _ = run('train.py', *CHAR_RUN, '--learning_rate=1e-2', cwd=folder)
     return checkpoint.load(str(folder / 'out')), out
 
@@ -291,7 +291,7 @@ compile = False
 
 
 def test_a_config_file_works_unchanged(tmp_path):
-    write_char_folder(tmp_path / 'data' / 'shakespeare_char')
+    char_folder(tmp_path / 'data' / 'shakespeare_char')
     (tmp_path / 'config.py').write_text(CONFIG)
     run('train.py', 'config.py', cwd=tmp_path)
     assert checkpoint.load(str(tmp_path / 'out-char'))['config']['beta2'] == 0.99

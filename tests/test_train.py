@@ -109,8 +109,7 @@ def test_a_killed_run_of_another_kind_ends_so_too(book, name):
     assert_a_killed_run_ends_as_one_left_alone(book, VARIANTS[name])
 
 
-@pytest.mark.parametrize('number', [
-    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(book, number):
     process = start_training(book, '--max_iters=100000', '--log_interval=1',
                              '--eval_interval=100000')

@@ -376,7 +376,8 @@ def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
     trained_head = checkpoint['model']['lm_head.weight'][:len(exported)]
     assert exported.dtype == torch.bfloat16
     assert torch.equal(exported, trained_head.bfloat16())
-    assert set(os.listdir(trained / 'out')) == {'ckpt.pt', 'best.pt', 'log.jsonl', 'hf'}
+    files = {'ckpt.pt', 'best.pt', 'log.jsonl', 'lock', 'hf'}
+    assert set(os.listdir(trained / 'out')) == files
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
