@@ -134,7 +134,7 @@ def upgrade_nanogpt(checkpoint):
         if name in weights:
             weights[name] = pad_rows(weights[name], missing_rows)
 
-    optimizer = checkpoint.get('optimizer')
+    optimizer = dict(checkpoint.get('optimizer') or {})
     if optimizer:
         embedding = optimizer['state'].get(0, {})  # its first parameter is wte
         for name in ('exp_avg', 'exp_avg_sq'):

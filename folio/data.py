@@ -58,6 +58,13 @@ def check_pickle(data, more=()):
     return arguments
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Refuse whatever names a class, should it have passed as plain."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
 def token_dtype(meta):
     """Return the NumPy type of a data set's tokens, as its meta.json says. Raises ValueError.
 
@@ -133,7 +140,7 @@ class Dataset:
         with open(self.path('meta.pkl'), 'rb') as f:
             data = f.read()
         check_pickle(data)
-        itos = pickle.loads(data)['itos']
+        itos = PlainUnpickler(io.BytesIO(data)).load()['itos']
         self.vocab_size = len(itos)
         self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
 

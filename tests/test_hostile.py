@@ -410,6 +410,7 @@ def peak_memory():
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.filterwarnings('ignore')  # of torch, about what it then refuses
 @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='Windows has no such alarm')
 @pytest.mark.parametrize('name', FORMATS)
 def test_a_file_from_a_stranger_ends_in_one_line(name):
