@@ -12,10 +12,16 @@ Level 0, on Linux and macOS. The program
 - runs in a process of its own, in a fresh folder that is deleted afterwards;
 - has Python's standard library and nothing else, no environment, and no input or output;
 - cannot start another process or thread;
-- is stopped when its time is up, and gets little memory (on Linux; macOS has no such limit),
-  files of at most 16 MiB, and few of them open at once;
-- runs as the user nobody if root started it. On Linux it has no capabilities, and gains no rights
-  by executing a set-user-ID program.
+- is stopped when its time is up, or when the process that asked for it ends;
+- gets little memory (on Linux; macOS has no such limit), files of at most 16 MiB, and few of them
+  open at once;
+- runs as the user nobody if root started it. On Linux it has no capabilities, gains no rights by
+  executing a set-user-ID program, and finds an empty session keyring.
+
+Where libseccomp is installed, as Debian, Ubuntu and Fedora do by themselves, the program also
+- has no sockets: no network, no D-Bus, tmux or ssh-agent, no host of a virtual machine (vsock);
+- cannot keep memory in the kernel beyond its limit, by memfd or System V shared memory;
+- has no io_uring, no userfaultfd, no keyrings and no namespaces of its own.
 
 Level 1, where Linux permits namespaces. As level 0, and the program
 - has no network, not even 127.0.0.1;
@@ -24,15 +30,20 @@ Level 1, where Linux permits namespaces. As level 0, and the program
 
 Level 2, from Linux 5.12 on. As level 1, and the program
 - sees no other process: its /proc is empty;
-- can write only to its folder and to that /proc, which are kept in memory, 16 MiB each. All other
-  files are read-only.
+- sees nothing of /run, /tmp and /var/tmp, and no device but null, zero and urandom: no terminal,
+  no GPU, no shared memory;
+- can write only to its folder, which is kept in memory: 16 MiB in 4096 files. All other files are
+  read-only.
 
-What this does NOT cover. Below level 1 the program can reach the network and your other processes;
-below level 2 it can see those processes, and write wherever its user may. At any level it can
-- read every file that you may read (or, if root started it, that nobody may);
+What this does NOT cover. Below level 2 the program can see your other processes and write wherever
+its user may, also to your terminal. At level 0 it can signal and trace those processes and read
+what they hold, such as the keys in their environment. Without libseccomp it can, at level 0,
+outlive its time and reach the network and, at any level, the host of a virtual machine (vsock) and
+programs that listen at a socket in a folder that is not hidden from it, as an agent's in your home:
+such a program may run anything for it. At any level it can
+- read every file that you may read (or, if root started it, that nobody may), but for those hidden;
+- write into a FIFO that its user may write to, in a folder that is not hidden;
 - keep a core busy until its time is up;
-- hold more memory than its limit in files that the kernel keeps there (memfd, shared memory);
-- talk to programs that listen at a socket in the file system;
 - use a hole in the kernel;
 - claim to have passed, if it sets out to.
 
@@ -40,8 +51,9 @@ It contains accidents, not attackers: run what you distrust in a virtual machine
 
 Needs folio/configurator.py.
 """
-import ctypes
 import contextlib
+import ctypes
+import errno
 import functools
 import json
 import os
@@ -76,13 +88,23 @@ MS_BIND = 0x1000  # show a folder in a second place
 MS_REC = 0x4000  # with all that is mounted below it
 MS_PRIVATE = 0x40000  # later mounts show in this namespace only
 MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NODEV = 0x4
 AT_RECURSIVE = 0x8000  # linux/fcntl.h
 AT_FDCWD = -100
 SYS_MOUNT_SETATTR = 442  # the same on x86 and ARM; older C libraries have no function for it
+SYS_KEYCTL = {'x86_64': 250, 'aarch64': 219}  # by os.uname().machine
+KEYCTL_JOIN_SESSION_KEYRING = 1  # linux/keyctl.h
 # linux/capability.h and linux/prctl.h
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
+
+# What level 2 covers by empty folders: there others put sockets, FIFOs, terminals and devices.
+HIDDEN = ('/run', '/tmp', '/var/tmp', '/dev')
+DEVICES = ('/dev/null', '/dev/zero', '/dev/urandom')  # what it puts back
+# System calls that no program of this kind needs, and by which some got further than they should
+REFUSED = ('socket', 'io_uring_setup', 'userfaultfd', 'memfd_create', 'memfd_secret', 'shmget',
+           'keyctl', 'add_key', 'request_key', 'unshare', 'setns')
 
 
 def execute(program, timeout=3.0, memory=512, level=None):
@@ -96,7 +118,8 @@ def execute(program, timeout=3.0, memory=512, level=None):
     # Whatever the program writes, and wherever, a line without this nonce is not our verdict
     nonce = os.urandom(16).hex()
     job = {'program': program, 'timeout': timeout, 'memory': memory, 'nonce': nonce, 'level': level}
-    with tempfile.TemporaryDirectory(prefix='confine-', ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix='confine-')
+    try:
         # -I ignores environment variables and the user's packages, -S those of site-packages.
         # Nobody reads the argument; it shows in `ps` which process belongs to which folder.
         command = [sys.executable, '-I', '-S', __file__, folder]
@@ -107,11 +130,27 @@ def execute(program, timeout=3.0, memory=512, level=None):
                 # It keeps the time itself. The extra minute allows for a slow start.
                 answer, _ = process.communicate(json.dumps(job).encode(), timeout + 60)
             except subprocess.TimeoutExpired:
-                answer = b'timed out'
+                answer = b'started\ntimed out'
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # whatever is left of its group
-    return answer.decode() or 'failed: it could not be started'
+    finally:
+        remove(folder)
+    started, _, verdict = answer.decode().partition('\n')
+    if not started:
+        return 'failed: it could not be started'
+    return verdict or 'failed: it ended the process that kept its time'
+
+
+def remove(folder):
+    """Remove a program's folder as far as it can be removed; raise nothing."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)  # at level 2 it is empty
+        return
+    # Folders may be nested deeper than Python can remove them, or closed to their owner.
+    with contextlib.suppress(OSError):
+        for command in (['chmod', '-R', 'u+rwX', folder], ['rm', '-rf', folder]):
+            subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @functools.cache
@@ -122,16 +161,19 @@ def isolation():
     """
     if not hasattr(os, 'fork'):
         raise UserError('programs can be run apart on Linux and macOS only; on Windows use WSL')
-    can_reach = {2: '', 1: 'see your other processes',
-                 0: 'reach the network and your other processes'}
+    can_do = {2: '', 1: 'see your other processes, and write where its user may',
+              0: 'read and end your other processes, and write where its user may'}
     # Python's library must be readable, also its parts in C, and the folder writable.
     trial = 'import hashlib, typing\nopen("a", "w").write("b")'
-    for level, what in can_reach.items():
+    for level, what in can_do.items():
         result = execute(trial, 30, level=level)
         if result == 'passed':
             if what:
-                print(f'notice: code run here can {what}, and write where its user may',
-                      file=sys.stderr)
+                print(f'notice: code run here can {what}', file=sys.stderr)
+            if execute('import socket\nsocket.socket()', 30, level=level) == 'passed':
+                where = 'the network and ' if level == 0 else ''
+                print(f'notice: code run here can reach {where}programs that listen at a socket '
+                      'in the file system; libseccomp would keep it from that', file=sys.stderr)
             return level
     raise UserError(f'no program can be run apart here ({result}); if you are root, try as another '
                     f'user, who may read {sys.executable} and its library')
@@ -161,12 +203,17 @@ def run_confined():
         os.dup2(null, fd)
     is_root = os.getuid() == 0
     enter_namespaces(job['level'], is_root)
+    die_with_parent()
     if os.fork():
         os.wait()
         os._exit(0)
+    die_with_parent()
+    # The one signal that Python handles is the one that the program could send us from inside.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     # From here on we are the first process of the new namespace: when it ends, the kernel ends all
     # others in it, whatever they did to get away.
+    os.write(scorer, b'started\n')
     reader, writer = os.pipe()
     leave = os._exit  # kept here, because a program may replace what it finds in os
     child = os.fork()
@@ -183,7 +230,7 @@ def run_confined():
 
 
 def run_program(job, writer, is_root):
-    """Run the program in this process; write one line to the pipe, the nonce and how it ended."""
+    """Run the program in this process; write the nonce and how it ended to the pipe."""
     write = os.write  # kept for the same reason as leave
     give_up_rights(is_root, job['timeout'], job['memory'])
     names = {}
@@ -193,8 +240,7 @@ def run_program(job, writer, is_root):
     except BaseException as e:  # a program may raise anything, SystemExit too
         names.clear()  # after a MemoryError this makes room for the words below
         verdict = f'failed: {type(e).__name__}: {e}'
-    one_line = ' '.join(verdict.split())[:200]
-    write(writer, f'{job["nonce"]} {one_line}\n'.encode('utf-8', 'replace'))
+    write(writer, f'{job["nonce"]} {verdict[:1000]}'.encode('utf-8', 'replace'))
 
 
 def wait_for_verdict(child, reader, timeout, nonce):
@@ -207,7 +253,9 @@ def wait_for_verdict(child, reader, timeout, nonce):
     _, status = os.waitpid(child, 0)
     first_word, _, verdict = answer.decode('utf-8', 'replace').partition(' ')
     if first_word == nonce:
-        return verdict.strip()
+        one_line = ' '.join(verdict.split())[:200]
+        # The program may have written this itself, for a terminal to obey
+        return ''.join(c if c.isprintable() else '\ufffd' for c in one_line)
     if not readable:
         return 'timed out'
     if os.WIFSIGNALED(status):
@@ -260,35 +308,41 @@ def unshare(level, is_root):
 
 
 def make_read_only(folder, is_root):
-    """Make all files read-only but for two empty folders in memory, /proc and the program's."""
+    """Make all files read-only but for the program's folder, and hide what only its owner needs."""
     mount('none', '/', '', MS_REC | MS_PRIVATE)  # first, so that nothing done below shows outside
-    if is_root:
-        open_way_to_library(folder)
-    read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY)  # struct mount_attr, its other fields 0
-    call_c('syscall', SYS_MOUNT_SETATTR, AT_FDCWD, b'/', AT_RECURSIVE, read_only,
-           ctypes.sizeof(read_only))
-    # What is mounted after that call can be written to. An empty /proc hides all processes.
-    for path in ('/proc', folder):
-        mount('none', path, 'tmpfs', MS_NOSUID | MS_NODEV, 'size=16m,mode=777')
-    os.chdir(folder)
-
-
-def open_way_to_library(folder):
-    """Let the user nobody reach Python's library where it lies in a folder closed to him, as /root.
-
-    An empty folder in memory covers the closed one and shows nothing of it but the library, which
-    is held meanwhile by a mount on the program's own folder.
-    """
     library = os.path.dirname(os.path.dirname(os.__file__))
+    hidden = list(HIDDEN)
     closed = first_closed_folder(library)
-    if closed is None:
-        return
-    mount(library, folder, '', MS_BIND | MS_REC)
+    if is_root and closed is not None:  # as /root; the user nobody must come through to Python's
+        hidden.append(closed)
+    kept = {path: os.open(path, os.O_PATH) for path in (library, *DEVICES)}
+    for path in hidden:
+        if os.path.isdir(path):
+            mount('none', path, 'tmpfs', MS_NOSUID, 'mode=755')
+    for path, fd in kept.items():
+        if os.path.exists(path):
+            continue  # it was not hidden
+        os.makedirs(library if path == library else '/dev', exist_ok=True)
+        if path != library:
+            open(path, 'w').close()  # a file to mount the device on
+        mount(f'/proc/self/fd/{fd}', path, '', MS_BIND | MS_REC)
+        os.close(fd)
+    os.makedirs(folder, exist_ok=True)  # it lay in /tmp
+
+    mount('none', '/proc', 'tmpfs', MS_NOSUID, 'mode=755')  # an empty one hides all processes
+    set_mounts('/', AT_RECURSIVE, add=MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV)
+    for path in DEVICES:
+        set_mounts(path, 0, remove=MOUNT_ATTR_NODEV)
+    # What is mounted after that call can be written to.
+    mount('none', folder, 'tmpfs', MS_NOSUID | MS_NODEV, 'size=16m,nr_inodes=4096,mode=777')
     os.chdir(folder)
-    mount('none', closed, 'tmpfs', MS_NOSUID | MS_NODEV, 'mode=755')
-    os.makedirs(library)
-    mount('.', library, '', MS_BIND | MS_REC)
-    os.makedirs(folder, exist_ok=True)  # it may have been in the closed folder too
+
+
+def set_mounts(path, flags, add=0, remove=0):
+    """Change what may be done in the file system that is mounted at path."""
+    attributes = (ctypes.c_uint64 * 4)(add, remove)  # struct mount_attr, its other fields 0
+    call_c('syscall', SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes,
+           ctypes.sizeof(attributes))
 
 
 def first_closed_folder(path):
@@ -302,6 +356,12 @@ def first_closed_folder(path):
 
 
 # ---- Rights and limits ---------------------------------------------------------------------------
+def die_with_parent():
+    """Let the kernel kill this process when the one that started it ends."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def give_up_rights(is_root, timeout, memory):
     """Bind this process, for good, to the limits, and to the user nobody if it is root's."""
     import resource  # Windows does not have it
@@ -311,14 +371,16 @@ def give_up_rights(is_root, timeout, memory):
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     if sys.platform == 'linux':
-        # Drop all capabilities, never regain any (no_new_privs), and die with the parent, which
-        # keeps the time.
+        # Drop all capabilities, never regain any (no_new_privs), and leave the caller's keys.
         libc = ctypes.CDLL(None)
         this_process = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
         no_capabilities = (ctypes.c_uint32 * 6)()
         libc.capset(this_process, no_capabilities)
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.uname().machine in SYS_KEYCTL:
+            libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
+        die_with_parent()  # which keeps the time
+        refuse_system_calls()
     limits = {
         resource.RLIMIT_CPU: int(timeout) + 1,  # seconds
         resource.RLIMIT_FSIZE: 16 * MIB,
@@ -334,6 +396,38 @@ def give_up_rights(is_root, timeout, memory):
             limit = min(limit, hard)  # a limit can be lowered only
         resource.setrlimit(name, (limit, limit))
     os.environ.clear()  # Python itself sets a locale
+
+
+class Comparison(ctypes.Structure):
+    """libseccomp's struct scmp_arg_cmp: a condition on an argument of a system call."""
+    _fields_ = [('argument', ctypes.c_uint), ('operator', ctypes.c_int),
+                ('mask', ctypes.c_uint64), ('value', ctypes.c_uint64)]
+
+
+def refuse_system_calls():
+    """Let the kernel refuse REFUSED in this process, for good, if libseccomp is installed."""
+    try:
+        seccomp = ctypes.CDLL('libseccomp.so.2')
+    except OSError:
+        return
+    allow = 0x7fff0000  # seccomp.h: SCMP_ACT_ALLOW
+    refuse = 0x00050000 | errno.EPERM  # SCMP_ACT_ERRNO
+    masked_equal = 7  # SCMP_CMP_MASKED_EQ
+    seccomp.seccomp_init.restype = ctypes.c_void_p
+    rules = ctypes.c_void_p(seccomp.seccomp_init(allow))
+    # A pair of streams stays, for asyncio. Of the other kinds (2 and 3) an end can be connected to
+    # a third socket.
+    no_stream = Comparison(1, masked_equal, 0b1110, 0b0010)
+    # What ends the program with its parent shall not be taken back.
+    no_longer_dies = Comparison(0, masked_equal, 0xffffffff, PR_SET_PDEATHSIG)
+    conditions = {name: [] for name in REFUSED}
+    conditions |= {'socketpair': [no_stream], 'prctl': [no_longer_dies]}
+    for name, condition in conditions.items():
+        number = seccomp.seccomp_syscall_resolve_name(name.encode())
+        array = (Comparison * len(condition))(*condition)
+        if number != -1:  # -1: this libseccomp does not know it
+            seccomp.seccomp_rule_add_array(rules, refuse, number, len(array), array)
+    seccomp.seccomp_load(rules)
 
 
 if CONFINED:

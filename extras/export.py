@@ -43,7 +43,7 @@ def is_earlier_export(folder):
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf = json.load(f)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return False
     return isinstance(hf, dict) and hf.get('exported_by') == 'folio'
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -251,10 +252,14 @@ def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1
 # ---- The script ----------------------------------------------------------------------------------
 def check_settings():
     """Raise UserError for settings that cannot work, before anything is loaded or downloaded."""
-    smallest = min(num_samples, max_new_tokens, batch_size, memory)
-    if smallest < 1 or min(limit, processes) < 0 or timeout <= 0:
-        raise UserError('num_samples, max_new_tokens, batch_size and memory must be at least 1, '
-                        'limit and processes at least 0, and timeout above 0')
+    smallest = min(num_samples, max_new_tokens, batch_size)
+    if smallest < 1 or min(limit, processes) < 0:
+        raise UserError('num_samples, max_new_tokens and batch_size must be at least 1, limit and '
+                        'processes at least 0')
+    if not 0 < timeout <= 86400:
+        raise UserError(f'timeout is {timeout:g}; it must be above 0 and at most a day, 86400')
+    if memory < 64:  # or Python itself would find no room, and every program fail
+        raise UserError(f'memory is {memory}; it must be at least 64')
     k = min(parse_ks(ks))
     if not samples and k > num_samples:
         raise UserError(f'pass@{k} takes as many samples of each problem: --num_samples={k}')
@@ -332,4 +337,6 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
+    # As Ctrl-C does: what is under way ends, and its folders are removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

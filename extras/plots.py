@@ -138,7 +138,7 @@ def draw_losses(path, dataset, runs, references):
     label_tokens(left)
     left.set_ylabel('loss (nats a token)')
     right.set_xlabel(f'{unit} of training')
-    figure.suptitle(dataset)
+    figure.suptitle(dataset, parse_math=False)  # a $ in it is a $
     training = {'label': 'training, smoothed', 'color': 'gray', 'linewidth': 1.2}
     validation = {'label': 'validation', 'color': 'gray', 'marker': 'o', 'linestyle': 'none'}
     save(path, figure, left, training, validation, *reference_entries)

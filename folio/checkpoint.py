@@ -4,9 +4,12 @@ Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
 
 A checkpoint is a dictionary of tensors and plain values. Reading one never runs what it brings.
 """
+import dataclasses
 import json
 import os
+import pathlib
 import pickle
+import re
 import zipfile
 
 import torch
@@ -14,8 +17,8 @@ import torch.nn.functional as F
 
 import folio.tokenizer
 from folio.configurator import UserError
-from folio.data import Dataset
-from folio.tokenizer import spec_hash
+from folio.data import Dataset, check_pickle
+from folio.tokenizer import spec_hash, vocab_size_of
 from model import GPT, GPTConfig, padded
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
@@ -38,39 +41,76 @@ def load(source, out_dir=None):
     else:
         from folio.hugging_face import load_hugging_face
         checkpoint = load_hugging_face(source)
-    check_weights(checkpoint, source)
+    try:
+        check_parts(checkpoint)
+        check_weights(checkpoint, source)
+    except UserError:
+        raise
+    except Exception as e:  # what comes from elsewhere may be anything
+        raise UserError(f'{source} describes a model that cannot be: {e}') from e
     return checkpoint
 
 
 def load_file(path):
     """Return the dictionary in a .pt file. Only tensors and plain values are unpickled."""
     try:
-        # torch.load checks no sums: a flipped bit would become a weight.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f'the sum of {damaged} is wrong')
+        with zipfile.ZipFile(path) as archive:
+            size = os.path.getsize(path)
+            check_archive(archive, size)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+            raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
+                            'model_args')
+        # A few bytes may stand for a matrix of any size; but a tied head is stored once.
+        if sum(weight.numel() for weight in checkpoint['model'].values()) > 2 * size:
+            raise ValueError('its weights are larger than the file')
+        if 'format' not in checkpoint:
+            checkpoint = upgrade_nanogpt(checkpoint)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
                         '--out_dir=…') from None
     except pickle.UnpicklingError as e:
         raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors '
                         'and plain values') from e
-    except Exception as e:  # a damaged pickle may raise anything
-        raise UserError(f'{path} is damaged or cut short ({type(e).__name__}); use another copy of '
-                        'it') from e
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
-        raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
-                        'model_args')
-    if 'format' in checkpoint:
-        return checkpoint
-    try:
-        return upgrade_nanogpt(checkpoint)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: {type(e).__name__}: '
-                        f'{e}') from e
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file may raise anything
+        raise UserError(f'{path} is damaged or cut short, or not a checkpoint '
+                        f'({type(e).__name__}: {e}); use another copy of it') from e
+    return checkpoint
+
+
+# What torch's pickles have besides plain values: tensors, and the tuples that they are made from.
+TENSOR_OPCODES = ('GLOBAL', 'BINPERSID', 'REDUCE', 'BUILD', 'EMPTY_TUPLE', 'TUPLE', 'TUPLE1',
+                  'TUPLE2', 'TUPLE3')
+GLOBALS = re.compile(r'collections OrderedDict|torch \w+Storage|'
+                     r'torch._utils _rebuild_(tensor_v2|parameter)')
+MAX_TUPLES = 50_000  # a hundred layers have 20,000; hashing 200,000 nested ones is a crash
+
+
+def check_archive(archive, size):
+    """Raise ValueError unless the records of a .pt file, a zip of `size` bytes, can be read safely.
+
+    torch.load checks no sums: a flipped bit would become a weight. And it unpacks and builds
+    whatever the file asks for, however large.
+    """
+    records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError('it is compressed')
+    if sum(record.file_size for record in records) > size:
+        raise ValueError('its records overlap')
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f'the sum of {damaged} is wrong')
+    for record in records:
+        if not record.filename.endswith('data.pkl'):
+            continue
+        found = check_pickle(archive.read(record), more=TENSOR_OPCODES)
+        for name in found['GLOBAL']:
+            if not GLOBALS.fullmatch(name):
+                raise pickle.UnpicklingError(f'it asks for {name}')
+        if sum(len(found[opcode]) for opcode in TENSOR_OPCODES if 'TUPLE' in opcode) > MAX_TUPLES:
+            raise ValueError('it has too many tuples')
 
 
 def upgrade_nanogpt(checkpoint):
@@ -92,16 +132,52 @@ def upgrade_nanogpt(checkpoint):
             weights[name] = weight
     for name in ('transformer.wte.weight', 'lm_head.weight'):
         if name in weights:
-            weights[name] = F.pad(weights[name], (0, 0, 0, missing_rows))
+            weights[name] = pad_rows(weights[name], missing_rows)
 
-    optimizer = checkpoint.get('optimizer')
+    optimizer = dict(checkpoint.get('optimizer') or {})
     if optimizer:
         embedding = optimizer['state'].get(0, {})  # its first parameter is wte
         for name in ('exp_avg', 'exp_avg_sq'):
             if name in embedding:
-                embedding[name] = F.pad(embedding[name], (0, 0, 0, missing_rows))
+                embedding[name] = pad_rows(embedding[name], missing_rows)
     optimizers = [optimizer] if optimizer else []
     return checkpoint | {'model': weights, 'model_args': args, 'optimizer': optimizers}
+
+
+def pad_rows(weight, n_rows):
+    """Return a matrix with so many rows of zeros more."""
+    if not weight.is_contiguous():  # it may claim to be larger than what is stored of it
+        raise ValueError('a matrix is not stored row by row')
+    return F.pad(weight, (0, 0, 0, n_rows))
+
+
+# What these parts of a checkpoint are, if it has them
+TYPES = {
+    'model': dict, 'model_args': dict, 'optimizer': list, 'scaler': dict, 'config': dict,
+    'tokenizer': (dict, type(None)), 'template': (str, type(None)), 'data': str,
+    'iter_num': int, 'windows': int, 'evals_without_gain': int, 'norms': list,
+    'best_val_loss': (int, float, torch.Tensor), 'train_seconds': (int, float),
+}
+MAX_CONTEXT = 2**20  # tokens; a rotary model's weights do not tell how long its context is
+
+
+def check_parts(checkpoint):
+    """Raise an error unless the parts of a checkpoint are of their types."""
+    for name, types in TYPES.items():
+        if name in checkpoint and not isinstance(checkpoint[name], types):
+            raise TypeError(f'its {name} is of type {type(checkpoint[name]).__name__}')
+    for name, value in checkpoint['model_args'].items():
+        default = getattr(GPTConfig, str(name), value)
+        types = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, types):
+            raise TypeError(f'its {name} is of type {type(value).__name__}')
+    config = checkpoint.get('config', {})
+    if not isinstance(config.get('dataset', ''), str) or not isinstance(config.get('seed', 0), int):
+        raise TypeError('its dataset or its seed is of another type')
+    float(checkpoint.get('best_val_loss', 0))  # an error if it is several numbers
+    if checkpoint.get('tokenizer') is not None:
+        vocab_size_of(checkpoint['tokenizer'])
+        spec_hash(checkpoint['tokenizer'])
 
 
 def check_weights(checkpoint, source):
@@ -111,17 +187,24 @@ def check_weights(checkpoint, source):
     if unknown:
         raise UserError(f'{source} was made with settings that folio does not have: '
                         f'{", ".join(unknown)}')
-    try:
-        with torch.device('meta'):  # names and shapes, without memory
-            expected = GPT(GPTConfig(**args)).state_dict()
-    except (ValueError, TypeError) as e:
-        raise UserError(f'{source} describes a model that cannot be: {e}') from e
+    config = GPTConfig(**args)
+    if config.block_size > MAX_CONTEXT:
+        raise ValueError(f'block_size is {config.block_size}, and at most {MAX_CONTEXT} here')
+    with torch.device('meta'):  # names and shapes, without memory
+        expected = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
     weights = checkpoint['model']
+    # All layers are like the first. More of them than there are weights need not be listed.
+    of_a_layer = [name for name in expected if name.startswith('transformer.h.0.')]
+    for layer in range(1, min(config.n_layer, len(weights))):
+        for name in of_a_layer:
+            expected[name.replace('.0.', f'.{layer}.', 1)] = expected[name]
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise UserError(f'{source} lacks the weight {name}')
         if name not in expected:
             raise UserError(f'{source} has a weight that folio does not have: {name}')
+        if not weights[name].is_floating_point():
+            raise UserError(f'{source}: {name} is of {weights[name].dtype}')
         if weights[name].shape != expected[name].shape:
             raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where '
                             f'its settings ask for {tuple(expected[name].shape)}')
@@ -189,7 +272,10 @@ def tokenizer_of(checkpoint):
     """
     trained_on = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
-    if spec is None and os.path.exists(os.path.join('data', trained_on, 'train.bin')):
+    is_here = os.path.exists(os.path.join('data', trained_on, 'train.bin'))
+    # Only of a folder under data/, whatever else a file may name
+    is_inside = not os.path.isabs(trained_on) and '..' not in pathlib.PurePath(trained_on).parts
+    if spec is None and is_here and is_inside:
         spec = Dataset(trained_on).spec
     tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
     vocab_size = checkpoint['model_args']['vocab_size']
@@ -258,7 +344,7 @@ def read_log(path, damaged=None):
         for number, line in enumerate(f, 1):
             try:
                 entries.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 if not line.endswith('\n'):
                     continue  # the last line, cut short by a kill
                 if damaged is None:

@@ -180,6 +180,17 @@ def report(kind, error, traceback):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
     if issubclass(kind, (UserError, OSError)):
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error)[:2000])}', file=sys.stderr)
         sys.exit(2)
     sys.__excepthook__(kind, error, traceback)
+
+
+def printable(text):
+    """Return a text as one line in which a terminal finds nothing to obey.
+
+    Files and servers from elsewhere have a say in some of our lines.
+
+    >>> printable('wide\\n\\x1b[2J')
+    'wide\\\\n\\\\x1b[2J'
+    """
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

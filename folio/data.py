@@ -6,34 +6,93 @@ data/<name>/ holds {train,val,test}.bin, raw little-endian tokens of uint16 or u
 meta.json, which describes them. A folder without meta.json is nanoGPT's: characters if it has a
 meta.pkl, GPT-2's tokens if not.
 """
+import collections
 import concurrent.futures
 import difflib
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import zlib
 
 import numpy as np
 import torch
 
+import folio.tokenizer
 from folio.configurator import UserError
-from folio.tokenizer import spec_hash
 
 ROOT = os.path.abspath(__file__ + '/../..')  # of the checkout
 SPLITS = ('train', 'val', 'test')
 GZIP_MAGIC = b'\x1f\x8b'  # how every gzip file begins
+MAX_UNPACKED = 2**26  # bytes of a compressed file, unpacked
 
 
-# ---- A data set ----------------------------------------------------------------------------------
+# ---- Descriptions, which may come from a stranger ------------------------------------------------
+# What a pickle of dictionaries, lists, strings and numbers consists of, in all its protocols.
+PLAIN_OPCODES = set(
+    'PROTO FRAME STOP MARK DICT EMPTY_DICT SETITEM SETITEMS LIST EMPTY_LIST APPEND APPENDS '
+    'UNICODE BINUNICODE SHORT_BINUNICODE STRING BINSTRING SHORT_BINSTRING '
+    'INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT NONE NEWTRUE NEWFALSE '
+    'PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET'.split())
+
+
+def check_pickle(data, more=()):
+    """Raise ValueError unless a pickle consists of PLAIN_OPCODES and more of such names.
+
+    An unpickler would obey others: allocate what they say, or nest tuples until hashing them
+    overflows the stack. Return {opcode: its arguments}.
+    """
+    arguments = collections.defaultdict(list)
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        if opcode.name not in PLAIN_OPCODES and opcode.name not in more:
+            raise ValueError(f'its pickle has the opcode {opcode.name}')
+        # Python's memo is a table with room for the highest place.
+        if opcode.name.endswith('PUT') and int(argument) > len(data):
+            raise ValueError('its pickle counts further than it has bytes')
+        arguments[opcode.name].append(argument)
+    return arguments
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickle dictionaries, lists, strings and numbers; refuse whatever names a class."""
+    """Refuse whatever names a class, should it have passed as plain."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def token_dtype(meta):
+    """Return the NumPy type of a data set's tokens, as its meta.json says. Raises ValueError.
+
+    There are these two. A type of a stranger's choosing, such as pointers, would run his code.
+    """
+    name = meta.get('dtype', '<u2')
+    if name not in ('<u2', '<u4'):
+        raise ValueError(f'its dtype is {name!r}, neither <u2 nor <u4')
+    return np.dtype(name)
+
+
+def check_meta(meta):
+    """Raise ValueError unless the fields of a meta.json are such as we write them."""
+    if not isinstance(meta, dict):
+        raise ValueError('it is no dictionary')
+    token_dtype(meta)
+    for name, types in {'vocab_size': int, 'eot': (int, type(None)), 'tokenizer': dict,
+                        'template': (str, type(None)), 'splits': dict}.items():
+        if name in meta and not isinstance(meta[name], types):
+            raise ValueError(f'its {name} is {meta[name]!r}')
+    for split, counts in meta.get('splits', {}).items():
+        if split not in SPLITS:
+            raise ValueError(f'it has a split {split!r}')
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts.values()):
+            raise ValueError(f'its counts of {split} are {counts!r}')
+
+
+# ---- A data set ----------------------------------------------------------------------------------
 
 
 class Dataset:
@@ -55,9 +114,12 @@ class Dataset:
             else:
                 self.vocab_size = 50257
                 self.spec = {'kind': 'gpt2'}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
-            raise UserError(f'the description of {self.folder} cannot be used ({e}); '
-                            f'{self.remedy}') from e
+            n_tokens = folio.tokenizer.vocab_size_of(self.spec)
+            if self.vocab_size != n_tokens:
+                raise ValueError(f'vocab_size is {self.vocab_size}, its tokenizer has {n_tokens}')
+        except Exception as e:  # a file from elsewhere may be damaged in any way
+            raise UserError(f'the description of {self.folder} cannot be used '
+                            f'({type(e).__name__}: {e}); {self.remedy}') from e
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -65,18 +127,20 @@ class Dataset:
     def read_meta_json(self):
         with open(self.path('meta.json'), encoding='utf-8') as f:
             self.meta = json.load(f)
+        check_meta(self.meta)
         self.vocab_size = self.meta['vocab_size']
         self.spec = {'kind': 'gpt2'}
         if self.meta['tokenizer']['kind'] != 'gpt2':
-            with open(self.path('tokenizer.json'), encoding='utf-8') as f:
-                self.spec = json.load(f)
-        if spec_hash(self.spec) != self.meta['tokenizer']['hash']:
+            self.spec = folio.tokenizer.read_spec(self.path('tokenizer.json'))
+        if folio.tokenizer.spec_hash(self.spec) != self.meta['tokenizer']['hash']:
             raise ValueError('tokenizer.json does not belong to meta.json')
 
     def read_meta_pkl(self):
         """nanoGPT's description of a character set."""
         with open(self.path('meta.pkl'), 'rb') as f:
-            itos = PlainUnpickler(f).load()['itos']
+            data = f.read()
+        check_pickle(data)
+        itos = PlainUnpickler(io.BytesIO(data)).load()['itos']
         self.vocab_size = len(itos)
         self.spec = {'kind': 'char', 'chars': ''.join(itos[i] for i in range(len(itos)))}
 
@@ -90,7 +154,7 @@ class Dataset:
     def tokens(self, split):
         """Return the tokens of a split, a read-only array on disk (memmap)."""
         path = self.path(f'{split}.bin')
-        dtype = np.dtype(self.meta.get('dtype', '<u2'))
+        dtype = token_dtype(self.meta)
         size = os.path.getsize(path) if os.path.isfile(path) else 0
         n_tokens = self.counts(split).get('tokens', size // dtype.itemsize)
         if size != n_tokens * dtype.itemsize or n_tokens < 2:
@@ -325,7 +389,9 @@ def read_jsonl(path, keys, hint):
             data = f.read()
         # Look at the content, not at the name: a download may have been unpacked on the way.
         if data.startswith(GZIP_MAGIC):
-            data = gzip.decompress(data)
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_UNPACKED + 1)
+            if len(data) > MAX_UNPACKED:
+                raise EOFError(f'unpacked it has more than {MAX_UNPACKED >> 20} MiB')
     except (OSError, EOFError, zlib.error) as e:
         reason = getattr(e, 'strerror', None) or e
         raise UserError(f'{path} cannot be read ({reason}); {hint}') from None

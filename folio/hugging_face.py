@@ -11,11 +11,11 @@ import time
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from folio.configurator import UserError
 from folio.download import hub_errors, sha256_of
+from folio.tokenizer import read_spec
 from model import padded
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -79,7 +79,7 @@ def load_hugging_face(source):
         folder = download_openai(source)
     hf = read_config(folder)
     kind = hf.get('model_type')
-    if kind not in SIZES:
+    if not isinstance(kind, str) or kind not in SIZES:
         raise UserError(f'{folder} holds a {kind}; a gpt2 or a nanochat is needed')
     try:
         model_args = read_model_args(hf, kind)
@@ -99,10 +99,11 @@ def load_hugging_face(source):
             checkpoint['tokenizer'] = {'kind': 'gpt2'}
         path = os.path.join(folder, TOKENIZER)
         if os.path.exists(path):
-            with open(path, encoding='utf-8') as f:
-                checkpoint['tokenizer'] = json.load(f)
+            checkpoint['tokenizer'] = read_spec(path)
         return checkpoint
-    except (ArithmeticError, LookupError, TypeError, ValueError, OSError, SafetensorError) as e:
+    except UserError:
+        raise
+    except Exception as e:
         # A key that is missing, a size of 0 or null, a file cut short: whatever damage brings.
         why = f'{type(e).__name__}: {e}'
         raise UserError(f'{folder} is damaged, or of a kind unknown here ({why})') from e
@@ -113,7 +114,7 @@ def read_config(folder):
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             return dict(json.load(f))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         hint = ''
         if os.path.exists(os.path.join(folder, 'best.pt')):  # the folder of a run
             hint = f'; did you mean {folder}/best.pt?'
@@ -175,6 +176,8 @@ def load_weights(folder, kind):
             files = set(json.load(f)['weight_map'].values())
     tensors = {}
     for file in files:
+        if os.path.basename(file) != file or not file.endswith('.safetensors'):
+            raise ValueError(f'its index names {file!r}, no .safetensors in this folder')
         tensors |= load_file(os.path.join(folder, file))
     if kind == 'gpt2':
         return gpt2_weights(tensors)

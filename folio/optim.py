@@ -72,11 +72,15 @@ def load_states(optimizers, states):
         raise UserError('this run was trained with another optimizer; give --optimizer as it was')
     for optimizer, state in zip(optimizers, states):
         params = [p for group in optimizer.param_groups for p in group['params']]
-        learned = {}
-        for i, values in state['state'].items():
-            learned[i] = {key: shard_like(params[i], value) for key, value in values.items()}
         param_groups = optimizer.state_dict()['param_groups']
-        optimizer.load_state_dict({'state': learned, 'param_groups': param_groups})
+        try:
+            learned = {}
+            for i, values in state['state'].items():
+                learned[i] = {key: shard_like(params[i], value) for key, value in values.items()}
+            optimizer.load_state_dict({'state': learned, 'param_groups': param_groups})
+        except Exception as e:  # a file may hold anything
+            raise UserError('the state of the optimizer is not one of this model '
+                            f'({type(e).__name__}: {e})') from e
 
 
 def shard_like(param, value):

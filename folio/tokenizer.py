@@ -203,44 +203,67 @@ def load(source):
         return load_gpt2()
     spec = source if isinstance(source, dict) else read_spec(source)
     try:
-        kind = spec['kind']
-        if kind == 'char':
+        vocab_size_of(spec)
+        if spec['kind'] == 'char':
             return CharTokenizer(spec['chars'])
-        if kind == 'bpe':
+        if spec['kind'] == 'bpe':
             return load_bpe(spec)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
-    # Not in the try above: a download that failed is not a damaged tokenizer.
-    if kind == 'gpt2':
-        return load_gpt2()
-    raise UserError(f'unknown kind of tokenizer {kind!r}; choose from char, bpe, gpt2')
+    return load_gpt2()  # not in the try above: a download that failed is no damaged tokenizer
 
 
 def read_spec(path):
-    """Return the spec in a tokenizer.json, or in the one of a data folder. Raise UserError."""
+    """Return the spec in a tokenizer.json, or in the one of a data folder. Raise UserError.
+
+    What comes from a file is a dictionary: a name in it would name another file.
+    """
     if os.path.isdir(path):
         path = os.path.join(path, 'tokenizer.json')
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
+            spec = json.load(f)
+        vocab_size_of(spec)
+        return spec
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(
             f'no tokenizer in {path} ({e}); it may be gpt2, or a tokenizer.json that prepare.py '
             'wrote') from None
 
 
+def vocab_size_of(spec):
+    """Return the number of tokens of a spec, without loading it. Raise one of several errors."""
+    if not isinstance(spec, dict):
+        raise TypeError('a tokenizer is a dictionary')
+    if spec['kind'] == 'char':
+        if not isinstance(spec['chars'], str):
+            raise TypeError('its characters are no text')
+        return len(spec['chars'])
+    if spec['kind'] == 'bpe':
+        return 256 + len(spec['merges']) + 1
+    if spec['kind'] == 'gpt2':
+        return 50257
+    raise ValueError(f'unknown kind of tokenizer {spec["kind"]!r}; choose from char, bpe, gpt2')
+
+
 def load_bpe(spec):
     """Return the tokenizer of a spec of kind bpe: 256 bytes, then its merges, then EOT."""
     import tiktoken
+    if spec['pattern'] != SPLIT_PATTERN:  # tiktoken may panic at another, or take for ever
+        raise ValueError("its pattern is not GPT-2's")
     # A token's id is its place in this list. tiktoken joins the pair with the lowest id first.
-    tokens = [bytes([i]) for i in range(256)]
+    tokens = [chr(i) for i in range(256)]
+    known = set(tokens)
     for left, right in spec['merges']:
-        tokens.append((left + right).encode('latin-1'))
+        if left not in known or right not in known or left + right in known:
+            raise ValueError(f'the merge of {left!r} and {right!r} makes no new token of two')
+        tokens.append(left + right)
+        known.add(left + right)
     encoding = tiktoken.Encoding(
         'folio',
-        pat_str=spec['pattern'],
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks={token.encode('latin-1'): rank for rank, token in enumerate(tokens)},
         special_tokens={EOT: len(tokens)})
     return BPETokenizer(encoding, spec)
 

@@ -33,6 +33,7 @@ from folio.configurator import UserError
 from folio.lock import only_one
 from prepare import documents
 
+TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
 COMMIT_TOKENS = 2**23  # tokens between two records of how far a run came: a second's work
 BLOCK_TOKENS = 2**22  # tokens that are counted at a time, because each takes eight bytes
 BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
@@ -90,10 +91,13 @@ def read_json(path):
     """Return the contents of a JSON file, or None if there is no such file."""
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
+            value = json.load(f)
+        from folio.data import check_meta  # here, for it loads torch, which a worker can do without
+        check_meta(value)
+        return value
     except FileNotFoundError:
         return None
-    except ValueError as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         folder = os.path.dirname(path)
         raise UserError(f'{path} is damaged ({e}): remove {folder} to begin anew') from None
 
@@ -106,7 +110,7 @@ def publish(folder, tokenizer, meta):
 
     # An earlier data set may have had other splits, or masks. They do not belong to this one.
     for name in os.listdir(folder):
-        if name.endswith('.bin') and name.removesuffix('.bin') not in meta['splits']:
+        if TOKEN_FILE.fullmatch(name) and name.removesuffix('.bin') not in meta['splits']:
             os.remove(os.path.join(folder, name))
 
     names = ['tokenizer.json']
@@ -117,6 +121,20 @@ def publish(folder, tokenizer, meta):
         if os.path.exists(f'{path}.tmp'):
             os.replace(f'{path}.tmp', path)
     sync_folder(folder)
+
+
+def require_ours(folder):
+    """Raise UserError if a folder holds other people's files, and no data set of ours.
+
+    Of a killed run of ours there may be parts and files called .tmp.
+    """
+    meta = read_json(os.path.join(folder, 'meta.json')) or {}
+    if not os.path.isdir(folder) or {'tokenizer', 'vocab_size', 'dtype', 'splits'} <= meta.keys():
+        return
+    for name in os.listdir(folder):
+        if name != 'parts' and not name.endswith('.tmp'):
+            raise UserError(f'{folder} holds {name}, which no preparing of ours has left there; '
+                            'give another --dataset')
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
@@ -131,6 +149,7 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     template: how a prompt is made of what a user asks, which stands at {}; for sample.py --chat.
     Raises UserError if the disk is full or the folder cannot be written.
     """
+    require_ours(folder)
     meta = new_meta(tokenizer, source)
     if template is not None:
         meta['template'] = template
@@ -235,6 +254,7 @@ def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, 
         'val_tokens': val_tokens,
         'max_tokens': max_tokens,
     })
+    require_ours(folder)
     parts = os.path.join(folder, 'parts')
     try:
         done = find_finished(folder, fresh)

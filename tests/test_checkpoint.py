@@ -160,7 +160,7 @@ class Evil:
 def test_a_checkpoint_cannot_run_what_it_brings(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     save({'model': {}, 'model_args': Evil()}, tmp_path / 'a.pt')
-    assert 'a.pt is refused' in refused('a.pt')
+    assert 'not a checkpoint' in refused('a.pt')
     assert not (tmp_path / 'ran').exists()
 
 

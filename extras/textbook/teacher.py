@@ -14,6 +14,7 @@ import collections
 import email.utils
 import hashlib
 import json
+import math
 import os
 import queue
 import random
@@ -28,7 +29,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from folio.configurator import UserError
+from folio.configurator import UserError, printable
 from folio.lock import only_one
 
 BACKOFF = 1.0  # seconds before the second try, doubled before each further one
@@ -74,7 +75,8 @@ class Teacher:
 
     def __init__(self, model, folder, budget, concurrency=8, price_in=0.0, price_out=0.0,
                  max_tokens=1024, temperature=1.0, tries=6):
-        self.url, self.headers = endpoint()
+        self.url, self.api_key = endpoint()
+        self.address = self.url.rpartition('@')[2]  # to be shown: without a password
         if min(concurrency, max_tokens, tries) < 1:
             raise UserError('concurrency, max_tokens and tries must be at least 1')
         if min(budget, price_in, price_out) < 0:
@@ -137,15 +139,18 @@ class Teacher:
         for number, line in enumerate(content.split(b'\n')[:-1], start=1):
             try:
                 self.count(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
                     f'{self.file.name}, line {number} is damaged; remove that line') from None
 
     def count(self, entry):
         """Add an entry to the answers and costs. The second of a request replaces the first."""
         request = entry['request']
-        self.spent += entry['cost'] - self.costs.get(request, 0.0)
-        self.costs[request] = entry['cost']
+        cost = float(entry['cost'])
+        if not (math.isfinite(cost) and isinstance(entry.get('text', ''), str)):
+            raise ValueError('no cost, or no text')
+        self.spent += cost - self.costs.get(request, 0.0)
+        self.costs[request] = cost
         if 'text' in entry:
             self.answers[entry['key']] = entry['text']
         if 'cut' in entry:
@@ -191,14 +196,16 @@ class Teacher:
         """
         body = {'model': self.model, 'messages': [{'role': 'user', 'content': prompt}],
                 'max_tokens': self.max_tokens, 'temperature': self.temperature}
+        # A function: to a header that was given, requests would prefer what .netrc says.
+        auth = self.authorize if self.api_key else None
         try:
-            response = session.post(self.url, json=body, headers=self.headers, timeout=TIMEOUT)
+            response = session.post(self.url, json=body, auth=auth, timeout=TIMEOUT)
         except requests.RequestException as error:
             # Without a connection nothing was asked. If one broke later, we may have to pay.
             if never_connected(error):
                 entry['cost'] = 0.0
-            return f'{type(error).__name__} at {self.url}', 0.0
-        excerpt = ' '.join(response.text.split())[:200]
+            return f'{type(error).__name__} at {self.address}', 0.0
+        excerpt = self.excerpt(response.text)
         if response.status_code != 200:
             entry['cost'] = 0.0
             self.raise_if_permanent(response.status_code, excerpt)
@@ -206,9 +213,20 @@ class Teacher:
             return f'HTTP {response.status_code}: {excerpt}', pause
         try:
             self.complete(entry, prompt, response.json())
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return f'a malformed answer: {excerpt}', 0.0
         return 'an empty answer', 0.0  # the reason only where the entry has no text
+
+    def authorize(self, request):
+        """Put the key into a request, and return it."""
+        request.headers['Authorization'] = f'Bearer {self.api_key}'
+        return request
+
+    def excerpt(self, text):
+        """Return how an answer begins, in one line without the key, which some endpoints repeat."""
+        if self.api_key:
+            text = text.replace(self.api_key, '…')
+        return printable(' '.join(text.split())[:200])
 
     def raise_if_permanent(self, status, excerpt):
         """Raise UserError for an HTTP status that will be the same however often we try."""
@@ -222,7 +240,8 @@ class Teacher:
             check = 'OPENAI_API_KEY and its credit'
         else:
             check = 'the name of the teacher and OPENAI_BASE_URL'
-        raise UserError(f'HTTP {status} for {self.model} at {self.url}; check {check}: {excerpt}')
+        raise UserError(f'HTTP {status} for {self.model} at {self.address}; check {check}: '
+                        f'{excerpt}')
 
     def complete(self, entry, prompt, answer):
         """Put the real cost of an answer, decoded JSON, and its text if it has one, in the entry.
@@ -389,21 +408,18 @@ class Teacher:
 
 
 def endpoint():
-    """Return (URL, headers) as OPENAI_BASE_URL and OPENAI_API_KEY say. Raise UserError."""
+    """Return (URL, key) as OPENAI_BASE_URL and OPENAI_API_KEY say. Raise UserError."""
     base = os.environ.get('OPENAI_BASE_URL', '').strip()
     key = os.environ.get('OPENAI_API_KEY', '').strip()
     if base and not base.startswith(('http://', 'https://')):
-        raise UserError(f'OPENAI_BASE_URL is {base}; '
+        raise UserError(f'OPENAI_BASE_URL is {base.rpartition("@")[2]}; '
                         'it takes an address such as http://127.0.0.1:8000/v1')
     fits_header = key.isascii() and key.isprintable()
     if not (key or base) or not fits_header:
         raise UserError('set OPENAI_API_KEY to your key, '
                         'or OPENAI_BASE_URL to an endpoint that needs none')
-    headers = {}
-    if key:
-        headers['Authorization'] = f'Bearer {key}'
     base = base or 'https://api.openai.com/v1'
-    return base.rstrip('/') + '/chat/completions', headers
+    return base.rstrip('/') + '/chat/completions', key
 
 
 def never_connected(error):
@@ -443,7 +459,7 @@ def parse_list(answer):
     """
     try:
         items = json.loads(answer[answer.index('['):answer.rindex(']') + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
         bullet = r'(?:[-*•]|\d+[.)])\s+'
         lines = [line.strip() for line in answer.splitlines() if line.strip()]
         bulleted = [line for line in lines if re.match(bullet, line)]
@@ -483,7 +499,7 @@ def read_tree(path):
         for subtopics in tree.values():
             if not (isinstance(subtopics, list) and all(isinstance(s, str) for s in subtopics)):
                 raise ValueError('its subtopics are not lists of strings')
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f'{path} is not JSON of the form {{"topic": ["subtopic", ...]}}: {error}') from None
     return tree

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import requests
 import torch
 
 import folio.checkpoint
@@ -346,6 +347,29 @@ def test_nothing_is_asked_of_other_servers(window, chromium, address):
     assert asked and all(url.startswith(address) for url in asked)
 
 
+@pytest.mark.parametrize('host, status', [
+    ('127.0.0.1', 200), ('localhost', 200), ('evil.example', 400), ('127.0.0.1.evil.example', 400)])
+def test_the_page_answers_to_known_names_only(address, host, status):
+    """A page elsewhere may let its own name stand for this machine: DNS rebinding."""
+    port = address.rpartition(':')[2]
+    for path in ('/', '/config', '/gradio_api/info'):
+        answer = requests.get(address + path, headers={'Host': f'{host}:{port}'})
+        assert answer.status_code == status
+    assert 'out/chars' not in answer.text or status == 200
+
+
+@pytest.mark.parametrize('kind', [
+    'multipart/form-data; boundary=b', 'Multipart/Form-Data; boundary=b', 'text/plain',
+    'application/x-www-form-urlencoded'])
+def test_nothing_can_be_uploaded(address, kind):
+    """A page elsewhere can send all of these without asking first."""
+    body = ('--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n'
+            '--b--\r\n')
+    for path in ('/gradio_api/upload', '/gradio_api/queue/join'):
+        answer = requests.post(address + path, data=body, headers={'Content-Type': kind})
+        assert answer.status_code == 403
+
+
 @pytest.mark.parametrize('args, message', [
     (['--out_dir=out/nowhere'], 'no checkpoint'),
     (['--out_dir=out/chars', '--other=out/nowhere'], '--other= takes'),
@@ -371,7 +395,7 @@ def test_sharing_is_asked_for_and_warned_of(runs, tmp_path, args, shared):
 import sys, unittest.mock
 sys.modules['gradio'] = gradio = unittest.mock.MagicMock()
 page = gradio.Blocks.return_value.__enter__.return_value
-page.launch = lambda server_name, server_port, share, quiet: print(server_name, share)
+page.launch = lambda server_name, share, **options: print(server_name, share)
 """)
     out, err = run('extras/app.py', '--out_dir=out/chars', '--device=cpu', *args, cwd=runs,
                    env={**os.environ, 'PYTHONPATH': str(tmp_path)})

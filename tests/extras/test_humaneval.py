@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_nothing_can_be_written_or_removed_outside_the_folder_and_nothing_stays_
         for how in ('open({!r}, "a")', 'open({!r} + "2", "w")', 'import os; os.remove({!r})',
                     'import os; os.mkdir({!r} + "2")', 'import os; os.chmod({!r}, 0)'):
             body = f'    {how.format(str(kept))}\n    return 1\n'
-            assert 'Error: [Errno 30] Read-only' in result_of(body)
+            assert re.match(r'failed: \w+: \[Errno (2|30)\]', result_of(body))  # hidden, read-only
         # In its own folder it may, and that is empty each time
         body = ('    import os\n    open("a", "w").write("b"); os.mkdir("d"); os.chmod("d", 0)\n'
                 '    return 1\n')
@@ -206,7 +207,7 @@ def test_no_connection_can_be_made():
         server.settimeout(0.1)
         port = server.getsockname()[1]
         body = f'    import socket; socket.create_connection(("127.0.0.1", {port}), 1); return 1\n'
-        assert result_of(body).startswith('failed: OSError: [Errno 101]')
+        assert re.match(r'failed: \w+: \[Errno (1|101)\]', result_of(body))  # refused, unreachable
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -267,10 +268,10 @@ def untried():
 
 
 @pytest.mark.parametrize('works, says', [(2, ''), (1, 'can see your other processes, and write'),
-                                         (0, 'can reach the network')])
+                                         (0, 'can read and end your other processes')])
 def test_what_a_machine_does_not_permit_is_said_once(untried, monkeypatch, capfd, works, says):
     def execute(program, timeout, level):
-        return 'passed' if level <= works else 'failed'
+        return 'passed' if level <= works and 'socket' not in program else 'failed'
     monkeypatch.setattr(untried, 'execute', execute)
     assert untried.isolation() == works
     assert untried.isolation() == works
@@ -485,6 +486,8 @@ def test_what_the_script_cannot_use_is_one_line(tmp_path):
     ({'num_samples': 0}, 'num_samples'),
     ({'processes': -1}, 'processes'),
     ({'timeout': 0.0}, 'timeout'),
+    ({'timeout': 1e10}, 'timeout'),
+    ({'memory': 1}, 'memory'),
     ({'ks': '1;10'}, "'1;10'"),
     ({'ks': '0,1'}, "'0,1'"),
     ({'ks': '11'}, '--num_samples=11'),

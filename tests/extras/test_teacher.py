@@ -96,6 +96,8 @@ class Endpoint:
                 body = json.dumps(content).encode()
                 if how == 'broken':
                     body = body[:-7]
+                if how == 'deep':
+                    body = b'[' * 10**5
                 self.send_response(how if isinstance(how, int) else 200)
                 if how == 429:
                     self.send_header('Retry-After', '7')
@@ -274,6 +276,91 @@ def test_what_was_under_way_at_a_kill_counts_as_spent(endpoint):
                 '{"request": "b", "cost": 5}\n{"request": "b", "cost": 2}\n')
     _, spent = ask(QUESTIONS, budget=13)
     assert spent == 13 and len(endpoint.asked) == 2
+
+
+# ---- Keys and strangers' answers -----------------------------------------------------------------
+class Repeater(http.server.BaseHTTPRequestHandler):
+    """An endpoint that repeats what it was sent, and remembers it in .seen."""
+    seen = []
+    status = 500
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        self.seen.append(self.headers['Authorization'])
+        body = f'bad \x1b[2J\x00 header {self.headers["Authorization"]}'.encode()
+        self.send_response(self.status)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(params=[401, 500, 200])
+def repeater(request, monkeypatch, tmp_path):
+    """Return (Repeater, its address without http://), and set the variables for it."""
+    Repeater.seen = []
+    Repeater.status = request.param
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Repeater) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f'127.0.0.1:{server.server_port}'
+        monkeypatch.setenv('OPENAI_BASE_URL', f'http://user:s3cretpw@{address}/v1')
+        monkeypatch.setenv('OPENAI_API_KEY', 'sk-SECRETKEY')
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        monkeypatch.setattr(teachers, 'BACKOFF', 0.001)
+        monkeypatch.chdir(tmp_path)
+        yield address
+        server.shutdown()
+
+
+def test_neither_key_nor_password_is_ever_shown(repeater, capfd):
+    said = ''
+    try:
+        ask(['question'], tries=2)
+    except UserError as e:
+        said = str(e)
+    said += capfd.readouterr().err
+    assert 'header Bearer …' in said and '\x1b' not in said and '\0' not in said
+    assert 'SECRETKEY' not in said and 's3cretpw' not in said
+    assert set(Repeater.seen) == {'Bearer sk-SECRETKEY'}
+
+
+def test_a_netrc_does_not_replace_the_key(repeater, tmp_path, monkeypatch):
+    (tmp_path / 'netrc').write_text('default login netrcuser password netrcpw\n')
+    monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
+    try:
+        ask(['question'], tries=1)
+    except UserError:
+        pass
+    assert set(Repeater.seen) == {'Bearer sk-SECRETKEY'}
+
+
+def test_an_address_is_shown_without_its_password(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv('OPENAI_BASE_URL', 'http://user:s3cretpw@127.0.0.1:9/v1')
+    monkeypatch.setattr(teachers, 'BACKOFF', 0.001)
+    monkeypatch.chdir(tmp_path)
+    ask(['question'], tries=1)
+    shown = capfd.readouterr().err
+    assert '127.0.0.1:9/v1' in shown and 's3cretpw' not in shown
+
+
+@pytest.mark.parametrize('line', [
+    '{"request": "a", "cost": 1, "key": "k", "text": 7}', '{"request": "a", "cost": NaN}',
+    '{"request": [], "cost": 1}', '{"request": "a", "cost": "x"}', '[' * 10**5, '7', 'null'])
+def test_an_entry_that_cannot_be_is_named(endpoint, line):
+    os.mkdir('folder')
+    with open('folder/answers.jsonl', 'w') as f:
+        f.write(line + '\n')
+    with pytest.raises(UserError, match='answers.jsonl, line 1 is damaged'):
+        ask(QUESTIONS)
+
+
+def test_json_nested_deeper_than_python_can_follow_is_a_failure_like_others(endpoint, capfd):
+    endpoint.trouble = ['deep'] * 2
+    assert ask(['question'], tries=2)[0] == {}
+    assert 'a malformed answer' in capfd.readouterr().err
+    assert teachers.parse_list('[' * 10**5 + ']') == []
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
