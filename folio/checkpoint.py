@@ -166,6 +166,9 @@ def check_parts(checkpoint):
     for name, types in TYPES.items():
         if name in checkpoint and not isinstance(checkpoint[name], types):
             raise TypeError(f'its {name} is of type {type(checkpoint[name]).__name__}')
+    for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
+        if name not in checkpoint['model_args']:
+            raise ValueError(f'its settings lack {name}')
     for name, value in checkpoint['model_args'].items():
         default = getattr(GPTConfig, str(name), value)
         types = (int, float) if isinstance(default, float) else type(default)

@@ -93,8 +93,6 @@ def check_meta(meta):
 
 
 # ---- A data set ----------------------------------------------------------------------------------
-
-
 class Dataset:
     """A folder of token files: .spec of its tokenizer, .vocab_size, .meta, tokens(split) …"""
 

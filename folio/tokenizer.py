@@ -73,7 +73,7 @@ class BPETokenizer:
     def encode(self, text):
         # LOOKAHEAD gives up at a million white characters in a row: a text that may have them is
         # cut before tiktoken sees it.
-        if len(text) > LONG_TEXT and self.has_our_pattern():
+        if len(text) > LONG_TEXT:
             return self.encode_stretches(text)
         return self.encoding.encode_ordinary(text)
 
@@ -85,9 +85,6 @@ class BPETokenizer:
         for stretch in stretches(text, cuts):
             ids += self.without_lookahead.encode_ordinary(stretch)
         return ids
-
-    def has_our_pattern(self):
-        return self.spec.get('pattern', SPLIT_PATTERN) == SPLIT_PATTERN
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -104,7 +101,7 @@ class BPETokenizer:
         """
         # Within a text these characters are text, and must not become the control token below.
         looks_like_control = any(EOT in text or CUT in text for text in texts)
-        if not texts or not self.has_our_pattern() or looks_like_control:
+        if not texts or looks_like_control:
             return self.encode_one_by_one(texts)
 
         joined = ''.join(EOT + text for text in texts)

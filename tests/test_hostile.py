@@ -182,6 +182,7 @@ def read_answers(folder):
 
 
 TASK = {'task_id': 'a', 'prompt': 'def f():\n', 'entry_point': 'f', 'test': 'x = 1\ny = 2\n'}
+TASKS = [TASK, TASK | {'task_id': 'b'}]
 ITEM = {'ctx': 'a cab', 'label': 3, 'endings': ['is', 'was', 'had', 'bad']}
 ANSWERS = [{'request': 'a', 'cost': 1.0}, {'request': 'a', 'cost': 0.5, 'key': 'k', 'text': '[1]'}]
 PICKLE = pickle.dumps({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'c'}, 'stoi': {'a': 0}})
@@ -202,9 +203,8 @@ FORMATS = {
         read_hugging_face, hugging_face_files('modern'),
         ['config.json', 'model.safetensors.index.json', 'b.safetensors']),
     'a log': (read_log, {'log.jsonl': log()}, ['log.jsonl']),
-    'problems': (read_problems, {'a.jsonl': [TASK, TASK | {'task_id': 'b'}]}, ['a.jsonl']),
-    'compressed problems': (read_problems, {'a.jsonl': gzip.compress(in_lines([TASK, TASK | {'task_id': 'b'}]))},
-                            ['a.jsonl']),
+    'problems': (read_problems, {'a.jsonl': TASKS}, ['a.jsonl']),
+    'compressed problems': (read_problems, {'a.jsonl': gzip.compress(in_lines(TASKS))}, ['a.jsonl']),
     'items': (read_items, {'a.jsonl': [ITEM, ITEM]}, ['a.jsonl']),
     'the progress of a corpus': (read_progress, {'meta.json': meta()}, ['meta.json']),
     'answers': (read_answers, {'answers.jsonl': ANSWERS, 'topics.json': {'a': ['b', 'c']}},
@@ -293,7 +293,8 @@ def mutate_pickle(data, draw):
     """Change the pickle within a .pt, and write the sums of the changed one."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     file = io.BytesIO()
-    with zipfile.ZipFile(file, 'w', draw.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])) as new:
+    compression = draw.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])
+    with zipfile.ZipFile(file, 'w', compression) as new:
         for name in archive.namelist():
             record = archive.read(name)
             if name.endswith('data.pkl'):
@@ -570,11 +571,13 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path, name):
         (tmp_path / 'inside' / file).write_bytes(data)
     index = json.loads(hugging_face_files('gpt2')['model.safetensors.index.json'])['weight_map']
     index = {key: name if file.startswith('a') else file for key, file in index.items()}
-    (tmp_path / 'inside' / 'model.safetensors.index.json').write_bytes(as_json({'weight_map': index}))
-    assert 'its index names' in refused(read_hugging_face, tmp_path / 'inside')
+    index = {'weight_map': index}
+    says = refused(read_hugging_face, tmp_path / 'inside', model__safetensors__index__json=index)
+    assert 'its index names' in says
 
 
-@pytest.mark.parametrize('spec', ['secret.json', '/etc/passwd', 0, 1.5, [], [['kind', 'char']]], ids=str)
+@pytest.mark.parametrize('spec', ['secret.json', '/etc/passwd', 0, 1.5, [], [['kind', 'char']]],
+                         ids=str)
 def test_a_tokenizer_in_a_file_is_a_dictionary(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     pathlib.Path('secret.json').write_bytes(as_json(CHARS))
@@ -593,7 +596,7 @@ def test_a_checkpoint_names_data_under_data_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data').mkdir()
     opened = []
-    monkeypatch.setattr(folio.checkpoint, 'Dataset', lambda name: opened.append(name) or Dataset(name))
+    monkeypatch.setattr(folio.checkpoint, 'Dataset', opened.append)
     for name in (str(tmp_path / 'outside'), '../outside', '../data/../outside'):
         checkpoint = of_nanogpt() | {'config': {'dataset': name}}
         with contextlib.suppress(UserError):  # 64 tokens are not GPT-2's, if that can be had at all
@@ -603,7 +606,8 @@ def test_a_checkpoint_names_data_under_data_only(tmp_path, monkeypatch):
 
 # ---- One line ------------------------------------------------------------------------------------
 def test_what_a_file_says_is_shown_as_one_line_that_no_terminal_obeys(tmp_path, capsys):
-    (tmp_path / 'config.json').write_bytes(as_json({'model_type': 'a\n\x1b]52;c;x\x07\0b\u202e'}))
+    hostile = 'a\n\x1b]52;c;x\x07\0b\u202e'
+    (tmp_path / 'config.json').write_bytes(as_json({'model_type': hostile}))
     with pytest.raises(UserError) as error:
         folio.checkpoint.load(str(tmp_path))
     with pytest.raises(SystemExit):
@@ -639,5 +643,5 @@ if __name__ == '__main__':
         print(f'{name}: {dict(counts)}, {time.process_time() - clock:.1f} s', flush=True)
         for text, times in collections.Counter(bad).most_common(20):
             print(f'  {times} times {text}', flush=True)
-    print(f'{sum(total.values()):,} files: {dict(total)}; {len(executed)} executions {executed[:5]}; '
-          f'{(peak_memory() - memory) / 2**20:.0f} MiB more memory at most')
+    print(f'{sum(total.values()):,} files: {dict(total)}; {len(executed)} executions '
+          f'{executed[:5]}; {(peak_memory() - memory) / 2**20:.0f} MiB more memory at most')
