@@ -204,7 +204,8 @@ FORMATS = {
         ['config.json', 'model.safetensors.index.json', 'b.safetensors']),
     'a log': (read_log, {'log.jsonl': log()}, ['log.jsonl']),
     'problems': (read_problems, {'a.jsonl': TASKS}, ['a.jsonl']),
-    'compressed problems': (read_problems, {'a.jsonl': gzip.compress(in_lines(TASKS))}, ['a.jsonl']),
+    'compressed problems': (
+        read_problems, {'a.jsonl': gzip.compress(in_lines(TASKS))}, ['a.jsonl']),
     'items': (read_items, {'a.jsonl': [ITEM, ITEM]}, ['a.jsonl']),
     'the progress of a corpus': (read_progress, {'meta.json': meta()}, ['meta.json']),
     'answers': (read_answers, {'answers.jsonl': ANSWERS, 'topics.json': {'a': ['b', 'c']}},

@@ -1,7 +1,6 @@
 """Programs that set out to get out, at each level that this machine permits."""
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
