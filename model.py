@@ -244,6 +244,12 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(pos_BT.clamp(min=0))
         else:
             x = rms_norm(x)
+            # Under bfloat16 autocast all that the blocks add is bfloat16. If the stream is so too,
+            # half as many bytes are moved. In float16 it could overflow.
+            device = x.device.type
+            if torch.is_autocast_enabled(device):
+                if torch.get_autocast_dtype(device) == torch.bfloat16:
+                    x = x.bfloat16()
             cos_sin = self.rotary_angles(pos_BT)
         x = F.dropout(x, self.config.dropout, self.training)
         hides_keys = cache is not None and cache.hides_keys

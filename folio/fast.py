@@ -168,7 +168,7 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             total, dx_NC, dweight_VC = loss_and_gradients(
                 x_NC.to(dtype), weight_VC.to(dtype), targets_N, vocab_size=vocab_size, cap=cap,
-                needs_gradients=needs_gradients)
+                needs_gradients=needs_gradients, in_place=not torch.compiler.is_compiling())
         if needs_gradients:
             ctx.save_for_backward(dx_NC, dweight_VC)
             ctx.dtypes = x_NC.dtype, weight_VC.dtype
@@ -178,18 +178,27 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, dtotal):
         dx_NC, dweight_VC = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        dx_NC = (dtotal * dx_NC).to(x_dtype)
+        dx_NC = (dtotal * dx_NC.float()).to(x_dtype)  # the product of 16 bits would be rounded
         dweight_VC = (dtotal * dweight_VC).to(weight_dtype)
         return dx_NC, dweight_VC, None, None, None, None
 
 
-def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients):
-    """Return head_loss's sum, and its gradients for x and weight, or None for both."""
+def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients, in_place):
+    """Return head_loss's sum, and its gradients for x and weight, or None for both.
+
+    in_place: form the gradient of the logits where the probabilities are, which spares memory if
+    nothing is compiled; or else in one expression, of which a compiler makes one kernel. The
+    numbers are the same to rounding.
+    """
     on_cpu = x_NC.device.type == 'cpu'
     n_logits = len(x_NC) * len(weight_VC)
     n_chunks = max(1, math.ceil(n_logits / (CHUNK if on_cpu else 8 * CHUNK)))
-    # Within float16 the sums would overflow, and no scaler sees them before they do.
-    d_dtype = torch.float32 if x_NC.dtype == torch.float16 else x_NC.dtype
+    # d, the gradient of the logits, lies between -1 and 1, and its products with the weight are at
+    # most twice the largest weight: both fit float16. Its products with x are sums over tokens,
+    # which do not, and no scaler sees them before they overflow; CUDA makes them in float32.
+    d_dtype = x_NC.dtype
+    if d_dtype == torch.float16 and x_NC.device.type != 'cuda':
+        d_dtype = torch.float32
     total = torch.zeros((), device=x_NC.device)
     dx = []
     dweight_VC = 0.0
@@ -207,16 +216,31 @@ def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradie
         total += ((sum_n1.log() - at_target_n1) * is_target_n1).sum()
         if needs_gradients:
             # The gradient of the logits is the probability, less 1 at the target.
-            d_nV = p_nV.mul_(is_target_n1 / sum_n1)
-            d_nV = d_nV.scatter_add_(1, index_n1, -is_target_n1.float())
+            if in_place:
+                d_nV = p_nV.mul_(is_target_n1 / sum_n1)
+                d_nV = d_nV.scatter_add_(1, index_n1, -is_target_n1.float())
+            else:
+                # A scatter_add_ would have the probabilities written to memory first, in float32.
+                is_index_nV = torch.arange(len(weight_VC), device=x_NC.device) == index_n1
+                d_nV = (p_nV / sum_n1 - is_index_nV.float()) * is_target_n1
             if cap:
                 d_nV = d_nV.mul_(slope_nV)
             d_nV = d_nV.to(d_dtype)
             dx.append(linear(d_nV, weight_VC.t().to(d_dtype)))
-            dweight_VC = linear(d_nV.t(), x_nC.t().to(d_dtype)).float().add_(dweight_VC)
+            dweight_VC = float32_product(d_nV.t(), x_nC.to(d_dtype)).add_(dweight_VC)
     if not needs_gradients:
         return total, None, None
     return total, torch.cat(dx), dweight_VC
+
+
+def float32_product(a, b):
+    """Return the matrix product a b in float32: a (m, k), b (k, n), both of one number format.
+
+    On CUDA no sum is rounded to 16 bits on the way, or overflows float16. (Not run on a GPU yet.)
+    """
+    if a.device.type == 'cuda' and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return linear(a, b.t()).float()
 
 
 # ---- Weights of 8 bits ---------------------------------------------------------------------------

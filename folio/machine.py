@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import os
 import platform
-import re
 import warnings
 
 import torch
@@ -15,8 +14,37 @@ import torch.distributed as dist
 from folio.configurator import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-# Dense bfloat16 by the data sheets, in TFLOP/s.
-PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}
+# Dense products of 16 bits with sums in float32, in TFLOP/s, by the makers' data sheets. The names
+# are torch.cuda.get_device_name's, whole: one chip comes in boards of different speed, and a slice
+# of one (MIG) has a name of its own, which is not here.
+PEAK_TFLOPS = {
+    'NVIDIA GB200': 2500,
+    'NVIDIA B200': 2250,
+    'NVIDIA GH200 480GB': 990,
+    'NVIDIA GH200 144G HBM3e': 990,
+    'NVIDIA H200': 989,
+    'NVIDIA H200 NVL': 835,
+    'NVIDIA H100 80GB HBM3': 989,  # SXM
+    'NVIDIA H100 NVL': 835,
+    'NVIDIA H100 PCIe': 756,
+    'NVIDIA A100-SXM4-80GB': 312,
+    'NVIDIA A100-SXM4-40GB': 312,
+    'NVIDIA A100 80GB PCIe': 312,
+    'NVIDIA A100-PCIE-40GB': 312,
+    'NVIDIA L40S': 362,
+    'NVIDIA L40': 181,
+    'NVIDIA L4': 121,
+    'NVIDIA A10': 125,
+    'NVIDIA RTX A6000': 155,
+    'NVIDIA GeForce RTX 5090': 209,
+    'NVIDIA GeForce RTX 4090': 165,
+    'NVIDIA GeForce RTX 3090': 71,
+    'Tesla V100-SXM2-32GB': 125,  # float16 here and below: they have no bfloat16
+    'Tesla V100-SXM2-16GB': 125,
+    'Tesla V100-PCIE-32GB': 112,
+    'Tesla V100-PCIE-16GB': 112,
+    'Tesla T4': 65,
+}
 
 
 # What training keeps for the backward pass, in bytes per token, layer and channel. Fitted to nine
@@ -69,9 +97,8 @@ class Machine:
         if self.type == 'cuda':
             self.name = torch.cuda.get_device_name(device)
         self.peak_flops = None
-        for product, tflops in PEAK_TFLOPS.items():
-            if self.dtype != 'float32' and re.search(rf'\b{product}\b', self.name):
-                self.peak_flops = 1e12 * tflops
+        if self.dtype != 'float32' and self.name in PEAK_TFLOPS:
+            self.peak_flops = 1e12 * PEAK_TFLOPS[self.name]
         torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
 
     def default_dtype(self):

@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
     """Step matrices by a momentum that is made orthogonal (Jordan et al. 2024).
 
     The update of an (m, n) matrix is scaled by sqrt(max(1, m / n)). Matrices of one shape are
-    orthogonalised together, each process a share of them.
+    orthogonalised together, whichever parameters they are in, each process a share of them.
     """
 
     def __init__(self, params, n_matrices, lr, weight_decay=0.0, momentum=0.95):
@@ -112,51 +112,55 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # (shape, n_matrices): the parameters that have both
+            alike = {}  # shape of a matrix: the parameters that hold matrices of this shape
             for p, n in zip(group['params'], group['n_matrices']):
-                alike.setdefault((p.shape, n), []).append(p)
-            for (_, n), params in alike.items():
-                self.step_alike(params, n, group)
+                alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
+            for (height, width), params in alike.items():
+                self.step_alike(params, height, width, group)
 
-    def step_alike(self, params, n, group):
-        """Step parameters of one shape that hold n matrices each."""
-        matrices = []
-        for p in params:
-            update = self.nesterov_update(p, group['momentum'])
-            if hasattr(update, 'full_tensor'):
-                update = update.full_tensor()  # a share of a matrix cannot be orthogonalised
-            matrices += update.to(product_dtype(p)).chunk(n)
-        orthogonal = orthogonalize_shared(matrices)
-        height, width = matrices[0].shape
+    def step_alike(self, params, height, width, group):
+        """Step parameters that hold matrices of one shape, one above the other."""
+        gradients = [p.grad for p in params]
+        averages = [self.momentum(p) for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
+        updates = [gradient.lerp(average, group['momentum'])  # as Nesterov looks ahead
+                   for gradient, average in zip(gradients, averages)]
+        if hasattr(params[0], 'full_tensor'):
+            # A share of a matrix cannot be orthogonalised.
+            updates = [update.full_tensor() for update in updates]
+        matrices = torch.cat(updates).view(-1, height, width)
+        orthogonal = orthogonalize_shared(matrices.to(product_dtype(matrices)))
+        n_rows = [p.size(0) for p in params]
+        steps = orthogonal.flatten(0, 1).to(matrices.dtype).split(n_rows)
+        steps = [shard_like(p, step) for p, step in zip(params, steps)]
         rate = group['lr'] * max(1, height / width)**0.5
-        for i, p in enumerate(params):
-            update = torch.cat(list(orthogonal[i * n:(i + 1) * n])).type_as(p)
-            p.mul_(1 - group['lr'] * group['weight_decay'])
-            p.add_(shard_like(p, update), alpha=-rate)
+        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_add_(params, steps, alpha=-rate)
 
-    def nesterov_update(self, p, momentum):
-        """Update a parameter's momentum, and return it as Nesterov looks ahead."""
+    def momentum(self, p):
+        """Return the average of a parameter's gradients, of its shape; at first 0."""
         state = self.state[p]
         if 'momentum' not in state:
             state['momentum'] = torch.zeros_like(p)
-        average = state['momentum'].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+        return state['momentum']
 
 
 def orthogonalize_shared(matrices):
-    """Return orthogonalize of each of a list of matrices of one shape.
+    """Return orthogonalize of each of a batch of matrices (b, m, n).
 
     Each process does its share, and all get all.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        if matrices[0].is_cpu and matrices[0].numel() > 2**16:
-            return [orthogonalize(matrix) for matrix in matrices]  # large ones are faster so
-        return orthogonalize(torch.stack(matrices))
+        if matrices.is_cpu and matrices[0].numel() > 2**16:
+            # Large ones are faster one by one.
+            return torch.stack([orthogonalize(matrix) for matrix in matrices])
+        return orthogonalize(matrices)
     n_each = math.ceil(len(matrices) / world_size)
-    share = matrices[dist.get_rank() * n_each:][:n_each]
-    share += [torch.zeros_like(matrices[0])] * (n_each - len(share))  # gathered shares are equal
-    share = orthogonalize(torch.stack(share))
+    mine = matrices[dist.get_rank() * n_each:][:n_each]
+    share = matrices.new_zeros(n_each, *matrices.shape[1:])  # gathered shares are equal in size
+    share[:len(mine)] = mine
+    share = orthogonalize(share)
     shares = [torch.empty_like(share) for _ in range(world_size)]
     dist.all_gather(shares, share)
     return torch.cat(shares)[:len(matrices)]
@@ -187,10 +191,11 @@ def orthogonalize(G, steps=5):
 
 
 def product_dtype(G):
-    """Return bfloat16 on GPUs, and on CPUs that multiply it; float32 elsewhere."""
-    if G.is_cuda or (G.is_cpu and CPU_HAS_BF16):
-        return torch.bfloat16
-    return torch.float32
+    """Return bfloat16 on GPUs and CPUs that multiply it, float32 on those that emulate it."""
+    has_bf16 = G.is_cpu and CPU_HAS_BF16
+    if G.is_cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 # ---- Divergence ----------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """bench.py's table: what it measures, and which mistakes it explains."""
 import json
+import platform
 import re
 
 import pytest
 
 import bench
 from conftest import TINY, run
+from folio.machine import Machine
 
 QUICK = [*TINY, '--steps=2', '--prompt_tokens=8', '--new_tokens=4']
 
@@ -42,6 +44,21 @@ def test_tokens_a_second_are_those_of_the_step(measured):
 def test_without_a_known_gpu_there_is_no_mfu(measured):
     out, _ = measured
     assert 'MFU' not in out
+
+
+@pytest.mark.parametrize('name, tflops', [
+    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H100 NVL', 835),
+    ('NVIDIA GH200 480GB', 990), ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA L4', 121)])
+def test_a_gpu_is_known_by_its_whole_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(platform, 'processor', lambda: name)
+    assert Machine('cpu', 'bfloat16').peak_flops == 1e12 * tflops
+    assert Machine('cpu', 'float32').peak_flops is None
+
+
+@pytest.mark.parametrize('name', ['NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'NVIDIA H100', 'x86_64'])
+def test_the_peak_of_another_is_not_guessed(monkeypatch, name):
+    monkeypatch.setattr(platform, 'processor', lambda: name)
+    assert Machine('cpu', 'bfloat16').peak_flops is None
 
 
 @pytest.fixture(scope='module')

@@ -1,17 +1,22 @@
 """folio/fast.py: the same numbers sooner, and weights of 8 bits."""
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from folio import engine, fast
 from folio.configurator import UserError
-from folio.fast import Int8Linear, OneDNNLinear, head_loss, quantize
+from folio.fast import (Int8Linear, OneDNNLinear, float32_product, head_loss, loss_and_gradients,
+                        quantize)
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=200, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -155,6 +160,57 @@ def test_head_loss_is_the_cross_entropy_and_so_are_its_gradients(head, cap, chun
     wanted = torch.autograd.grad(expected / 3, (x, weight))
     for a, b in zip(ours, wanted):
         assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('cap', [0.0, 15.0])
+def test_the_form_for_compilers_has_the_loss_and_gradients_of_the_one_in_place(head, cap):
+    x, weight, targets = head
+    with torch.no_grad():
+        in_place, compilers = [
+            loss_and_gradients(x, weight, targets, 100, cap, needs_gradients=True, in_place=flag)
+            for flag in (True, False)]
+    for a, b in zip(compilers, in_place):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+@pytest.mark.slow
+def test_a_compiled_head_loss_is_the_same_and_writes_no_float32_but_the_gradients(head):
+    x, weight, targets = head
+    x = x.detach().repeat(4, 1).requires_grad_()
+    weight = weight.detach().repeat(2, 1).requires_grad_()  # (200, 256) logits: no other such shape
+    targets = targets.repeat(4)
+
+    def run(head_loss):
+        with torch.autocast('cpu', torch.bfloat16):
+            total = head_loss(x, weight, targets, 250)
+        return total, *torch.autograd.grad(total, (x, weight))
+
+    compiled = torch.compile(head_loss, fullgraph=True)
+    results, sources = run_and_get_code(run, compiled)
+    for a, b in zip(results, run(head_loss)):
+        assert (a - b).norm() <= 0.01 * b.norm()
+    buffers = re.findall(r'empty_strided_cpu\(\((\d+), (\d+)\), .*?, (torch.\w+)\)', sources[0])
+    assert ('200', '256', 'torch.bfloat16') in buffers
+    assert ('200', '256', 'torch.float32') not in buffers
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_products_of_16_bits_are_summed_in_float32_on_cuda(dtype):
+    """Shapes, formats and operations only: nothing is computed, and no GPU is needed."""
+    operations = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Record():
+        d_nV = torch.empty(50, 128, device='cuda', dtype=dtype)
+        x_nC = torch.empty(50, 32, device='cuda', dtype=dtype)
+        product = float32_product(d_nV.t(), x_nC)
+    assert torch.ops.aten.mm.dtype in operations
+    assert product.dtype == torch.float32
+    assert product.shape == (128, 32)
 
 
 @torch.no_grad()

@@ -133,6 +133,20 @@ def test_attention_drops_out_when_it_trains_and_only_then(flash):
 
 
 # ---- The vocabulary ------------------------------------------------------------------------------
+@pytest.mark.parametrize('arch, dtype, expected', [
+    ('modern', torch.bfloat16, torch.bfloat16),
+    ('modern', torch.float16, torch.float32),  # which could overflow
+    ('gpt2', torch.bfloat16, torch.float32),  # as nanoGPT's
+], ids=str)
+def test_the_residual_stream_of_modern_is_bfloat16_under_its_autocast(arch, dtype, expected):
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16, arch=arch))
+    formats = []
+    model.transformer.ln_f.register_forward_pre_hook(lambda _, args: formats.append(args[0].dtype))
+    with torch.autocast('cpu', dtype):
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert formats == [expected]
+
+
 def test_the_vocabulary_is_padded_to_a_multiple_of_64(model):
     assert model.config.vocab_size == 50
     assert model.transformer.wte.weight.shape[0] == 64

@@ -1,9 +1,12 @@
 """folio/optim.py: which optimizer steps what, Muon, and the learning rate."""
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from folio import optim
 from folio.configurator import UserError
-from folio.optim import Muon, learning_rate_at, load_states, make_optimizers, orthogonalize
+from folio.optim import (Muon, learning_rate_at, load_states, make_optimizers, orthogonalize,
+                         product_dtype)
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -153,6 +156,31 @@ def test_muon_treats_query_key_and_value_apart():
     muon.step()
     for part in (weight - before).detach().chunk(3):
         assert torch.linalg.matrix_norm(part, 2) == pytest.approx(1.0, abs=0.35)
+
+
+def test_matrices_of_one_shape_are_orthogonalized_together(monkeypatch):
+    """Query, key, value and the projection of each block are (32, 32), whoever holds them."""
+    model = GPT(GPTConfig(**SMALL, arch='modern'))
+    muon = optimizers_of(model, 'muon')[1]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    shapes = []
+
+    def recorded(matrices):
+        shapes.append(tuple(matrices.shape))
+        return matrices
+    monkeypatch.setattr(optim, 'orthogonalize', recorded)
+    muon.step()
+    assert sorted(shapes) == [(2, 32, 128), (2, 128, 32), (8, 32, 32)]
+
+
+@pytest.mark.parametrize('is_emulated, expected', [(False, torch.bfloat16), (True, torch.float32)])
+def test_muon_multiplies_in_bfloat16_on_gpus_that_do_not_emulate_it(monkeypatch, is_emulated,
+                                                                   expected):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda including_emulation: including_emulation or not is_emulated)
+    with FakeTensorMode():
+        assert product_dtype(torch.empty(2, 2, device='cuda')) == expected
 
 
 def test_muon_does_not_guess_from_a_shape_how_many_matrices_there_are():
