@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -229,10 +230,10 @@ def check_cache(machine):
 # ---- Checks: runs of train.py --------------------------------------------------------------------
 RUN = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64',
        '--batch_size=8', '--gradient_accumulation_steps=2', '--learning_rate=3e-3',
-       '--warmup_iters=5', '--max_iters=60', '--lr_decay_iters=60', '--eval_interval=10',
+       '--warmup_iters=5', '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=20',
        '--eval_iters=4', '--log_interval=1']
 MODERN = ['--arch=modern', '--optimizer=muon']
-LEAST_FALL = 0.5  # nats by which the validation loss falls in these 60 steps
+LEAST_FALL = 0.5  # nats by which the validation loss falls in these 40 steps
 LONGEST = 240  # seconds that such a run may take
 
 
@@ -292,12 +293,15 @@ def require_status(status, process, name, output):
 def run_and_kill(folder, name, *arguments):
     """Kill a run between two checkpoints. Raise RuntimeError if it does not come to that."""
     process = start_run(folder, name, *arguments)
+    alarm = threading.Timer(LONGEST, process.kill)  # should it hang
+    alarm.start()
     output = ''
     for line in process.stdout:
         output += line
-        if line.startswith('iter 13:'):
+        if line.startswith('iter 23:'):
             process.kill()
     process.wait()
+    alarm.cancel()
     require_status(-signal.SIGKILL, process, name, output)
 
 
@@ -360,7 +364,7 @@ def check_resume(machine):
             run(folder, 'undisturbed', *arguments)
 
         def resumed():
-            run(folder, 'resumed', *arguments, '--max_iters=30')
+            run(folder, 'resumed', *arguments, '--max_iters=20')
             run(folder, 'resumed', *arguments, '--init_from=resume')
 
         def killed():

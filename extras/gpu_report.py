@@ -426,9 +426,9 @@ ABOUT = {
     'formats': 'Autocast against float32, both on the device.',
     'compile': 'Compiled against eager.',
     'cache': 'Decoding with a cache, of prompts of different lengths, against the plain model.',
-    'runs': 'train.py on 90,000 characters, 60 steps.',
-    'resume': 'modern with Muon and --deterministic=True: ended at step 30 and resumed; killed '
-              'after step 13 and resumed from the checkpoint before.',
+    'runs': 'train.py on 90,000 characters, 40 steps.',
+    'resume': 'modern with Muon and --deterministic=True: ended at step 20 and resumed; killed '
+              'after step 23 and resumed from the checkpoint of step 20.',
     'processes': 'torchrun with a process for each GPU, against one process.',
     'training': 'A training step: forward and backward pass, clipping, AdamW. The plain loop is '
                 'model.py as it stands, with the cross-entropy of torch, in the manner of nanoGPT.',
