@@ -131,8 +131,13 @@ def version_of(response):
 
 
 def write_version(part, version):
-    with open(f'{part}.version', 'w', encoding='latin-1') as f:
-        f.write(version)
+    """Keep the version of a part beside it; '' keeps none."""
+    if version:
+        with open(f'{part}.version', 'w', encoding='latin-1') as f:
+            f.write(version)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f'{part}.version')
 
 
 def read_version(part):
