@@ -344,7 +344,8 @@ def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
     with machine.autocast, machine.unsharded(model):
         steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
-        text = tokenizer.decode([next_B.item() for next_B in steps])
+        # Decoded at the end: to look at a token waits for the device.
+        text = tokenizer.decode(torch.cat(list(steps)).tolist())
     print0(f'---- sample at step {iter_num}\n{text}\n----')
     log({'iter': iter_num, 'sample': text})
 
