@@ -269,8 +269,11 @@ def windows_before(iter_num):
 fingerprint = data.fingerprint('train')  # now: the files may be made anew while we train
 
 
-def save(path, iter_num):
-    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged."""
+def save(iter_num, path, *others):
+    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged.
+
+    It is written once, whatever number of names it gets.
+    """
     stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
@@ -294,6 +297,8 @@ def save(path, iter_num):
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
     })
+    for other in others:
+        folio.checkpoint.save_again(path, other)
 
 
 def stop_if_diverged(iter_num, is_finite):
@@ -439,11 +444,14 @@ def my_batches():
             yield idx_BT, targets_BT, n_targets
 
 
-def is_due(what, interval):
-    """Return whether something is due at this turn: every `interval` steps, and at the last."""
-    if interval == 0 or (iter_num == first_iter and what in in_log):
+intervals = {'val_loss': eval_interval, 'hellaswag': hellaswag_interval, 'sample': sample_interval}
+
+
+def is_due(what):
+    """Return whether something is due at this turn: every so many steps, and at the last."""
+    if intervals[what] == 0 or (iter_num == first_iter and what in in_log):
         return False
-    return is_last or iter_num % interval == 0
+    return is_last or iter_num % intervals[what] == 0
 
 
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
@@ -452,17 +460,22 @@ all_finite = torch.ones((), dtype=torch.bool, device=device)
 eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
+machine.synchronize()  # what was queued until here is no training
 step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
-    pause_start = time.perf_counter()
-    train_seconds += pause_start - step_start  # the clock stands still until the next step
     is_last = iter_num == max_iters
+    stopping = should_stop()
+    # The clock stands still until the next step. First a GPU must have done those that are queued,
+    # but only if there is a pause: else it would stand idle.
+    if stopping or any(is_due(what) for what in intervals):
+        machine.synchronize()
+    pause_start = time.perf_counter()
+    train_seconds += pause_start - step_start
 
     # Validate, unless the checkpoint that we go on from was saved after that
-    stopping = should_stop()
     metrics = None
-    if not stopping and is_due('val_loss', eval_interval):
+    if not stopping and is_due('val_loss'):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
                            n_windows=eval_iters * batch_size, machine=machine,
                            should_stop=should_stop)
@@ -481,17 +494,17 @@ for iter_num in range(first_iter, max_iters + 1):
 
     # Save, first best.pt: a run that is killed in between then does not miss its best
     if iter_num > 0 and improved:
-        save(best_path, iter_num)
-    if iter_num > 0 and metrics is not None and (improved or always_save_checkpoint):
-        save(ckpt_path, iter_num)
+        save(iter_num, best_path, ckpt_path)
+    elif iter_num > 0 and metrics is not None and always_save_checkpoint:
+        save(iter_num, ckpt_path)
 
     # Look at the model, and stop when it is time to or somebody asked for it
-    if not stopping and is_due('hellaswag', hellaswag_interval):
+    if not stopping and is_due('hellaswag'):
         stopping = not score_hellaswag(iter_num)
-    if not stopping and iter_num > 0 and is_due('sample', sample_interval):
+    if not stopping and iter_num > 0 and is_due('sample'):
         write_sample(iter_num)
     if stopping:
-        save(ckpt_path, iter_num)
+        save(iter_num, ckpt_path)
     if is_last or stopping:
         break
 
