@@ -159,7 +159,7 @@ checkpoint = None
 if init_from not in ('scratch', 'resume') and not eval_only:
     folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
-    checkpoint = folio.checkpoint.load(init_from, out_dir)
+    checkpoint = folio.checkpoint.load(init_from, out_dir, mmap=fsdp)
 if init_from == 'resume':
     folio.checkpoint.require_same_tokenizer(checkpoint, ckpt_path, data)
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)

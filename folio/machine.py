@@ -204,13 +204,25 @@ class Machine:
         return tensor.cpu()
 
     def shard(self, model):
-        """Divide a model's parameters among the processes, block by block (Zhao et al. 2023)."""
-        from torch.distributed.fsdp import fully_shard
+        """Divide a model's parameters among the processes, block by block (Zhao et al. 2023).
+
+        In bfloat16 a block's parameters are cast before they are gathered, which halves what is
+        sent; gradients are summed in float32. Embeddings and head, which autocast reads in float32,
+        are gathered so.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # It warns not to change logits in place, which nothing here does.
         warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
         mesh = dist.device_mesh.init_device_mesh(self.type, (self.world_size,))
+        policy = MixedPrecisionPolicy()
+        # A CPU's LayerNorm takes no gains in bfloat16 beside a stream in float32; RMSNorm has none.
+        takes_bfloat16 = self.type != 'cpu' or model.config.arch == 'modern'
+        if self.dtype == 'bfloat16' and takes_bfloat16:
+            # Autocast decides about the block's inputs: the residual stream stays as it is.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
         for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
         dist.barrier()  # rank 0 is about to move an old run away, and others may still look at it
 
