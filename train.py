@@ -28,7 +28,7 @@ from folio import fast
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 require_choice, user_errors)
 from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
-from folio.machine import Machine, default_device
+from folio.machine import Machine, default_device, recompute_blocks
 from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
                          make_optimizers)
 from model import GPT, GPTConfig
@@ -54,6 +54,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step, over all processes
 batch_size = 12  # sequences in a micro-step
+fit_batch = False  # halve that, and double the micro-steps, until a step fits in the memory
 block_size = 1024  # tokens of context
 # Model (the fields of GPTConfig)
 arch = 'gpt2'  # gpt2 or modern
@@ -87,6 +88,7 @@ fsdp = False  # divide parameters and optimizer among the processes, for models 
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
+activation_checkpointing = False  # less memory, a third more time: activations computed twice
 deterministic = False  # on a GPU: kernels that give the same bits each time, and are slower
 config = configure(globals())
 
@@ -120,6 +122,9 @@ fsdp = fsdp and world_size > 1
 if fsdp and machine.dtype == 'float16':
     raise UserError('float16 scales the loss by what each process sees; with fsdp give '
                     '--dtype=bfloat16 or float32')
+if fsdp and fit_batch:
+    raise UserError('fit_batch tries a step in each process alone, which fsdp cannot; give a '
+                    '--batch_size that fits')
 machine.init_processes(backend)
 if deterministic:
     machine.make_deterministic()
@@ -139,6 +144,7 @@ if len(train_tokens) <= block_size:
                     'tokens of training text): use at most '
                     f'--block_size={len(train_tokens) - 1}, or more text')
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+eval_windows = eval_iters * batch_size  # 0: the whole split
 
 # ---- Model ---------------------------------------------------------------------------------------
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -176,6 +182,8 @@ else:
         model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window,
                                     block_size=block_size)
 model = fast.accelerate(model)  # the same numbers, sooner; without this line everything still works
+if activation_checkpointing:
+    recompute_blocks(model)
 if fsdp:
     machine.shard(model)  # and move each share to its device
 else:
@@ -219,6 +227,13 @@ if machine.sum(first_iter)[0] != first_iter * world_size:
 
 if compile:
     model.compile()  # in place: names in the checkpoint stay, and model.forward stays eager
+if fit_batch:
+    asked = batch_size
+    batch_size = machine.fitting_batch_size(model, optimizers, batch_size)
+    gradient_accumulation_steps *= asked // batch_size
+    micro_steps *= asked // batch_size
+    print0(f'memory for a batch_size of {batch_size}: gradient_accumulation_steps is '
+           f'{gradient_accumulation_steps}')
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
@@ -232,7 +247,7 @@ if world_size > 1 and not fsdp:
     model.zero_grad(set_to_none=True)
 n_parameters = sum(p.numel() for p in model.parameters())
 n_tokens = (max_iters - first_iter) * tokens_per_step
-memory = machine.expected_memory(model, optimizers, batch_size)
+memory = machine.expected_memory(model, optimizers, batch_size, activation_checkpointing)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens')
 print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
@@ -241,7 +256,7 @@ print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_toke
 
 if eval_only:
     for split in data.splits():
-        n_windows = eval_iters * batch_size  # 0: the whole split
+        n_windows = eval_windows
         if n_windows == 0 and split == 'train':
             # All of it would take hours: as much as val has.
             n_windows = math.ceil(len(val_tokens) / block_size)
@@ -477,8 +492,7 @@ for iter_num in range(first_iter, max_iters + 1):
     metrics = None
     if not stopping and is_due('val_loss'):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
-                           n_windows=eval_iters * batch_size, machine=machine,
-                           should_stop=should_stop)
+                           n_windows=eval_windows, machine=machine, should_stop=should_stop)
         stopping = metrics is None  # a signal came meanwhile
     is_validated = metrics is not None or (iter_num == first_iter and 'val_loss' in in_log)
     improved = False

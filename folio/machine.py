@@ -4,6 +4,7 @@ Know the machine a script runs on: device, number format, and torchrun's other p
 """
 import atexit
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from folio.configurator import UserError
 
@@ -23,6 +25,17 @@ PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'RTX 4090': 
 # runs on a CPU (2026-11-25), of which it predicts the whole memory to 12 %; on a GPU not measured.
 BYTES_KEPT = {('gpt2', 'float32'): 84, ('gpt2', '16 bits'): 60,
               ('modern', 'float32'): 144, ('modern', '16 bits'): 96}
+
+
+def recompute_blocks(model):
+    """Let a model keep only the inputs of its blocks, in place, and return it.
+
+    What is inside a block is computed again in the backward pass (Chen et al. 2016): the same
+    numbers, in a third more time and much less memory.
+    """
+    for block in model.transformer.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model
 
 
 def default_device():
@@ -134,11 +147,11 @@ class Machine:
             self.print0(f'compile is off: {type(e).__name__}: {reason}')
             return False
 
-    def expected_memory(self, model, optimizers, batch_size):
+    def expected_memory(self, model, optimizers, batch_size, recomputes=False):
         """Return about how many bytes training takes in one process, beside torch itself.
 
         Parameters, gradients and the optimizers' averages take 4 bytes a number, what the backward
-        pass needs of the forward one as BYTES_KEPT says.
+        pass needs of the forward one as BYTES_KEPT says. recomputes: after recompute_blocks.
         """
         config = model.config
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -151,11 +164,53 @@ class Machine:
             n_numbers /= self.world_size
         n_tokens = batch_size * config.block_size
         precision = 'float32' if self.dtype == 'float32' else '16 bits'
-        bytes_kept = BYTES_KEPT[config.arch, precision]
-        activations = bytes_kept * n_tokens * config.n_layer * config.n_embd
+        bytes_kept = BYTES_KEPT[config.arch, precision] * config.n_layer
+        if recomputes:  # of each block its input, of one at a time all
+            bytes_kept = 4 * config.n_layer + BYTES_KEPT[config.arch, precision]
+        activations = bytes_kept * n_tokens * config.n_embd
         # The loss is computed for some of the logits at a time, see fast.py.
         logits = 8 * min(n_tokens * config.vocab_size, 2**25)
         return int(4 * n_numbers + activations + logits)
+
+    def fitting_batch_size(self, model, optimizers, batch_size):
+        """Return batch_size, halved until a step of so many sequences fits in every process.
+
+        Raises UserError where it cannot be halved further: the step would become another.
+        """
+        while self.any(not self.fits(model, optimizers, batch_size)):
+            if batch_size % 2 != 0:
+                raise UserError(f'not even batch_size {batch_size} fits in the memory, and it '
+                                'cannot be halved; give a smaller one and more '
+                                'gradient_accumulation_steps')
+            batch_size //= 2
+            torch.compiler.reset()  # else the model is compiled for batches of any size, and slower
+        if self.world_size > 1:
+            torch.compiler.reset()  # DDP will have it compiled in pieces, to send while it computes
+        return batch_size
+
+    def fits(self, model, optimizers, batch_size):
+        """Return whether this process has the memory for a step; a CPU has it always."""
+        idx_BT = torch.zeros(batch_size, model.config.block_size, dtype=torch.long,
+                             device=self.device)
+        # What is not there before the first step, for each parameter: the averages that optimizers
+        # keep, two at most, and with several processes what their gradients are sent from.
+        n_to_come = 0
+        if not any(optimizer.state for optimizer in optimizers):
+            n_to_come = 2
+        if self.world_size > 1:
+            n_to_come += 1
+        try:
+            held = [torch.empty_like(p) for p in model.parameters() for _ in range(n_to_come)]
+            for _ in range(2):  # the second time beside the gradients of the first
+                with self.autocast:
+                    _, loss = model(idx_BT, idx_BT)
+                loss.backward()
+            del held
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
 
     # ---- Several processes -----------------------------------------------------------------------
     def init_processes(self, backend):
