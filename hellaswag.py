@@ -200,10 +200,13 @@ def score_batch(model, batch, device):
     targets_BT = send(pad(targets, 'right', value=-1), device)
     model.forward(contexts_BT, cache=cache)
     logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(owners))
-    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1,
-                               reduction='none')
-    logp_B = -losses_N.view_as(targets_BT).sum(dim=1)
-    return item_choices, logp_B, [len(target) for target in targets]
+    losses = []
+    # A few endings at a time: all of them would take as much memory again as the logits.
+    for logits_bTV, targets_bT in zip(logits_BTV.split(16), targets_BT.split(16)):
+        losses_N = F.cross_entropy(logits_bTV.flatten(0, 1), targets_bT.flatten(),
+                                   ignore_index=-1, reduction='none')
+        losses.append(losses_N.view_as(targets_bT).sum(dim=1))
+    return item_choices, -torch.cat(losses), [len(target) for target in targets]
 
 
 @torch.no_grad()
