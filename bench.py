@@ -25,7 +25,7 @@ import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure, model_settings, user_errors
 from folio.data import Dataset, eval_batches, train_batch
-from folio.machine import Machine, default_device
+from folio.machine import Machine, default_device, recompute_blocks
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -316,6 +316,8 @@ def main():
     machine = one_process(s)
     model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)
+    if s.activation_checkpointing:
+        recompute_blocks(model)
     if compiled:
         model.compile()
     if s.quantize:

@@ -35,7 +35,7 @@ import folio.checkpoint
 from folio import fast
 from folio.configurator import UserError, configure, require_at_least
 from folio.download import download
-from folio.engine import KVCache
+from folio.engine import KVCache, send
 from folio.machine import Machine, default_device
 from model import GPT
 
@@ -46,7 +46,7 @@ source = ''  # a file like HellaSwag's, an item on each line; empty: its validat
 url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of url; empty: any
 limit = 0  # items to score; 0: all
-batch_tokens = 2048  # of contexts in a pass; their endings take four times that; raise on a GPU
+batch_tokens = 0  # of contexts in a pass, beside their endings; 0: as many as the device takes
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
@@ -151,16 +151,31 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
     return batches
 
 
-def pad(rows, side, device):
-    """Return lists of ids as one tensor, the shorter ones filled up on one side."""
+def tokens_a_pass(machine):
+    """Return how many tokens of contexts to read in a pass, the same in every process.
+
+    They are 2,048 on a CPU, and 2,048 for each 8 GiB of a GPU's memory, which is busy with many and
+    has room for the keys, values and logits of so many, up to the size of GPT-2 XL. (This was
+    computed, not measured: a token takes 0.9 MB with GPT-2, and 2.2 MB with GPT-2 XL.)
+    """
+    if machine.type != 'cuda':
+        return 2048
+    memory = torch.cuda.get_device_properties(machine.device).total_memory
+    mean = machine.sum(memory)[0] / machine.world_size
+    return 2048 * max(1, int(mean / 2**33))
+
+
+def pad(rows, side, value=0):
+    """Return lists of ids as one tensor, the shorter ones filled up on one side with a value."""
     rows = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value,
+                                           padding_side=side)
 
 
 def score_batch(model, batch, device):
-    """Return {(item, choice): (log-probability, tokens)} for the endings of a batch.
+    """Return ([(item, choice), …], their log-probabilities (B,), their tokens, a list).
 
-    Each context is read once, into a cache, for all of its endings.
+    Each context is read once, into a cache, for all of its endings. Nothing here waits for a GPU.
     """
     # The last token of a context predicts the first of an ending, so it is read with the ending. A
     # context of one token leaves nothing to read before: it gets a dummy, which counts as padding.
@@ -180,29 +195,32 @@ def score_batch(model, batch, device):
 
     longest_ending = max(len(ending) for ending in targets)
     cache = KVCache(model, len(batch), padding, size=longest + longest_ending)
-    model.forward(pad(contexts, 'left', device), cache=cache)
-    inputs_BT = pad(inputs, 'right', device)
+    contexts_BT = send(pad(contexts, 'left'), device)
+    inputs_BT = send(pad(inputs, 'right'), device)
+    targets_BT = send(pad(targets, 'right', value=-1), device)
+    model.forward(contexts_BT, cache=cache)
     logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(owners))
-
     losses = []
-    for logits_TV, target in zip(logits_BTV, targets):
-        target_T = torch.tensor(target, device=device)
-        losses.append(F.cross_entropy(logits_TV[:len(target)], target_T, reduction='sum'))
-    losses = torch.stack(losses).tolist()  # in one go: each copy to the CPU waits for the device
-    scores = {}
-    for item_choice, loss, target in zip(item_choices, losses, targets):
-        scores[item_choice] = (-loss, len(target))
-    return scores
+    # A few endings at a time: all of them would take as much memory again as the logits.
+    for logits_bTV, targets_bT in zip(logits_BTV.split(16), targets_BT.split(16)):
+        losses_N = F.cross_entropy(logits_bTV.flatten(0, 1), targets_bT.flatten(),
+                                   ignore_index=-1, reduction='none')
+        losses.append(losses_N.view_as(targets_bT).sum(dim=1))
+    return item_choices, -torch.cat(losses), [len(target) for target in targets]
 
 
 @torch.no_grad()
 def score(model, items, tokenizer, machine, batch_tokens, progress=False, should_stop=None):
     """Return (sums, counts), both (n, 4): log-probability in nats, and tokens, of each ending.
 
-    should_stop: asked before each batch; where it says True, (None, None) is returned.
+    batch_tokens: of contexts in a pass; 0: as many as the device takes. should_stop: asked before
+    each batch; where it says True, (None, None) is returned.
     """
+    batch_tokens = batch_tokens or tokens_a_pass(machine)
     batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
-    sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
+    scored = []  # (item, choice) of each ending that this process has scored
+    logps = []  # of theirs, batch by batch
+    counts = []
     was_training = model.training
     model.eval()
     # With sharded parameters all processes take part in each forward pass. So all make equally
@@ -215,11 +233,18 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
         i = turn * machine.world_size + machine.rank
         batch = batches[min(i, len(batches) - 1)]
         with machine.autocast:
-            scored = score_batch(model, batch, machine.device)
+            item_choices, logp_B, lengths = score_batch(model, batch, machine.device)
         if i < len(batches):
-            for (item, choice), numbers in scored.items():
-                sums_and_counts[:, item, choice] = torch.tensor(numbers, dtype=torch.float64)
+            scored += item_choices
+            logps.append(logp_B)
+            counts += lengths
     model.train(was_training)
+    sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
+    if scored:
+        item_N, choice_N = torch.tensor(scored).T
+        logp_N = torch.cat(logps).cpu()  # the only copy, as each waits for the device
+        sums_and_counts[0, item_N, choice_N] = logp_N.double()
+        sums_and_counts[1, item_N, choice_N] = torch.tensor(counts, dtype=torch.float64)
     # What one process has scored is zero on the others.
     sums, counts = machine.sum_tensor(sums_and_counts)
     return sums, counts
@@ -258,7 +283,7 @@ def main():
     if limit > 0:
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device)
+    model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
     metrics = accuracies(items, sums, counts)

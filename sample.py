@@ -52,7 +52,7 @@ with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the 
 
 # ---- Model and prompt ----------------------------------------------------------------------------
 checkpoint = folio.checkpoint.load(init_from, out_dir)
-model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(device)
+model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
 if quantize:
     model = fast.quantize(model)
 tokenizer = folio.checkpoint.tokenizer_of(checkpoint)

@@ -28,7 +28,7 @@ from folio import fast
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 require_choice, user_errors)
 from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
-from folio.machine import Machine, default_device
+from folio.machine import Machine, default_device, recompute_blocks
 from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
                          make_optimizers)
 from model import GPT, GPTConfig
@@ -54,6 +54,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step, over all processes
 batch_size = 12  # sequences in a micro-step
+fit_batch = False  # halve that, and double the micro-steps, until a step fits in the memory
 block_size = 1024  # tokens of context
 # Model (the fields of GPTConfig)
 arch = 'gpt2'  # gpt2 or modern
@@ -87,6 +88,7 @@ fsdp = False  # divide parameters and optimizer among the processes, for models 
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
+activation_checkpointing = False  # less memory, a third more time: activations computed twice
 deterministic = False  # on a GPU: kernels that give the same bits each time, and are slower
 config = configure(globals())
 
@@ -120,6 +122,9 @@ fsdp = fsdp and world_size > 1
 if fsdp and machine.dtype == 'float16':
     raise UserError('float16 scales the loss by what each process sees; with fsdp give '
                     '--dtype=bfloat16 or float32')
+if fsdp and fit_batch:
+    raise UserError('fit_batch tries a step in each process alone, which fsdp cannot; give a '
+                    '--batch_size that fits')
 machine.init_processes(backend)
 if deterministic:
     machine.make_deterministic()
@@ -139,6 +144,7 @@ if len(train_tokens) <= block_size:
                     'tokens of training text): use at most '
                     f'--block_size={len(train_tokens) - 1}, or more text')
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+eval_windows = eval_iters * batch_size  # 0: the whole split
 
 # ---- Model ---------------------------------------------------------------------------------------
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -159,7 +165,7 @@ checkpoint = None
 if init_from not in ('scratch', 'resume') and not eval_only:
     folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
-    checkpoint = folio.checkpoint.load(init_from, out_dir)
+    checkpoint = folio.checkpoint.load(init_from, out_dir, mmap=fsdp)
 if init_from == 'resume':
     folio.checkpoint.require_same_tokenizer(checkpoint, ckpt_path, data)
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
@@ -176,6 +182,8 @@ else:
         model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window,
                                     block_size=block_size)
 model = fast.accelerate(model)  # the same numbers, sooner; without this line everything still works
+if activation_checkpointing:
+    recompute_blocks(model)
 if fsdp:
     machine.shard(model)  # and move each share to its device
 else:
@@ -219,6 +227,13 @@ if machine.sum(first_iter)[0] != first_iter * world_size:
 
 if compile:
     model.compile()  # in place: names in the checkpoint stay, and model.forward stays eager
+if fit_batch:
+    asked = batch_size
+    batch_size = machine.fitting_batch_size(model, optimizers, batch_size)
+    gradient_accumulation_steps *= asked // batch_size
+    micro_steps *= asked // batch_size
+    print0(f'memory for a batch_size of {batch_size}: gradient_accumulation_steps is '
+           f'{gradient_accumulation_steps}')
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
@@ -232,7 +247,7 @@ if world_size > 1 and not fsdp:
     model.zero_grad(set_to_none=True)
 n_parameters = sum(p.numel() for p in model.parameters())
 n_tokens = (max_iters - first_iter) * tokens_per_step
-memory = machine.expected_memory(model, optimizers, batch_size)
+memory = machine.expected_memory(model, optimizers, batch_size, activation_checkpointing)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens')
 print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
@@ -241,7 +256,7 @@ print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_toke
 
 if eval_only:
     for split in data.splits():
-        n_windows = eval_iters * batch_size  # 0: the whole split
+        n_windows = eval_windows
         if n_windows == 0 and split == 'train':
             # All of it would take hours: as much as val has.
             n_windows = math.ceil(len(val_tokens) / block_size)
@@ -269,8 +284,11 @@ def windows_before(iter_num):
 fingerprint = data.fingerprint('train')  # now: the files may be made anew while we train
 
 
-def save(path, iter_num):
-    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged."""
+def save(iter_num, path, *others):
+    """Write a checkpoint of the run as it is before step iter_num, unless it has diverged.
+
+    It is written once, whatever number of names it gets.
+    """
     stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
     # Sharded tensors are gathered first, which takes all processes.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
@@ -294,6 +312,8 @@ def save(path, iter_num):
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
     })
+    for other in others:
+        folio.checkpoint.save_again(path, other)
 
 
 def stop_if_diverged(iter_num, is_finite):
@@ -344,7 +364,8 @@ def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
     with machine.autocast, machine.unsharded(model):
         steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
-        text = tokenizer.decode([next_B.item() for next_B in steps])
+        # Decoded at the end: to look at a token waits for the device.
+        text = tokenizer.decode(torch.cat(list(steps)).tolist())
     print0(f'---- sample at step {iter_num}\n{text}\n----')
     log({'iter': iter_num, 'sample': text})
 
@@ -438,11 +459,14 @@ def my_batches():
             yield idx_BT, targets_BT, n_targets
 
 
-def is_due(what, interval):
-    """Return whether something is due at this turn: every `interval` steps, and at the last."""
-    if interval == 0 or (iter_num == first_iter and what in in_log):
+intervals = {'val_loss': eval_interval, 'hellaswag': hellaswag_interval, 'sample': sample_interval}
+
+
+def is_due(what):
+    """Return whether something is due at this turn: every so many steps, and at the last."""
+    if intervals[what] == 0 or (iter_num == first_iter and what in in_log):
         return False
-    return is_last or iter_num % interval == 0
+    return is_last or iter_num % intervals[what] == 0
 
 
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
@@ -451,20 +475,24 @@ all_finite = torch.ones((), dtype=torch.bool, device=device)
 eval_seconds = 0.0  # that the last evaluation took, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
+machine.synchronize()  # what was queued until here is no training
 step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
-    pause_start = time.perf_counter()
-    train_seconds += pause_start - step_start  # the clock stands still until the next step
     is_last = iter_num == max_iters
+    stopping = should_stop()
+    # The clock stands still until the next step. First a GPU must have done those that are queued,
+    # but only if there is a pause: else it would stand idle.
+    if stopping or any(is_due(what) for what in intervals):
+        machine.synchronize()
+    pause_start = time.perf_counter()
+    train_seconds += pause_start - step_start
 
     # Validate, unless the checkpoint that we go on from was saved after that
-    stopping = should_stop()
     metrics = None
-    if not stopping and is_due('val_loss', eval_interval):
+    if not stopping and is_due('val_loss'):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
-                           n_windows=eval_iters * batch_size, machine=machine,
-                           should_stop=should_stop)
+                           n_windows=eval_windows, machine=machine, should_stop=should_stop)
         stopping = metrics is None  # a signal came meanwhile
     is_validated = metrics is not None or (iter_num == first_iter and 'val_loss' in in_log)
     improved = False
@@ -480,17 +508,17 @@ for iter_num in range(first_iter, max_iters + 1):
 
     # Save, first best.pt: a run that is killed in between then does not miss its best
     if iter_num > 0 and improved:
-        save(best_path, iter_num)
-    if iter_num > 0 and metrics is not None and (improved or always_save_checkpoint):
-        save(ckpt_path, iter_num)
+        save(iter_num, best_path, ckpt_path)
+    elif iter_num > 0 and metrics is not None and always_save_checkpoint:
+        save(iter_num, ckpt_path)
 
     # Look at the model, and stop when it is time to or somebody asked for it
-    if not stopping and is_due('hellaswag', hellaswag_interval):
+    if not stopping and is_due('hellaswag'):
         stopping = not score_hellaswag(iter_num)
-    if not stopping and iter_num > 0 and is_due('sample', sample_interval):
+    if not stopping and iter_num > 0 and is_due('sample'):
         write_sample(iter_num)
     if stopping:
-        save(ckpt_path, iter_num)
+        save(iter_num, ckpt_path)
     if is_last or stopping:
         break
 

@@ -3,8 +3,7 @@
 #     torchrun --nproc_per_node=8 train.py config/speedrun_fineweb.py
 # The aim is the loss of config/train_fineweb.py (published: 3.1078) for two fifths of its tokens.
 # Not measured yet. The learning rates are guesses from smaller runs.
-# Meant for GPUs of 80 GB. On smaller ones halve batch_size, and double eval_iters and
-# gradient_accumulation_steps.
+# Meant for GPUs of 80 GB. On smaller ones: --fit_batch=True
 out_dir = 'out/fineweb_speedrun'
 dataset = 'fineweb'
 arch = 'modern'

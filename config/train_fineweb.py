@@ -3,8 +3,7 @@
 #     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 # Published: validation loss 3.1078, HellaSwag 0.2970, 940,000 tokens/s on 8 A100. Ours: not
 # measured yet.
-# Meant for GPUs of 80 GB. On smaller ones halve batch_size, and double eval_iters and
-# gradient_accumulation_steps.
+# Meant for GPUs of 80 GB. On smaller ones: --fit_batch=True
 out_dir = 'out/fineweb'
 dataset = 'fineweb'
 batch_size = 64

@@ -92,7 +92,8 @@ def load_once(choice, modified):
     if 'iter_num' in checkpoint:
         step = 0 if untrained else checkpoint['iter_num']
         facts += f', step {step:,}'
-    return model.to(machine.device).eval(), folio.checkpoint.tokenizer_of(checkpoint), facts
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
+    return machine.for_inference(model), tokenizer, facts
 
 
 def as_spans(tokenizer, steps):

@@ -474,7 +474,7 @@ def examine(run, picture, temperature_list):
         return []
     try:
         machine = Machine(device, run.config.get('dtype', 'auto'))
-        model = fast.accelerate(GPT.from_pretrained(checkpoint)).to(machine.device).eval()
+        model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
         if run.data and 'test' in run.data.splits():
             run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,

@@ -4,12 +4,14 @@ Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
 
 A checkpoint is a dictionary of tensors and plain values. Reading one never runs what it brings.
 """
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import pickle
 import re
+import shutil
 import zipfile
 
 import torch
@@ -26,18 +28,20 @@ FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
 
 
 # ---- Loading -------------------------------------------------------------------------------------
-def load(source, out_dir=None):
+def load(source, out_dir=None, mmap=False):
     """Return the dictionary of a checkpoint, on the CPU: {model, model_args, …}.
 
     source: a .pt of ours or of nanoGPT, the folder of a run (its newest checkpoint), a Hugging Face
-    folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. Raises UserError.
+    folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. mmap: leave a .pt's
+    tensors in the file until they are read: several processes then share one copy in the system's
+    memory. Raises UserError.
     """
     if source == 'resume':
         source = os.path.join(out_dir, 'ckpt.pt')
     elif os.path.exists(os.path.join(source, 'ckpt.pt')):
         source = os.path.join(source, 'ckpt.pt')
     if source.endswith('.pt'):
-        checkpoint = load_file(source)
+        checkpoint = load_file(source, mmap)
     else:
         from folio.hugging_face import load_hugging_face
         checkpoint = load_hugging_face(source)
@@ -51,13 +55,13 @@ def load(source, out_dir=None):
     return checkpoint
 
 
-def load_file(path):
+def load_file(path, mmap=False):
     """Return the dictionary in a .pt file. Only tensors and plain values are unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = os.path.getsize(path)
             check_archive(archive, size)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
             raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
                             'model_args')
@@ -294,12 +298,40 @@ def save(path, checkpoint):
 
     It goes to path.tmp first, is synced, then renamed. Raises UserError where that fails.
     """
+    with replacing(path) as temporary, open(temporary, 'wb') as f:
+        torch.save(checkpoint | {'format': FORMAT}, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save_again(saved, path):
+    """Give what was saved under one name a second one, path, which is always whole.
+
+    It is a link to the same file, and a copy where the file system has no links.
+    """
+    with replacing(path) as temporary:
+        try:
+            os.link(saved, temporary)
+        except OSError:
+            with open(saved, 'rb') as source, open(temporary, 'wb') as f:
+                shutil.copyfileobj(source, f, 2**24)
+                f.flush()
+                os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield path.tmp, which takes the place of path once it has been written.
+
+    Raises UserError, and leaves path as it was, where the system cannot write it.
+    """
     temporary = path + '.tmp'
     try:
-        with open(temporary, 'wb') as f:
-            torch.save(checkpoint | {'format': FORMAT}, f)
-            f.flush()
-            os.fsync(f.fileno())
+        # A run that was killed may have left it here, as a second name of another checkpoint: to
+        # write into it would destroy that one.
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         if os.path.exists(temporary):

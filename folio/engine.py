@@ -16,6 +16,12 @@ from folio.configurator import UserError
 STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
 
 
+def send(tensor, device):
+    """Copy a tensor from the CPU to a device, without waiting for what a GPU has to do before."""
+    # CUDA has taken ordinary memory when this returns; other devices may still be reading it.
+    return tensor.to(device, non_blocking=torch.device(device).type == 'cuda')
+
+
 # ---- The cache -----------------------------------------------------------------------------------
 class KVCache:
     """Keep the keys and values of the tokens read so far.
@@ -31,9 +37,9 @@ class KVCache:
         head_size = config.n_embd // config.n_head
         padding = padding or [0] * batch_size
         self.shape = (config.n_layer, 2, batch_size, config.n_head, size, head_size)
-        self.kv = None  # allocated at the first append, whose keys say in which number format
+        self.kv = None  # allocated at the first append
         self.device = model.lm_head.weight.device
-        self.padding_B1 = torch.tensor(padding, device=self.device)[:, None]
+        self.padding_B1 = send(torch.tensor(padding), self.device)[:, None]
         self.hides_keys = max(padding) > 0
         self.length = 0  # tokens in each row, those of the pass under way included
         self.begin = 0  # where the tokens of that pass begin
@@ -51,7 +57,12 @@ class KVCache:
     def append(self, layer, k_BHTD, v_BHTD):
         """Store a layer's new keys and values; return all it has, each (B, H, S, D)."""
         if self.kv is None:
-            self.kv = k_BHTD.new_zeros(self.shape)
+            # Autocast makes normalised keys float32, and attention would cast all of them again for
+            # each new token: keep them as attention takes them.
+            dtype = k_BHTD.dtype
+            if torch.is_autocast_enabled(self.device.type):
+                dtype = torch.get_autocast_dtype(self.device.type)
+            self.kv = k_BHTD.new_zeros(self.shape, dtype=dtype)
         keys_BHSD, values_BHSD = self.kv[layer]
         keys_BHSD[:, :, self.begin:self.length] = k_BHTD
         values_BHSD[:, :, self.begin:self.length] = v_BHTD
@@ -59,9 +70,10 @@ class KVCache:
 
     def rows(self, indices):
         """Return a cache of these rows, in this order; a row may be taken several times."""
+        indices_B = send(torch.tensor(indices), self.device)
         other = copy.copy(self)
-        other.kv = self.kv[:, :, indices]
-        other.padding_B1 = self.padding_B1[indices]
+        other.kv = self.kv.index_select(2, indices_B)
+        other.padding_B1 = self.padding_B1[indices_B]
         return other
 
 
@@ -93,7 +105,7 @@ class StaticKVCache:
 
     def append(self, layer, k_BHTD, v_BHTD):
         for whole_BHSD, new_BHTD in zip(self.kv[layer], (k_BHTD, v_BHTD)):
-            whole_BHSD.index_copy_(2, self.length[None], new_BHTD)
+            whole_BHSD.index_copy_(2, self.length[None], new_BHTD.type_as(whole_BHSD))
         return self.kv[layer]
 
 
@@ -236,6 +248,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
                 logits_BV = logits_BTV[:, -1]
                 if compile:
                     cache.advance()
+                    logits_BV = logits_BV.clone()  # the next step writes over its own
             rated_BV = logits_BV
             if repetition_penalty != 1:
                 rated_BV = penalize(logits_BV, seen_BV, repetition_penalty)
@@ -282,7 +295,8 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **opti
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
     texts = [''] * len(prompts)
     unfinished = set(range(len(prompts)))
-    for next_B in generate(model, prompts, max_new_tokens, stop=stop, **options):
+    # Not generate's stop: to ask whether all rows have ended waits for a GPU once more each step.
+    for next_B in generate(model, prompts, max_new_tokens, **options):
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:
                 continue

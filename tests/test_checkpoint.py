@@ -213,6 +213,60 @@ def test_a_checkpoint_is_replaced_by_a_rename_not_by_writing_into_it(small, tmp_
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
+@pytest.fixture
+def twice(small, tmp_path):
+    """Where best.pt is, saved at step 2, and ckpt.pt, which was of step 1 and is now the same."""
+    best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
+    checkpoint.save(ckpt, contents(small, iter_num=1))
+    checkpoint.save(best, contents(small, iter_num=2))
+    checkpoint.save_again(best, ckpt)
+    return best, ckpt
+
+
+def test_a_checkpoint_of_two_names_is_one_file(twice, tmp_path):
+    assert os.path.samefile(*twice)
+    assert checkpoint.load(twice[1])['iter_num'] == 2
+    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+
+
+def test_the_next_checkpoint_of_one_name_leaves_the_other(twice, small):
+    best, ckpt = twice
+    checkpoint.save(ckpt, contents(small, iter_num=3))
+    assert checkpoint.load(best)['iter_num'] == 2
+    assert checkpoint.load(ckpt)['iter_num'] == 3
+
+
+def test_a_run_killed_before_the_second_name_was_there_does_not_write_into_the_first(twice, small):
+    best, ckpt = twice
+    os.link(best, ckpt + '.tmp')  # and then it was killed
+    checkpoint.save(ckpt, contents(small, iter_num=3))
+    assert checkpoint.load(best)['iter_num'] == 2
+    os.link(best, ckpt + '.tmp')
+    checkpoint.save_again(best, ckpt)
+    assert checkpoint.load(ckpt)['iter_num'] == 2
+
+
+def test_a_second_name_is_a_copy_where_there_are_no_links(small, tmp_path, monkeypatch):
+    def link(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, 'link', link)
+    best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
+    checkpoint.save(best, contents(small, iter_num=2))
+    checkpoint.save_again(best, ckpt)
+    assert checkpoint.load(ckpt)['iter_num'] == 2
+    assert not os.path.samefile(best, ckpt)
+    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+
+
+def test_tensors_left_in_the_file_are_those_that_are_read(small, tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, contents(small))
+    found = checkpoint.load(path, mmap=True)
+    checkpoint.save(path, contents(GPT(SMALL)))  # another file, which takes the place of this one
+    assert_same_weights(found, small)
+
+
 # ---- The log -------------------------------------------------------------------------------------
 ENTRIES = [{'config': {}}, {'iter': 0, 'val_loss': 3.0}, {'iter': 0, 'loss': 3.0},
            {'iter': 1, 'loss': 2.5}, {'iter': 2, 'val_loss': 2.4}, {'iter': 2, 'loss': 2.3}]

@@ -26,12 +26,21 @@ def torchrun_command(*args):
             *args]
 
 
-def torchrun(*args, cwd):
-    """Run train.py in two processes; return its standard output and error together."""
-    done = subprocess.run(torchrun_command(str(ROOT / 'train.py'), *TINY, *args), cwd=cwd,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+def torchrun(*args, cwd, script=ROOT / 'train.py'):
+    """Run a script in two processes; return its standard output and error together."""
+    done = subprocess.run(torchrun_command(str(script), *TINY, *args), cwd=cwd, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def planted(folder, code):
+    """Write a script that runs train.py after some lines of Python, and return its path."""
+    path = folder / 'planted.py'
+    path.write_text(f'import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n'
+                    f'import folio\nimport torch\n{code}\n'
+                    f'runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")\n')
+    return path
 
 
 def log_of(folder):
@@ -96,6 +105,63 @@ def test_two_processes_with_adamw_give_the_losses_of_one(book, one_process, opti
 def test_two_processes_that_share_the_parameters_give_the_losses_of_one(book, one_process, options):
     output = torchrun(*options, FSDP, cwd=book)
     assert 'sharded' in output
+    assert_close(losses(book), one_process(*options), options)
+
+
+SHARDED_TYPES = '''
+from model import GPT
+forward = GPT.forward
+def shows_types(self, *args, **options):
+    def show(block, inputs):
+        print(block.attn.c_attn.weight.dtype, self.transformer.wte.weight.dtype, inputs[0].dtype)
+    handle = self.transformer.h[0].register_forward_pre_hook(show)
+    result = forward(self, *args, **options)
+    handle.remove()
+    return result
+GPT.forward = shows_types
+'''
+
+
+@pytest.mark.slow
+def test_in_bfloat16_a_block_is_gathered_so_and_the_stream_stays_float32(book):
+    output = torchrun(*SINGLE, *MUON, '--dtype=bfloat16', '--max_iters=1', FSDP, cwd=book,
+                      script=planted(book, SHARDED_TYPES))
+    assert 'torch.bfloat16 torch.float32 torch.float32' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [[], ['--activation_checkpointing=True']], ids=['', 'recomputed'])
+def test_shared_parameters_in_bfloat16_give_about_the_losses_of_one(book, one_process, more):
+    options = [*ACCUMULATED, '--arch=modern', '--dtype=bfloat16']
+    torchrun(*options, *more, FSDP, cwd=book)
+    ours, theirs = losses(book), one_process(*options)
+    assert [step for step, _, _ in ours] == [step for step, _, _ in theirs]
+    for (step, loss, _), (_, expected, _) in zip(ours, theirs):
+        assert loss == pytest.approx(expected, abs=0.01), f'step {step}'
+
+
+@pytest.mark.slow
+def test_two_processes_that_compute_activations_twice_give_the_losses_of_one(book, one_process):
+    torchrun(*ACCUMULATED, '--activation_checkpointing=True', cwd=book)
+    assert_close(losses(book), one_process(*ACCUMULATED), ACCUMULATED)
+
+
+LITTLE_MEMORY = '''
+from model import GPT
+forward = GPT.forward
+def forward_of_two(self, idx_BT, *args, **options):
+    if os.environ['RANK'] == '1' and len(idx_BT) > 2:
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    return forward(self, idx_BT, *args, **options)
+GPT.forward = forward_of_two
+'''
+
+
+@pytest.mark.slow
+def test_all_processes_halve_a_batch_that_does_not_fit_in_one(book, one_process):
+    options = [*SHORT, '--gradient_accumulation_steps=2', '--batch_size=8', '--eval_iters=1']
+    output = torchrun(*options, '--fit_batch=True', cwd=book, script=planted(book, LITTLE_MEMORY))
+    assert 'memory for a batch_size of 2: gradient_accumulation_steps is 8' in output
     assert_close(losses(book), one_process(*options), options)
 
 

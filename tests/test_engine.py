@@ -7,7 +7,8 @@ import torch
 import folio.tokenizer
 from folio import engine
 from folio.configurator import UserError
-from folio.engine import KVCache, draw_token, next_token_logits
+from folio.engine import KVCache, StaticKVCache, draw_token, next_token_logits
+from folio.machine import Machine
 from model import GPT, GPTConfig
 
 
@@ -168,6 +169,43 @@ def test_a_full_context_is_cut_to_its_newer_half(model):
             context = ids[-(8 + len(ids) - 17):]
         assert next_B.item() == model(torch.tensor([context]))[0].argmax().item()
         ids.append(next_B.item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('is_static', [False, True], ids=['growing', 'static'])
+def test_under_autocast_a_cache_holds_what_attention_takes(model, is_static):
+    rows_BT = torch.randint(50, (3, 16))
+    cache = KVCache(model, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        whole_BTV, _ = model(rows_BT, all_logits=True)
+        parts = [model(rows_BT[:, :9], all_logits=True, cache=cache)[0]]
+        if is_static:
+            cache = StaticKVCache(cache)
+        for t in range(9, 16):
+            parts.append(model(rows_BT[:, t:t + 1], cache=cache)[0])
+            if is_static:
+                cache.advance()
+    assert {part.dtype for layer in cache.kv for part in layer} == {torch.bfloat16}
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTV, atol=0.1, rtol=0.02)
+
+
+@torch.no_grad()
+def test_weights_cast_once_give_the_logits_of_autocast(model):
+    machine = Machine('cpu', 'bfloat16')
+    rows_BT = torch.randint(50, (3, 16))
+    with machine.autocast:
+        expected, _ = model(rows_BT, all_logits=True)
+        machine.for_inference(model)
+        assert torch.equal(model(rows_BT, all_logits=True)[0], expected)
+    assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.transformer.wte.weight.dtype == torch.float32
+
+
+def test_in_float32_a_model_is_read_as_it_is(model):
+    before = dict(model.named_parameters())
+    Machine('cpu', 'float32').for_inference(model)
+    assert all(p is before[name] for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize('window', [0, 5])

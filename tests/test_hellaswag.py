@@ -167,6 +167,41 @@ def test_the_shares_of_all_processes_are_the_whole(shares):
     assert all((share != 0).sum() < 48 for share in sums)
 
 
+def test_scores_are_copied_to_the_cpu_once(model, monkeypatch):
+    """On a GPU each copy would wait for it. Those of numbers and lists are copies too."""
+    copies = []
+    for name in ('cpu', 'item', 'tolist', '__bool__', '__int__', '__float__'):
+        def counted(tensor, *args, name=name, plain=getattr(torch.Tensor, name)):
+            copies.append(name)
+            return plain(tensor, *args)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    score(model, make_items(), batch_tokens=64)
+    assert copies == ['cpu']
+
+
+def gpu_of(n_bytes, monkeypatch, in_all=None, world_size=1):
+    """Return a machine that has a GPU of so much memory, and in all processes together in_all."""
+    properties = types.SimpleNamespace(total_memory=n_bytes)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: properties)
+    return types.SimpleNamespace(type='cuda', device='cuda', world_size=world_size,
+                                 sum=lambda n: [n if in_all is None else in_all])
+
+
+def test_a_pass_takes_more_tokens_on_a_gpu_the_larger_it_is(monkeypatch):
+    assert hellaswag.tokens_a_pass(Machine('cpu', 'float32')) == 2048
+    assert hellaswag.tokens_a_pass(gpu_of(4 * 2**30, monkeypatch)) == 2048
+    assert hellaswag.tokens_a_pass(gpu_of(79 * 2**30, monkeypatch)) == 9 * 2048
+
+
+def test_processes_with_other_gpus_cut_the_items_alike(monkeypatch):
+    """Of one of 24 GiB and one of 48 each takes the mean: batches are counted, not sent."""
+    found = set()
+    for size in (24, 48):
+        machine = gpu_of(size * 2**30, monkeypatch, in_all=72 * 2**30, world_size=2)
+        found.add(hellaswag.tokens_a_pass(machine))
+    assert found == {4 * 2048}
+
+
 # ---- Accuracies ----------------------------------------------------------------------------------
 class Unigram(GPT):
     """A model whose next character is a with probability 1/2, b 1/4, a space or c 1/8."""

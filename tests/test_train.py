@@ -4,15 +4,19 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import folio.data
 from conftest import ROOT, TINY, run, run_process
 from folio import checkpoint
 from folio.data import Dataset
+from folio.machine import Machine, recompute_blocks
 from folio.tokenizer import CharTokenizer
+from model import GPT
 from prepare.corpus import write_dataset
 
 
@@ -231,6 +235,33 @@ def test_always_save_checkpoint_saves_what_is_no_better_too(book, always):
     assert (book / 'out' / 'ckpt.pt').exists() == always
 
 
+def test_a_checkpoint_that_is_the_best_too_is_written_once(book, monkeypatch):
+    written = []
+    save = torch.save
+    monkeypatch.setattr(torch, 'save', lambda *args: written.append(save(*args)))
+    run('train.py', *TINY, '--learning_rate=1e-2', '--max_iters=20', cwd=book)
+    assert [entry['iter'] for entry in evaluations(book)] == [0, 10, 20]
+    assert len(written) == 2
+    assert os.path.samefile(book / 'out' / 'best.pt', book / 'out' / 'ckpt.pt')
+
+
+def test_the_clock_waits_for_the_device_and_stands_still_in_a_pause(book, monkeypatch):
+    """Each wait takes 100 s, each evaluation 10,000: the evaluations are at steps 0, 5 and 10."""
+    seconds = [0.0]
+    monkeypatch.setattr(time, 'perf_counter', lambda: seconds[0])
+
+    def passes(function, n):
+        def call(*args, **options):
+            seconds[0] += n
+            return function(*args, **options)
+        return call
+
+    monkeypatch.setattr(Machine, 'synchronize', passes(Machine.synchronize, 100))
+    monkeypatch.setattr(folio.data, 'evaluate', passes(folio.data.evaluate, 10_000))
+    run('train.py', *TINY, '--eval_interval=5', '--max_iters=10', cwd=book)
+    assert newest(book)['train_seconds'] == 300
+
+
 # ---- From other weights --------------------------------------------------------------------------
 TUNED = [*TINY, '--out_dir=tuned', '--block_size=16', '--n_layer=7']
 
@@ -307,6 +338,63 @@ def test_dropout_differs_from_step_to_step(tmp_path):
 def test_without_dropout_the_same_batch_has_the_same_loss(tmp_path):
     losses = losses_of_a_model_that_stays(tmp_path, dropout=0.0)
     assert losses == pytest.approx([losses[0]] * 10, abs=1e-6)
+
+
+# ---- Less memory ---------------------------------------------------------------------------------
+@pytest.mark.parametrize('options', [VARIANTS['dropout'], VARIANTS['bfloat16']],
+                         ids=['gpt2', 'modern'])
+def test_activations_computed_twice_are_the_same(book, options):
+    options = [*TINY, *options, '--max_iters=10', '--sample_interval=10']
+    run('train.py', *options, cwd=book)
+    kept = newest(book)
+    run('train.py', *options, '--activation_checkpointing=True', cwd=book)
+    assert_same_run(newest(book), kept)
+
+
+def test_a_block_computes_its_activations_again_in_the_backward_pass(model):
+    calls = []
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(lambda *args: calls.append('mlp'))
+    idx_BT = torch.zeros(1, 4, dtype=torch.long)
+    _, loss = recompute_blocks(model)(idx_BT, idx_BT)
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == 4
+    with torch.no_grad():
+        model(idx_BT)
+    assert len(calls) == 6
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Memory for two sequences in a pass."""
+    forward = GPT.forward
+
+    def forward_of_two(self, idx_BT, *args, **options):
+        if len(idx_BT) > 2:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return forward(self, idx_BT, *args, **options)
+
+    monkeypatch.setattr(GPT, 'forward', forward_of_two)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_step_stays_the_same(book, little_memory):
+    run('train.py', *TINY, '--dropout=0.1', '--batch_size=2', '--gradient_accumulation_steps=4',
+        '--eval_iters=16', cwd=book)
+    expected = figures(book)
+    halved = newest(book)
+    options = [*TINY, '--dropout=0.1', '--batch_size=8', '--fit_batch=True']
+    out, _ = run('train.py', *options, '--max_iters=10', cwd=book)
+    assert 'memory for a batch_size of 2: gradient_accumulation_steps is 4' in out
+    run('train.py', *options, '--init_from=resume', cwd=book)
+    assert_same_run(newest(book), halved)
+    assert figures(book) == expected
+
+
+def test_a_batch_that_cannot_be_halved_is_an_error(book, little_memory):
+    _, error = run('train.py', *TINY, '--batch_size=6', '--fit_batch=True', cwd=book, status=2)
+    assert 'not even batch_size 3 fits' in error
+    assert error.count('\n') == 1
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
