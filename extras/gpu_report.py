@@ -340,7 +340,7 @@ def decode_seconds(machine, model, prompts, size, compile):
 def measure_decoding(machine, size):
     """Yield the lines of greedy decoding, eager and compiled, for one prompt and for many."""
     torch.manual_seed(0)
-    model = fast.accelerate(GPT(size.model)).to(machine.device).eval()
+    model = machine.for_inference(fast.accelerate(GPT(size.model)))
     ways = {'eager': False}
     if size.compile:
         ways['compiled'] = True
@@ -391,7 +391,7 @@ def measure_hellaswag(machine, size):
         tokenizer = folio.tokenizer.load('gpt2')
         comment = hellaswag_source
     torch.manual_seed(0)
-    model = fast.accelerate(GPT(size.model)).to(machine.device).eval()
+    model = machine.for_inference(fast.accelerate(GPT(size.model)))
 
     def score():
         hellaswag.score(model, items, tokenizer, machine, batch_tokens=hellaswag.batch_tokens)

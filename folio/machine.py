@@ -149,6 +149,8 @@ class Machine:
         if self.type == 'cuda':
             os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True, warn_only=True)
+            # With warn_only, attention by cuDNN is not ruled out, and it adds in no fixed order.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def for_inference(self, model):
         """Move a model that is only read to the device, and return it: the same numbers, sooner.
