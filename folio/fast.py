@@ -271,7 +271,7 @@ def int8_product(x_RC, weight_NC, scale_N):
 
 def int8_product_works():
     """Return whether int8_product is there, right, and made for this processor."""
-    # Elsewhere it works number by number, ten times slower than float32; so it does on Windows.
+    # Elsewhere it works number by number, at a tenth of the speed; by its source on Windows too.
     has_kernel = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
     x = torch.ones(2, 64, dtype=torch.bfloat16)
     weight = torch.full((3, 64), 127, dtype=torch.int8)
