@@ -9,6 +9,7 @@ Each trick is a class with the parameters of the one it replaces and another for
 """
 import math
 import platform
+import sys
 
 import torch
 import torch.nn as nn
@@ -244,45 +245,76 @@ def float32_product(a, b):
 
 
 # ---- Weights of 8 bits ---------------------------------------------------------------------------
+FEW_ROWS = 4  # int8_product reads the weights once for every four rows
+MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+
+
 class Int8Linear(nn.Module):
     """Multiply by weights of 8 bits and a scale for each output: a quarter of the memory to read.
 
-    Only the weights lose precision. The processor multiplies integers of 8 bits, so x is written
-    with two of them, 128 high + low, in a unit of its own for each row: 15 bits, which is as good
-    as float32 beside what the weights have lost.
+    Input and output are rounded to bfloat16. The perplexity of config/train_book.py's model after
+    200 steps, 4.5454, becomes 4.5455 (an Intel Xeon, 2026-11-25). For many rows, which do not wait
+    for memory, the 8-bit weights are there once more, written out in a format that the processor
+    multiplies: 3 bytes a weight in all, or 5 where it knows no bfloat16.
     """
 
     def __init__(self, layer):
         super().__init__()
         weight_NC = layer.weight.detach()
         scale_N1 = weight_NC.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer('weight', (weight_NC / scale_N1).round().to(torch.int8))
+        # Rounded first, as it will be multiplied with: then it adds no error to the weights'.
+        scale_N1 = scale_N1.bfloat16()
+        weight_NC = (weight_NC / scale_N1.float()).round()
+        self.register_buffer('weight', weight_NC.to(torch.int8))
         self.register_buffer('scale', scale_N1[:, 0])
+        wide = torch.bfloat16 if MULTIPLIES_BFLOAT16 else torch.float32
+        self.register_buffer('wide_weight', weight_NC.to(wide))  # no bit of the integers is lost
         self.bias = layer.bias
 
     def forward(self, x):
-        x_RC = x.flatten(0, -2).float()
-        unit_R1 = x_RC.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / (127 * 128)
-        x_RC = (x_RC / unit_R1).round()
-        high_RC = (x_RC / 128).round()
-        low_RC = x_RC - 128 * high_RC
-        digits = torch.cat((high_RC, low_RC)).to(torch.int8)
-        high_RN, low_RN = torch._int_mm(digits, self.weight.t()).float().chunk(2)
-        y_RN = torch.add(low_RN, high_RN, alpha=128) * (unit_R1 * self.scale)
+        x_RC = x.flatten(0, -2)
+        # The operator takes 16 numbers of a row at a time, and no fewer.
+        if len(x_RC) <= FEW_ROWS and x_RC.size(1) % 16 == 0:
+            y_RN = int8_product(x_RC.bfloat16(), self.weight, self.scale).float()
+        else:
+            y_RN = linear(x_RC.to(self.wide_weight.dtype), self.wide_weight).float()
+            y_RN *= self.scale.float()
         if self.bias is not None:
-            y_RN = y_RN + self.bias
+            y_RN += self.bias
         return y_RN.view(*x.shape[:-1], -1)
+
+
+def int8_product(x_RC, weight_NC, scale_N):
+    """Return x (scale weight)', (R, N), all of bfloat16 but the weights, by an operator of torch's.
+
+    Its name begins with an underscore, so it may be gone one day, and then `quantize` refuses. What
+    Int8Linear does for many rows can take its place, at half the speed for a single one.
+    """
+    return torch._weight_int8pack_mm(x_RC, weight_NC, scale_N)
+
+
+def int8_product_works():
+    """Return whether int8_product is there, right, and made for this processor."""
+    # Elsewhere it works number by number, at a tenth of the speed; by its source on Windows too.
+    has_kernel = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    weight = torch.full((3, 64), 127, dtype=torch.int8)
+    try:
+        y = int8_product(x, weight, 2 * x[0, :3])
+    except (AttributeError, TypeError, RuntimeError):  # gone, or called otherwise
+        return False
+    return has_kernel and sys.platform != 'win32' and y.eq(2 * 64 * 127).all().item()
 
 
 def quantize(model):
     """Make each linear layer of a model on the CPU an Int8Linear, in place, and return the model.
 
-    For inference only; embeddings stay as they are. Raises UserError where products of integers are
-    not exact: without VNNI instructions oneDNN cuts sums off.
+    For inference only; embeddings stay as they are. Raises UserError where this torch or this
+    processor has no fast product by 8-bit weights.
     """
-    largest = torch.full((256, 256), 127, dtype=torch.int8)
-    if not ONEDNN or not torch._int_mm(largest, largest).eq(256 * 127 * 127).all():
-        raise UserError('int8 weights need an x86 CPU with VNNI instructions; leave out --quantize')
+    if not int8_product_works():
+        raise UserError('int8 weights need an x86 CPU with AVX2, and a torch with '
+                        '_weight_int8pack_mm, such as 2.13; leave out --quantize')
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):

@@ -17,6 +17,7 @@ import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -31,6 +32,7 @@ from folio.download import hub_errors
 from folio.tokenizer import without_surrogates
 
 CHUNK_CHARS = 1_000_000  # characters that one core tokenizes at a time
+FEW_CHUNKS = 8  # this many are done before the processes of a pool have started
 ROWS = 64  # of a .parquet, read at a time: some documents have megabytes
 BUFFER = 2**20  # bytes read at a time
 
@@ -402,6 +404,21 @@ def start_process():
 def exit_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)  # sys.exit would end this thread only
+
+
+def map_on_all_cores(function, chunks):
+    """Yield function(chunk) for each chunk, in order: by a pool of processes if there are many.
+
+    For train_bpe, whose chunks are of a million characters, in a script that start_pool may be
+    called in.
+    """
+    chunks = iter(chunks)
+    first = list(itertools.islice(chunks, FEW_CHUNKS))
+    if len(first) < FEW_CHUNKS or n_cores() == 1:
+        yield from map(function, itertools.chain(first, chunks))
+        return
+    with start_pool() as pool:
+        yield from in_order(pool, function, itertools.chain(first, chunks))
 
 
 def in_order(pool, function, chunks):

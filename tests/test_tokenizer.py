@@ -1,6 +1,8 @@
 """folio/tokenizer.py and folio/bpe.py: text to tokens and back, and how a BPE is learned."""
+import collections
 import functools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -178,6 +180,28 @@ def test_no_token_is_spelled_twice(texts):
     assert len(set(tokens)) == len(tokens)
 
 
+def test_no_two_merges_make_the_same_token():
+    """`load` refuses such a spec: a token is looked up by its bytes."""
+    rng = random.Random(0)
+    for _ in range(300):
+        pieces = [''.join(rng.choices('aab', k=rng.randint(1, 40))) for _ in range(20)]
+        merges = bpe.learn_merges(collections.Counter(pieces), n_merges=200)
+        tokens = [left + right for left, right in merges]
+        assert len(set(tokens)) == len(tokens) > 10
+
+
+def test_the_merges_of_a_novel_are_those_of_rustbpe():
+    rustbpe = pytest.importorskip('rustbpe')
+    text = shared('books/pride_and_prejudice.txt').read_text(encoding='utf-8')
+    piece_counts = bpe.count_pieces([text], folio.tokenizer.SPLIT_PATTERN)
+    merges = bpe.learn_merges(piece_counts, 4000)
+    theirs = rustbpe.Tokenizer()
+    theirs.train_from_iterator(iter([text]), 4256, pattern=folio.tokenizer.SPLIT_PATTERN)
+    ranks = sorted(theirs.get_mergeable_ranks(), key=lambda entry: entry[1])
+    their_tokens = [bytes(token) for token, _ in ranks[256:]]
+    assert [left + right for left, right in merges] == their_tokens
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='counts processes in /proc')
 def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path):
@@ -229,12 +253,41 @@ def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
 
 
 @hypothesis.given(st.lists(st.text('ab ', max_size=30)))
-def test_chunks_are_whole_texts_in_their_order(texts):
+def test_chunks_are_stretches_of_the_texts_in_their_order(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe, 'CHUNK_CHARS', 20)
         chunks = list(bpe.chunks_of(iter(texts)))
-    assert [text for chunk in chunks for text in chunk] == texts
+    assert ''.join(text for chunk in chunks for text in chunk) == ''.join(texts)
     assert all(sum(map(len, chunk[:-1])) < 20 for chunk in chunks)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.one_of(VALID_TEXT, MOSTLY_WHITE))
+def test_a_long_text_has_the_pieces_of_the_whole_however_it_is_cut(text):
+    whole = bpe.count_chunk([text], folio.tokenizer.SPLIT_PATTERN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, 'CHUNK_CHARS', 2)
+        assert bpe.count_pieces([text], folio.tokenizer.SPLIT_PATTERN) == whole
+
+
+def test_a_long_text_is_cut_so_that_all_cores_can_count_it(monkeypatch):
+    monkeypatch.setattr(bpe, 'CHUNK_CHARS', 1000)
+    assert len(list(bpe.chunks_of(['to be or not to be ' * 1000]))) > 15
+
+
+@pytest.mark.parametrize('n_chunks', [0, 3, 40])
+def test_few_chunks_start_no_processes_and_many_give_the_same(n_chunks, monkeypatch):
+    started = []
+    start_pool = documents.start_pool
+
+    def note_and_start():
+        started.append(True)
+        return start_pool()
+    monkeypatch.setattr(documents, 'start_pool', note_and_start)
+    monkeypatch.setattr(documents, 'n_cores', lambda: 2)
+    chunks = ([i] for i in range(n_chunks))
+    assert list(documents.map_on_all_cores(sum, chunks)) == list(range(n_chunks))
+    assert bool(started) == (n_chunks == 40)
 
 
 def test_the_rarest_of_too_many_pieces_are_forgotten(monkeypatch):

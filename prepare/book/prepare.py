@@ -15,6 +15,7 @@ sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkou
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import write_dataset
+from prepare.documents import map_on_all_cores
 from folio.download import download
 
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file
@@ -24,7 +25,6 @@ tokenizer = 'char'  # char, bpe (trained on the training part) or gpt2
 vocab_size = 1024  # bpe only
 mirrors = (  # Gutenberg's, in the order in which they are asked
     'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org')
-configure(globals())
 
 
 # ---- The text ------------------------------------------------------------------------------------
@@ -94,30 +94,36 @@ def make_tokenizer(text, train_text):
     if tokenizer == 'char':
         return folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
     if tokenizer == 'bpe':
-        return folio.tokenizer.train_bpe([train_text], vocab_size)
+        return folio.tokenizer.train_bpe([train_text], vocab_size, map_on_all_cores)
     if tokenizer == 'gpt2':
         return folio.tokenizer.load('gpt2')
     raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
 
 
-text = read_book()
-n_chars = len(text)
-if len(text.strip()) < 200:
-    raise UserError(f'{book} has {len(text.strip())} characters; '
-                    'a book to learn from needs at least 200')
-# Whole stretches of the book: sentences drawn at random would have neighbours in training.
-train_end = n_chars * 90 // 100
-val_end = n_chars * 95 // 100
-splits = {'train': text[:train_end], 'val': text[train_end:val_end], 'test': text[val_end:]}
+def main():
+    text = read_book()
+    n_chars = len(text)
+    if len(text.strip()) < 200:
+        raise UserError(f'{book} has {len(text.strip())} characters; '
+                        'a book to learn from needs at least 200')
+    # Whole stretches of the book: sentences drawn at random would have neighbours in training.
+    train_end = n_chars * 90 // 100
+    val_end = n_chars * 95 // 100
+    splits = {'train': text[:train_end], 'val': text[train_end:val_end], 'test': text[val_end:]}
 
-tok = make_tokenizer(text, splits['train'])
-folder = os.path.join('data', dataset)
-documents = {name: [part] for name, part in splits.items()}  # each split is one document
-meta = write_dataset(folder, tok, documents, source=book)
+    tok = make_tokenizer(text, splits['train'])
+    folder = os.path.join('data', dataset)
+    documents = {name: [part] for name, part in splits.items()}  # each split is one document
+    meta = write_dataset(folder, tok, documents, source=book)
 
-counts = {name: split['tokens'] for name, split in meta['splits'].items()}
-n_tokens = sum(counts.values())
-print(f'{folder}: {n_chars:,} characters as {n_tokens:,} tokens '
-      f'of a {tokenizer} vocabulary of {tok.n_vocab:,}')
-print('    ' + ', '.join(f'{name} {n:,}' for name, n in counts.items()) + ' tokens; '
-      + folio.tokenizer.fertility(text, n_tokens))
+    counts = {name: split['tokens'] for name, split in meta['splits'].items()}
+    n_tokens = sum(counts.values())
+    print(f'{folder}: {n_chars:,} characters as {n_tokens:,} tokens '
+          f'of a {tokenizer} vocabulary of {tok.n_vocab:,}')
+    print('    ' + ', '.join(f'{name} {n:,}' for name, n in counts.items()) + ' tokens; '
+          + folio.tokenizer.fertility(text, n_tokens))
+
+
+if __name__ == '__main__':  # each process that counts pieces for a BPE reads this file too
+    configure(globals())
+    main()

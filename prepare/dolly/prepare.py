@@ -25,7 +25,7 @@ sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkou
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import encode_pair, write_dataset
-from folio.data import read_jsonl
+from prepare.documents import map_on_all_cores
 from folio.download import hub_errors
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
@@ -35,9 +35,9 @@ dataset = 'dolly'  # the folder under data/ to write
 val_share = 0.05  # of the documents
 max_tokens = 1024  # leave out longer documents; 0: none
 seed = 1337  # of the split
-configure(globals())
+
+PUBLISHED = 'databricks/databricks-dolly-15k'  # on the hub
 TEMPLATE = 'Instruction:\n{}\n\nResponse:\n'  # a prompt without context
-origin = source or 'databricks/databricks-dolly-15k'
 
 
 def from_hub():
@@ -46,8 +46,8 @@ def from_hub():
     import huggingface_hub
     huggingface_hub.logging.set_verbosity_error()  # else it prints a line for each attempt
     remedy = 'check the network, or give --source=file.jsonl'
-    with hub_errors(f'{origin} could not be downloaded', remedy):
-        return list(datasets.load_dataset(origin, split='train'))
+    with hub_errors(f'{PUBLISHED} could not be downloaded', remedy):
+        return list(datasets.load_dataset(PUBLISHED, split='train'))
 
 
 def clean(text):
@@ -55,8 +55,11 @@ def clean(text):
     return folio.tokenizer.without_surrogates(text.strip())
 
 
-def to_pair(row, number):
-    """Return (prompt, answer) of a row; the prompt is empty if the row has no instruction."""
+def to_pair(row, number, origin):
+    """Return (prompt, answer) of a row; the prompt is empty if the row has no instruction.
+
+    number, origin: of the row, and where it came from, for the message of a UserError.
+    """
     try:
         instruction = clean(row['instruction'])
         context = clean(row.get('context') or '')
@@ -72,50 +75,59 @@ def to_pair(row, number):
     return TEMPLATE.replace('{}', instruction), response
 
 
-def is_short(pair):
+def is_short(pair, tok):
     """Return whether a document has at most max_tokens tokens."""
     prompt, answer = pair
     tokens, _ = encode_pair(tok, prompt, answer)
     return len(tokens) <= max_tokens
 
 
-# ---- The documents -------------------------------------------------------------------------------
-if not 0 < val_share < 1 or max_tokens < 0:
-    raise UserError(f'val_share is {val_share}, max_tokens {max_tokens}; '
-                    'give a share between 0 and 1, and 0 or more')
-if source:
-    rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl')
-else:
-    rows = from_hub()
-pairs = [to_pair(row, number) for number, row in enumerate(rows, 1)]
+def main():
+    if not 0 < val_share < 1 or max_tokens < 0:
+        raise UserError(f'val_share is {val_share}, max_tokens {max_tokens}; '
+                        'give a share between 0 and 1, and 0 or more')
+    origin = source or PUBLISHED
+    if source:
+        # Here, for it loads torch, which the processes that count pieces can do without.
+        from folio.data import read_jsonl
+        rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl')
+    else:
+        rows = from_hub()
+    pairs = [to_pair(row, number, origin) for number, row in enumerate(rows, 1)]
 
-if tokenizer == 'bpe':
-    tok = folio.tokenizer.train_bpe([prompt + answer for prompt, answer in pairs], vocab_size)
-else:
-    tok = folio.tokenizer.load(tokenizer)
-# Without an end-of-text token to predict, a model would never learn to stop.
-if tok.eot is None:
-    raise UserError(f'{tokenizer} has characters and no token that ends an answer; '
-                    'give --tokenizer=gpt2 or bpe')
+    if tokenizer == 'bpe':
+        texts = [prompt + answer for prompt, answer in pairs]
+        tok = folio.tokenizer.train_bpe(texts, vocab_size, map_on_all_cores)
+    else:
+        tok = folio.tokenizer.load(tokenizer)
+    # Without an end-of-text token to predict, a model would never learn to stop.
+    if tok.eot is None:
+        raise UserError(f'{tokenizer} has characters and no token that ends an answer; '
+                        'give --tokenizer=gpt2 or bpe')
 
-short = pairs
-if max_tokens > 0:
-    short = [pair for pair in pairs if is_short(pair)]
-kept = [(prompt, answer) for prompt, answer in short if prompt and answer]
-if len(kept) < 2:
-    raise UserError(f'{origin}: {len(kept)} of {len(rows)} rows can be used; '
-                    'it takes one to train on and one to validate')
+    short = pairs
+    if max_tokens > 0:
+        short = [pair for pair in pairs if is_short(pair, tok)]
+    kept = [(prompt, answer) for prompt, answer in short if prompt and answer]
+    if len(kept) < 2:
+        raise UserError(f'{origin}: {len(kept)} of {len(rows)} rows can be used; '
+                        'it takes one to train on and one to validate')
 
-# ---- The split -----------------------------------------------------------------------------------
-random.Random(seed).shuffle(kept)
-n_val = round(val_share * len(kept))
-n_val = min(max(n_val, 1), len(kept) - 1)  # at least one document on each side
-splits = {'train': kept[n_val:], 'val': kept[:n_val]}
-meta = write_dataset(os.path.join('data', dataset), tok, splits, source=origin, template=TEMPLATE)
+    random.Random(seed).shuffle(kept)
+    n_val = round(val_share * len(kept))
+    n_val = min(max(n_val, 1), len(kept) - 1)  # at least one document on each side
+    splits = {'train': kept[n_val:], 'val': kept[:n_val]}
+    folder = os.path.join('data', dataset)
+    meta = write_dataset(folder, tok, splits, source=origin, template=TEMPLATE)
 
-print(f'{len(kept):,} of {len(rows):,} documents; '
-      f'left out: {len(pairs) - len(short):,} of over {max_tokens:,} tokens, '
-      f'{len(short) - len(kept):,} without instruction or response')
-for name, counts in meta['splits'].items():
-    print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens '
-          f'in {counts["documents"]:,} documents, {counts["targets"]:,} of them targets')
+    print(f'{len(kept):,} of {len(rows):,} documents; '
+          f'left out: {len(pairs) - len(short):,} of over {max_tokens:,} tokens, '
+          f'{len(short) - len(kept):,} without instruction or response')
+    for name, counts in meta['splits'].items():
+        print(f'{folder}/{name}.bin: {counts["tokens"]:,} tokens '
+              f'in {counts["documents"]:,} documents, {counts["targets"]:,} of them targets')
+
+
+if __name__ == '__main__':  # each process that counts pieces for a BPE reads this file too
+    configure(globals())
+    main()

@@ -140,9 +140,7 @@ def trained_bpe(files):
         if tokenizer_chars > 0:
             texts = first_chars(texts, tokenizer_chars)
         texts = with_bar(texts, tokenizer_chars)
-        with documents.start_pool() as pool:
-            map_in_pool = functools.partial(documents.in_order, pool)
-            tok = folio.tokenizer.train_bpe(texts, vocab_size, map_in_pool)
+        tok = folio.tokenizer.train_bpe(texts, vocab_size, documents.map_on_all_cores)
         os.makedirs('data/tokenizers', exist_ok=True)
         write_json(path, tok.spec)
     return folio.tokenizer.load(path)

@@ -15,6 +15,7 @@ sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkou
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import write_dataset
+from prepare.documents import map_on_all_cores
 from folio.download import hub_errors
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
@@ -22,7 +23,6 @@ source = ''  # instead of the hub: a folder of train.txt, valid.txt, test.txt or
 dataset = 'wikitext2'  # the folder under data/ to write
 tokenizer = 'bpe'  # bpe (trained on the training split) or gpt2
 vocab_size = 32000  # bpe only
-configure(globals())
 
 
 def from_hub(split):
@@ -64,22 +64,29 @@ def count_words(text):
     return len(text.split()) + text.count('\n')
 
 
-if variant not in ('raw', 'v1') or tokenizer not in ('bpe', 'gpt2'):
-    raise UserError(f'variant is {variant!r}, tokenizer {tokenizer!r}; '
-                    'choose from raw, v1 and from bpe, gpt2')
-texts = {}
-for name, split in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
-    texts[name] = from_folder(split) if source else from_hub(split)
+def main():
+    if variant not in ('raw', 'v1') or tokenizer not in ('bpe', 'gpt2'):
+        raise UserError(f'variant is {variant!r}, tokenizer {tokenizer!r}; '
+                        'choose from raw, v1 and from bpe, gpt2')
+    texts = {}
+    for name, split in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
+        texts[name] = from_folder(split) if source else from_hub(split)
 
-if tokenizer == 'gpt2':
-    tok = folio.tokenizer.load('gpt2')
-else:
-    tok = folio.tokenizer.train_bpe([texts['train']], vocab_size)
+    if tokenizer == 'gpt2':
+        tok = folio.tokenizer.load('gpt2')
+    else:
+        tok = folio.tokenizer.train_bpe([texts['train']], vocab_size, map_on_all_cores)
 
-documents = {name: [text] for name, text in texts.items()}
-words = {name: count_words(text) for name, text in texts.items()}
-origin = source or f'Salesforce/wikitext, wikitext-2, {variant}'
-meta = write_dataset(os.path.join('data', dataset), tok, documents, source=origin, words=words)
-for name, counts in meta['splits'].items():
-    print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
-          f'{counts["words"]:,} words, ' + folio.tokenizer.fertility(texts[name], counts['tokens']))
+    documents = {name: [text] for name, text in texts.items()}
+    words = {name: count_words(text) for name, text in texts.items()}
+    origin = source or f'Salesforce/wikitext, wikitext-2, {variant}'
+    meta = write_dataset(os.path.join('data', dataset), tok, documents, source=origin, words=words)
+    for name, counts in meta['splits'].items():
+        print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
+              f'{counts["words"]:,} words, '
+              + folio.tokenizer.fertility(texts[name], counts['tokens']))
+
+
+if __name__ == '__main__':  # each process that counts pieces for the BPE reads this file too
+    configure(globals())
+    main()
