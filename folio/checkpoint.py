@@ -125,6 +125,8 @@ def upgrade_nanogpt(checkpoint):
     """
     args = {'gelu': 'none'} | checkpoint['model_args']
     n_rows = args['vocab_size']
+    if type(n_rows) is not int:  # to compare a tensor may take a gigabyte
+        raise TypeError(f'its vocab_size is of type {type(n_rows).__name__}')
     if n_rows == 50304:
         args['vocab_size'] = 50257  # GPT-2's vocabulary, which nanoGPT pads in the settings
     missing_rows = padded(args['vocab_size']) - n_rows

@@ -460,6 +460,13 @@ def test_weights_larger_than_their_file_are_refused(tmp_path):
         assert 'larger than the file' in refused(read_checkpoint, tmp_path, ckpt__pt=checkpoint)
 
 
+def test_a_setting_that_is_a_large_tensor_takes_no_memory(tmp_path):
+    checkpoint = of_nanogpt()
+    checkpoint['model_args']['vocab_size'] = torch.zeros(1).expand(10**9)
+    assert 'its vocab_size is of type Tensor' in refused(
+        read_checkpoint, tmp_path, ckpt__pt=checkpoint)
+
+
 def test_layers_that_share_one_storage_are_counted_each(tmp_path):
     checkpoint = small_checkpoint('modern')
     checkpoint['model_args'] |= {'n_layer': 2000, 'n_embd': 512}
@@ -641,8 +648,10 @@ if __name__ == '__main__':
         clock = time.process_time()
         counts, bad = campaign(name, n_each, seed)
         total += counts
-        print(f'{name}: {dict(counts)}, {time.process_time() - clock:.1f} s', flush=True)
+        more = (peak_memory() - memory) / 2**20
+        print(f'{name}: {dict(counts)}, {time.process_time() - clock:.1f} s, so far '
+              f'{more:.0f} MiB more memory at most', flush=True)
         for text, times in collections.Counter(bad).most_common(20):
             print(f'  {times} times {text}', flush=True)
     print(f'{sum(total.values()):,} files: {dict(total)}; {len(executed)} executions '
-          f'{executed[:5]}; {(peak_memory() - memory) / 2**20:.0f} MiB more memory at most')
+          f'{executed[:5]}')
