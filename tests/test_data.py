@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from folio.configurator import UserError
-from folio.data import (Dataset, eval_batches, prefetch, read_jsonl, to_batch, train_batch,
-                        window_starts, write_jsonl)
+from folio.data import (Dataset, check_meta, eval_batches, prefetch, read_jsonl, to_batch,
+                        train_batch, window_starts, write_jsonl)
 from folio.tokenizer import EOT, CharTokenizer, train_bpe
 from model import GPT, GPTConfig
 from prepare.corpus import write_dataset
@@ -245,3 +245,10 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, content, says):
         (tmp_path / 'a.jsonl').write_text(content)
     with pytest.raises(UserError, match=f'a.jsonl.*{says}.*; try another'):
         read_jsonl(str(tmp_path / 'a.jsonl'), ['text'], hint='try another')
+
+
+def test_counts_of_a_meta_json_are_whole_numbers_from_zero_on():
+    check_meta({'splits': {'val': {'tokens': 2, 'documents': 0}}})
+    for count in (-1, 1.0, '1', 2**63):
+        with pytest.raises(ValueError, match='its counts of val'):
+            check_meta({'splits': {'val': {'tokens': count}}})

@@ -388,6 +388,7 @@ def test_no_more_than_usual_is_no_spike():
     rng = random.Random(0)
     norms = [rng.gauss(1.0, 0.1) for _ in range(100)]
     assert not is_spike(1.3, norms) and is_spike(2.0, norms)
+    assert is_spike(2.0, norms[:20])
     assert not is_spike(2.0, norms[:19])  # too few to know what is usual
     assert not is_spike(float('inf'), norms)  # an overflow of float16, whose scaler sees to it
 

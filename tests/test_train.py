@@ -210,6 +210,7 @@ def test_the_log_has_a_line_for_each_log_interval(longer):
     steps = [entry for entry in log_of(longer) if 'loss' in entry]
     assert [entry['iter'] for entry in steps] == list(range(0, 60, 5))
     assert all(entry['tokens'] == (entry['iter'] + 1) * 4 * 32 for entry in steps)
+    assert all(entry['tokens'] == entry['iter'] * 4 * 32 for entry in evaluations(longer))
 
 
 def test_the_learning_rate_rises_and_falls(longer):
