@@ -264,7 +264,7 @@ def loss_of_batch(model, idx_BT, targets_BT):
 
 
 def measure_kernels(machine, size):
-    """Yield the lines of the ten kernels (on a CPU: operations) that take most of a step's time."""
+    """Yield the lines of the ten kernels (on a CPU: operations) with the most time in a step."""
     model, loss_of_model, batch_size = largest_batch(machine, size, size.model)
     step = make_step(machine, model, loss_of_model, our_optimizers(model, 'adamw'))
     warm_up(step)
@@ -438,7 +438,7 @@ ABOUT = {
     'processes': 'torchrun with a process for each GPU, against one process.',
     'training': 'A training step: forward and backward pass, clipping, AdamW. The plain loop is '
                 'model.py as it stands, with the cross-entropy of torch, in the manner of nanoGPT.',
-    'kernels': "The ten kernels that take most of the time of folio's training step.",
+    'kernels': "The ten kernels with the most time in folio's training step.",
     'muon': 'The modern architecture with either optimizer.',
     'decoding': 'Greedy, with a cache.',
     'hellaswag': 'Items scored, four endings each.',
