@@ -293,7 +293,7 @@ def loss_cells(metrics):
 
 
 def per_word(metrics):
-    """Return what to write behind a perplexity: that per word, where words were counted, or ''."""
+    """Return what to write after a perplexity: that per word, where words were counted, or ''."""
     if 'word_perplexity' not in metrics:
         return ''
     return f' ({metrics["word_perplexity"]:,.4f} a word)'

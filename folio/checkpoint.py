@@ -94,7 +94,7 @@ TENSOR_OPCODES = ('GLOBAL', 'BINPERSID', 'REDUCE', 'BUILD', 'EMPTY_TUPLE', 'TUPL
                   'TUPLE2', 'TUPLE3')
 GLOBALS = re.compile(r'collections OrderedDict|torch \w+Storage|'
                      r'torch._utils _rebuild_(tensor_v2|parameter)')
-MAX_TUPLES = 50_000  # a hundred layers have 20,000; to hash 200,000 nested ones crashes Python
+MAX_TUPLES = 50_000  # a hundred layers have 20,000; hashing 200,000 nested ones crashes Python
 
 
 def check_archive(archive, size):

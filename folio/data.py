@@ -195,7 +195,7 @@ class Dataset:
         """Return a short text that changes when a split does, to tell on resume.
 
         It is a hash of the sizes of the token file and its mask, and of 64 blocks of 4 KiB of each,
-        spread from the beginning to the end: to read all of a large file would take minutes.
+        spread from the beginning to the end: reading all of a large file would take minutes.
         """
         digest = hashlib.sha256()
         for path in (self.path(f'{split}.bin'), self.path(f'{split}.mask.bin')):

@@ -159,7 +159,7 @@ def remove_part(part):
 
 
 def save(response, part, name, n_kept, n_coming):
-    """Write the response to the file `part`, behind the n_kept bytes that it keeps; show a bar.
+    """Write the response to the file `part`, after the n_kept bytes that it keeps; show a bar.
 
     name: what the bar is labelled. n_coming: bytes of the response; 0: unknown. Raises
     requests.ConnectionError if the transfer breaks.

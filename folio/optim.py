@@ -133,7 +133,7 @@ class Muon(torch.optim.Optimizer):
         for gradient, average in zip(gradients, averages):
             updates.append(gradient.lerp(average, group['momentum']))
         if hasattr(params[0], 'full_tensor'):
-            # To orthogonalise a sharded matrix takes all of it.
+            # Orthogonalising a sharded matrix takes all of it.
             updates = [update.full_tensor() for update in updates]
         matrices = torch.cat(updates).view(-1, height, width)
         orthogonal = orthogonalize_shared(matrices.to(product_dtype(matrices)))

@@ -162,7 +162,7 @@ def read_chunks(file, column, row=0, offset=0, skip_bad=False):
     before that.
     """
     read_rows = reader_of(file)
-    end = Mark(row, offset)  # behind the last row that was read
+    end = Mark(row, offset)  # after the last row that was read
     texts = []  # documents not yielded yet
     n_chars = 0  # characters in them
     n_bad = 0
@@ -204,7 +204,7 @@ def reading(file):
 def reader_of(file):
     """Return the reader for a file, by the ending of its name; raise UserError if there is none.
 
-    A reader(file, column, start) yields (mark behind the row, text, problem) for each row after the
+    A reader(file, column, start) yields (mark after the row, text, problem) for each row after the
     mark `start`. The problem is '', or why the row holds no text: 'line 5: text is int, not text'.
     """
     name = file.lower()
@@ -409,7 +409,7 @@ def start_pool():
 
 
 def start_process():
-    """Begin a process of the pool: leave Ctrl-C to the parent, and exit when the parent exits."""
+    """Set up a process of the pool: leave Ctrl-C to the parent, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -425,7 +425,7 @@ def map_on_all_cores(function, chunks):
     This is for train_bpe, whose chunks have about a million characters. A script may call it where
     it may call start_pool.
     """
-    # To start the processes takes longer than to work through a few chunks here.
+    # Starting the processes takes longer than working through a few chunks here.
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, FEW_CHUNKS))
     if len(first) < FEW_CHUNKS or n_cores() == 1:
