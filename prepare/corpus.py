@@ -506,7 +506,7 @@ class Pieces:
 
     def commit(self):
         """Give the piece its final name, and begin the next one."""
-        if self.position == self.start:  # it is empty
+        if self.position == self.start:  # nothing was read since the last one
             return
         self.file.flush()
         os.fsync(self.file.fileno())
