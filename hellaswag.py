@@ -14,9 +14,9 @@ The last line of output is JSON: acc, acc_norm, acc_mean, the standard error of 
     acc_norm  the highest log-probability per character: the acc_norm of lm-evaluation-harness
     acc_mean  the lowest loss per token: what build-nanogpt and llm.c call acc_norm (GPT-2 124M
               0.2955, GPT-3 124M 0.337)
-A text is scored as it stands in the file: ctx, then ' ' + ending, nothing in front. If it is longer
-than the context, it loses its beginning. The harness's own task cleans the text first (activity
-label in front, capitals, no [title]), which changes the figures, for GPT-2 124M:
+A text is scored as it stands in the file: ctx, then ' ' + ending, with nothing in front. A text
+longer than the model's context loses its beginning. The harness's own task cleans the text first
+(activity label in front, capitals, no [title]), which changes the figures of GPT-2 124M:
     as it stands in the file    acc 0.2859
     cleaned by the harness      acc 0.2892, acc_norm 0.3114
 
@@ -42,11 +42,11 @@ from model import GPT
 # ---- Settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a folder
 out_dir = 'out'  # the run to score
-source = ''  # a file like HellaSwag's, an item on each line; empty: its validation split
+source = ''  # a file in HellaSwag's format; empty: its validation split, downloaded once
 url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of url; empty: any
 limit = 0  # items to score; 0: all
-batch_tokens = 0  # of contexts in a pass, beside their endings; 0: as many as the device takes
+batch_tokens = 0  # tokens in a pass: contexts, each with one ending; 0: as the device takes
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
@@ -54,9 +54,10 @@ dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, 
 
 # ---- Items ---------------------------------------------------------------------------------------
 def load(source='', machine=None):
-    """Return the items of a file like HellaSwag's, or of its validation split.
+    """Return the items of a file in HellaSwag's format, or of its validation split for ''.
 
-    That is downloaded once, by rank 0, while the others wait. Raises UserError.
+    The split is downloaded once, by rank 0, while the other processes wait. Raises UserError if a
+    file cannot be had, or a line is not an item.
     """
     path = source
     if not source:
@@ -81,7 +82,10 @@ def load(source='', machine=None):
 
 
 def read_item(line, where):
-    """Return the item in a line, its label an int from 0 to 3. Raises UserError."""
+    """Return the item in a line, its label as an int from 0 to 3. Raises UserError.
+
+    where: the file and the line, for messages; the item keeps it under that key.
+    """
     try:
         item = json.loads(line)
         item['label'] = int(item['label'])
@@ -98,9 +102,10 @@ def read_item(line, where):
 
 
 def render(item, tokenizer, block_size):
-    """Return four (context ids, ending ids).
+    """Return an item's four (context ids, ending ids). Raises UserError.
 
-    Of a long text they are the last block_size + 1 tokens: the very last is predicted, never read.
+    A long text is cut to its last block_size + 1 tokens: the model reads all but the very last one,
+    which is only predicted.
     """
     try:
         context = tokenizer.encode(item['ctx'])
@@ -121,9 +126,9 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
 
     A batch holds endings of about the same length, with the contexts that they continue.
     """
-    # Usually an item's four endings continue one context. They do not where the text is too long,
-    # and each ending leaves room for another part of it.
-    groups = {}
+    # An item's four endings usually continue the same context. But where the text is too long, the
+    # context is cut, and how much of it is left depends on the length of the ending.
+    groups = {}  # {(item, context): endings}
     for i, item in enumerate(items):
         for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
             groups.setdefault((i, tuple(context)), []).append((i, choice, ending))
@@ -132,7 +137,8 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
         _, endings = group
         return max(len(ending) for _, _, ending in endings)
 
-    # By the length of the endings, because four of them are padded for each context.
+    # Sort by the length of the endings and not of the contexts: there are four times as many of
+    # them to be padded.
     batches = []
     current = []
     longest_context = 0  # in the current batch
@@ -141,7 +147,7 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
         longest_context = max(longest_context, len(context))
         row_tokens = longest_context + longest_ending(group)
         takes_too_much = row_tokens * (len(current) + 1) > batch_tokens
-        exceeds_context = row_tokens > block_size + 1  # the last token is only predicted
+        exceeds_context = row_tokens > block_size + 1  # + 1: the last token is only predicted
         if current and (takes_too_much or exceeds_context):
             batches.append(current)
             current = []
@@ -152,11 +158,11 @@ def make_batches(items, tokenizer, block_size, batch_tokens):
 
 
 def tokens_a_pass(machine):
-    """Return how many tokens of contexts to read in a pass, the same in every process.
+    """Return how many tokens to take in a pass, the same number in every process.
 
-    They are 2,048 on a CPU, and 2,048 for each 8 GiB of a GPU's memory, which is busy with many and
-    has room for the keys, values and logits of so many, up to the size of GPT-2 XL. (This was
-    computed, not measured: a token takes 0.9 MB with GPT-2, and 2.2 MB with GPT-2 XL.)
+    That is 2,048 on a CPU, and on a GPU 2,048 per 8 GiB of memory: enough to keep it busy, and few
+    enough for their keys, values and logits to fit, for models up to the size of GPT-2 XL. (This
+    was computed, not measured: a token takes 0.9 MB with GPT-2, and 2.2 MB with GPT-2 XL.)
     """
     if machine.type != 'cuda':
         return 2048
@@ -166,23 +172,24 @@ def tokens_a_pass(machine):
 
 
 def pad(rows, side, value=0):
-    """Return lists of ids as one tensor, the shorter ones filled up on one side with a value."""
+    """Return lists of ids as one tensor (B, T), the shorter ones filled up on one side."""
     rows = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value,
                                            padding_side=side)
 
 
 def score_batch(model, batch, device):
-    """Return ([(item, choice), …], their log-probabilities (B,), their tokens, a list).
+    """Return ([(item, choice), …], their log-probabilities (B,), list of their numbers of tokens).
 
     Each context is read once, into a cache, for all of its endings. Nothing here waits for a GPU.
     """
-    # The last token of a context predicts the first of an ending, so it is read with the ending. A
-    # context of one token leaves nothing to read before: it gets a dummy, which counts as padding.
+    # The last token of a context predicts the first one of an ending, so it is read together with
+    # the ending. Of a context of one token nothing is left to read before that; it gets a dummy
+    # token, which counts as padding.
     contexts = [context[:-1] or [0] for context, _ in batch]
     longest = max(len(context) for context in contexts)
     padding = [longest - (len(context) - 1) for context, _ in batch]
-    owners = []  # of each ending, the row of its context
+    owners = []  # for each ending, the row of its context
     item_choices = []
     inputs = []
     targets = []
@@ -201,7 +208,8 @@ def score_batch(model, batch, device):
     model.forward(contexts_BT, cache=cache)
     logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(owners))
     losses = []
-    # A few endings at a time: all of them would take as much memory again as the logits.
+    # A few endings at a time: for all at once, cross_entropy takes as much memory again as the
+    # logits.
     for logits_bTV, targets_bT in zip(logits_BTV.split(16), targets_BT.split(16)):
         losses_N = F.cross_entropy(logits_bTV.flatten(0, 1), targets_bT.flatten(),
                                    ignore_index=-1, reduction='none')
@@ -213,18 +221,18 @@ def score_batch(model, batch, device):
 def score(model, items, tokenizer, machine, batch_tokens, progress=False, should_stop=None):
     """Return (sums, counts), both (n, 4): log-probability in nats, and tokens, of each ending.
 
-    batch_tokens: of contexts in a pass; 0: as many as the device takes. should_stop: asked before
-    each batch; where it says True, (None, None) is returned.
+    batch_tokens: tokens in a pass, of contexts and one ending for each; 0: as many as the device
+    takes. should_stop: called before each batch; once it returns True, (None, None) is returned.
     """
     batch_tokens = batch_tokens or tokens_a_pass(machine)
     batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
     scored = []  # (item, choice) of each ending that this process has scored
-    logps = []  # of theirs, batch by batch
-    counts = []
+    logps = []  # tensors of their log-probabilities, one for each batch
+    counts = []  # tokens of each
     was_training = model.training
     model.eval()
-    # With sharded parameters all processes take part in each forward pass. So all make equally
-    # many: who has no batch left scores the last one again, and forgets it.
+    # With sharded parameters each forward pass needs all processes, so all must make equally many.
+    # One that has no batch left scores the last batch again, and drops the result.
     n_turns = math.ceil(len(batches) / machine.world_size)
     for turn in tqdm(range(n_turns), desc='HellaSwag', disable=not progress or machine.rank > 0):
         if should_stop is not None and should_stop():
@@ -242,10 +250,10 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
     sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
     if scored:
         item_N, choice_N = torch.tensor(scored).T
-        logp_N = torch.cat(logps).cpu()  # the only copy, as each waits for the device
+        logp_N = torch.cat(logps).cpu()  # a single copy, because each one waits for the device
         sums_and_counts[0, item_N, choice_N] = logp_N.double()
         sums_and_counts[1, item_N, choice_N] = torch.tensor(counts, dtype=torch.float64)
-    # What one process has scored is zero on the others.
+    # What one process has scored is zero on the others, so a sum puts all together.
     sums, counts = machine.sum_tensor(sums_and_counts)
     return sums, counts
 
@@ -265,9 +273,9 @@ def accuracies(items, sums, counts):
 
 
 def evaluate(model, items, tokenizer, machine, batch_tokens, should_stop=None):
-    """Return the accuracies of a model, which stays as it was, the same on every process.
+    """Return the accuracies of a model, the same on every process.
 
-    should_stop: asked before each batch; where it says True, None is returned.
+    should_stop: called before each batch; once it returns True, None is returned.
     """
     sums, counts = score(model, items, tokenizer, machine, batch_tokens, should_stop=should_stop)
     if sums is None:
@@ -302,5 +310,5 @@ def main():
 
 if __name__ == '__main__':
     config = configure(globals())
-    require_at_least(0, config, 'limit')
+    require_at_least(0, config, 'limit', 'batch_tokens')
     main()

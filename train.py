@@ -1,5 +1,5 @@
 """
-Train a model: from scratch, from where a run stopped, or from somebody's weights.
+Train a model: from scratch, from where a run stopped, or from weights that are there already.
     python train.py config/train_book.py
     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 
@@ -44,7 +44,7 @@ log_interval = 1  # steps between log lines
 always_save_checkpoint = True  # False: save only when validation improves
 sample_interval = 0  # steps between samples of 200 tokens; 0: none
 hellaswag_interval = 0  # steps between scorings of HellaSwag; 0: none
-hellaswag_source = ''  # a file in its format; empty: its validation split, downloaded once
+hellaswag_source = ''  # a file in HellaSwag's format; empty: its validation split, downloaded once
 patience = 0  # stop after this many evaluations without improvement; 0: never
 seed = 1337  # of initialisation, batches and dropout
 wandb_log = False  # log to Weights & Biases as well
@@ -54,7 +54,7 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step, over all processes
 batch_size = 12  # sequences in a micro-step
-fit_batch = False  # halve that, and double the micro-steps, until a step fits in the memory
+fit_batch = False  # halve batch_size, and double the micro-steps, until a step fits into memory
 block_size = 1024  # tokens of context
 # Model (the fields of GPTConfig)
 arch = 'gpt2'  # gpt2 or modern
@@ -63,15 +63,15 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 to pre-train, 0.1 and more to fine-tune
 bias = False  # gpt2: biases in Linear and LayerNorm
-gelu = 'tanh'  # gpt2: tanh, as OpenAI's, or none, the exact one
+gelu = 'tanh'  # gpt2: tanh, the approximation that OpenAI used, or none, the exact GELU
 window = 0  # attend only to this many previous tokens; 0: to all
-flash = True  # fused attention; False: written out
+flash = True  # fused attention; False: the same written out
 # Optimizer
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
-learning_rate = 6e-4  # the highest it gets
-muon_learning_rate = 0.02  # the highest that Muon's gets; both fall together
+learning_rate = 6e-4  # the peak
+muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
 max_iters = 600000  # steps
-weight_decay = 1e-1  # of matrices
+weight_decay = 1e-1  # of matrices, never of biases and norms
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
@@ -80,16 +80,16 @@ decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000
 lr_decay_iters = 600000  # the step at which the learning rate has fallen to min_lr
-cooldown_iters = 0  # trapezoid: steps that the fall takes, at the end
-min_lr = 6e-5
+cooldown_iters = 0  # trapezoid: the last steps, over which the learning rate falls
+min_lr = 6e-5  # where the learning rate ends
 # Machine
 backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
 fsdp = False  # divide parameters and optimizer among the processes, for models that do not fit
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
-activation_checkpointing = False  # less memory, a third more time: activations computed twice
-deterministic = False  # on a GPU: kernels that give the same bits each time, and are slower
+activation_checkpointing = False  # compute activations twice: less memory, a third more time
+deterministic = False  # on a GPU: slower kernels that give the same bits each time
 config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ if fsdp and fit_batch:
 machine.init_processes(backend)
 if deterministic:
     machine.make_deterministic()
-# Compiling takes a minute or so, and pays on a GPU. Where it does not work, the reason is printed.
+# Compiling takes about a minute, which pays off on a GPU. If it does not work here, can_compile
+# prints the reason.
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
@@ -152,8 +153,8 @@ best_path = os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-# torchrun has restarted this run after a worker died: go on, and not once more from the beginning.
-# But if it died early, the folder still holds an older run, which is not what was asked for.
+# If torchrun has restarted this run after a worker died, go on instead of beginning again. But if
+# it died before its first checkpoint, the folder may still hold an older run: do not resume that.
 is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
 if machine.any(is_restart and folio.checkpoint.is_of_launch(out_dir, machine.launch())):
     init_from = 'resume'
@@ -173,8 +174,7 @@ if init_from == 'resume':
 elif init_from != 'scratch':
     folio.checkpoint.require_same_tokenizer(checkpoint, init_from, data)
 
-# Every process draws the same weights.
-torch.manual_seed(seed)
+torch.manual_seed(seed)  # so that every process draws the same weights
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
@@ -191,20 +191,20 @@ else:
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2))
-# Gradients in float16 underflow unless the loss is scaled up. In other formats this does nothing.
+# Gradients in float16 underflow unless the loss is scaled up. With other formats this is a no-op.
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 
 first_iter = 0
 first_window = 0  # where in the stream of training windows this run begins or goes on
-is_validated = False  # whether the model as it is before the next step was evaluated
+is_validated = False  # whether the model has been evaluated since the last step
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
-norms = []  # of the gradients of the last hundred steps, if skip_spikes
+norms = []  # gradient norms of the last hundred steps, if skip_spikes
 if init_from == 'resume':
     folio.checkpoint.require_training_state(checkpoint, ckpt_path)
     first_iter = checkpoint['iter_num']
-    # Counted in windows, because the size of a batch may have changed.
+    # Count in windows, because the batch size may have changed.
     first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
     is_validated = checkpoint.get('is_validated', True)
     norms = checkpoint.get('norms', [])
@@ -220,13 +220,13 @@ if init_from == 'resume':
         print0(f'{ckpt_path} was saved without its optimizer, which starts anew')
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
-del checkpoint  # and its memory
+del checkpoint  # to free its memory
 if machine.sum(first_iter)[0] != first_iter * world_size:
     raise UserError(f'the processes find different checkpoints in {out_dir}: it must be on a disk '
                     'that all of them see')
 
 if compile:
-    model.compile()  # in place: names in the checkpoint stay, and model.forward stays eager
+    model.compile()  # in place: parameters keep their names, and model.forward stays eager
 if fit_batch:
     asked = batch_size
     batch_size = machine.fitting_batch_size(model, optimizers, batch_size)
@@ -237,8 +237,8 @@ if fit_batch:
 ddp_model = model
 if world_size > 1 and not fsdp:
     ddp_model = DistributedDataParallel(model)
-    # After its first backward pass DDP groups the gradients anew, and their sums then round
-    # differently. Make one that does not count, so that a resumed run has the bits of an
+    # After its first backward pass DDP groups the gradients anew, which changes how their sums are
+    # rounded. So make a pass that does not count: then a resumed run has the same bits as an
     # undisturbed one from its first step on.
     idx_BT = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
     with machine.autocast:
@@ -258,14 +258,14 @@ if eval_only:
     for split in data.splits():
         n_windows = eval_windows
         if n_windows == 0 and split == 'train':
-            # All of it would take hours: as much as val has.
+            # All of it would take hours. Take as much as val has.
             n_windows = math.ceil(len(val_tokens) / block_size)
         metrics = evaluate(model, data, split, block_size, batch_size=batch_size,
                            n_windows=n_windows, machine=machine)
         print0(f'{split}: ' + ', '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     sys.exit()
 
-# Load what later steps need now, so that what is missing stops the run before it begins.
+# Load now what later steps need, so that the run stops here if something is missing.
 if hellaswag_interval > 0:
     import hellaswag
     hellaswag_items = hellaswag.load(hellaswag_source, machine)
@@ -281,16 +281,16 @@ def windows_before(iter_num):
     return first_window + (iter_num - first_iter) * gradient_accumulation_steps * batch_size
 
 
-fingerprint = data.fingerprint('train')  # now: the files may be made anew while we train
+fingerprint = data.fingerprint('train')  # taken now: the files may be replaced while we train
 
 
 def save(iter_num, path, *others):
     """Write a checkpoint of the run as it is before step iter_num, unless it has diverged.
 
-    It is written once, whatever number of names it gets.
+    others: further names for the same file, which is written only once.
     """
     stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
-    # Sharded tensors are gathered first, which takes all processes.
+    # Gathering sharded tensors takes all processes; only then does rank 0 go on alone.
     states = [model.state_dict()] + [o.state_dict() for o in optimizers]
     states = machine.gather_full(states)
     if rank != 0:
@@ -317,7 +317,7 @@ def save(iter_num, path, *others):
 
 
 def stop_if_diverged(iter_num, is_finite):
-    """Raise UserError if in any process a number was not finite: what is saved stays as it is."""
+    """Raise UserError if a number was not finite in any process; what is saved stays untouched."""
     if not machine.any(not is_finite):
         return
     remedy = 'nothing was saved yet: start anew with a lower --learning_rate'
@@ -340,7 +340,7 @@ def log(entry):
 
 
 def log_evaluation(iter_num, metrics):
-    """Print and log the loss on the validation split and what follows from it."""
+    """Print and log the loss on the validation split, and the metrics derived from it."""
     print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in metrics.items()))
     others = {key: value for key, value in metrics.items() if key != 'loss'}
     log({'iter': iter_num, 'tokens': windows_before(iter_num) * block_size,
@@ -364,7 +364,7 @@ def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
     with machine.autocast, machine.unsharded(model):
         steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
-        # Decoded at the end: to look at a token waits for the device.
+        # Decode at the end, because looking at a token waits for the device.
         text = tokenizer.decode(torch.cat(list(steps)).tolist())
     print0(f'---- sample at step {iter_num}\n{text}\n----')
     log({'iter': iter_num, 'sample': text})
@@ -378,7 +378,7 @@ def log_step(iter_num, loss, norm, step_seconds, to_go):
              'tokens': windows_before(iter_num + 1) * block_size,
              'tokens_per_second': tokens_per_second, 'train_seconds': logged_seconds}
     mfu_text = ''
-    if machine.peak_flops:  # model FLOPs utilization: the share of what the GPU could do at best
+    if machine.peak_flops:  # model FLOPs utilization: the share of the GPUs' peak speed
         flops = model.flops_per_token() * tokens_per_second
         entry['mfu'] = flops / (machine.peak_flops * world_size)
         mfu_text = f', MFU {entry["mfu"]:.1%}'
@@ -395,24 +395,24 @@ def time_to_go(iter_num, step_seconds):
     return datetime.timedelta(seconds=int(seconds))
 
 
-signals = []  # (number, time) of those that came
+signals = []  # (number, time) of each signal that has come
 
 
 def on_signal(number, frame):
-    """Ask the loop to stop. A signal that comes 2 seconds after the first ends it at once."""
-    # Within 2 seconds it may be the same one: torchrun and Slurm pass signals on twice.
+    """Ask the loop to stop; end the process at once if the first signal is over 2 seconds ago."""
+    # Within 2 seconds it may be the same signal again: torchrun and Slurm pass them on twice.
     if signals and time.monotonic() > signals[0][1] + 2:
         os._exit(128 + number)
     signals.append((number, time.monotonic()))
 
 
 def should_stop():
-    """Return whether a signal came to any process: some may not have got it."""
+    """Return whether a signal has come to any process, as not all of them may get it."""
     return machine.any(len(signals) > 0)
 
 
 # ---- The folder of the run -----------------------------------------------------------------------
-in_log = set()  # what a resumed run has done at first_iter already: val_loss, hellaswag, sample
+in_log = set()  # what a resumed run has logged at first_iter already: val_loss, hellaswag, sample
 if rank == 0:
     from folio.lock import only_one
     try:
@@ -439,7 +439,7 @@ log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'ma
     'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
-# Windows has no SIGHUP, and nohup has it ignored, so that a run outlives its terminal.
+# Windows has no SIGHUP. nohup sets it to be ignored, so that a run outlives its terminal: leave it.
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     signal.signal(signal.SIGHUP, on_signal)
 
@@ -463,37 +463,41 @@ intervals = {'val_loss': eval_interval, 'hellaswag': hellaswag_interval, 'sample
 
 
 def is_due(what):
-    """Return whether something is due at this turn: every so many steps, and at the last."""
+    """Return whether 'val_loss', 'hellaswag' or 'sample' is due in this turn of the loop.
+
+    Each is due at multiples of its interval and in the last turn, unless a resumed run has it
+    already.
+    """
     if intervals[what] == 0 or (iter_num == first_iter and what in in_log):
         return False
     return is_last or iter_num % intervals[what] == 0
 
 
 batches = prefetch(my_batches(), pin_memory=machine.type == 'cuda')
-norm = torch.zeros(())  # of the gradient, before it is clipped
-all_finite = torch.ones((), dtype=torch.bool, device=device)
-eval_seconds = 0.0  # that the last evaluation took, with samples and saving
+norm = torch.zeros(())  # gradient norm of the last step, before clipping
+all_finite = torch.ones((), dtype=torch.bool, device=device)  # all numbers so far
+eval_seconds = 0.0  # the last evaluation's, with samples and saving
 logged_iter = first_iter  # steps finished at the last log line
 logged_seconds = train_seconds
-machine.synchronize()  # what was queued until here is no training
+machine.synchronize()  # what is queued so far is not training time
 step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
 for iter_num in range(first_iter, max_iters + 1):
     is_last = iter_num == max_iters
     stopping = should_stop()
-    # The clock stands still until the next step. First a GPU must have done those that are queued,
-    # but only if there is a pause: else it would stand idle.
+    # Stop the clock until the next step. A GPU must first finish the steps that are queued, but
+    # only if something is due: otherwise waiting would leave it idle.
     if stopping or any(is_due(what) for what in intervals):
         machine.synchronize()
     pause_start = time.perf_counter()
     train_seconds += pause_start - step_start
 
-    # Validate, unless the checkpoint that we go on from was saved after that
+    # Validate, unless the checkpoint that we resumed from was saved after this evaluation
     metrics = None
     if not stopping and is_due('val_loss'):
         metrics = evaluate(model, data, 'val', block_size, batch_size=batch_size,
                            n_windows=eval_windows, machine=machine, should_stop=should_stop)
-        stopping = metrics is None  # a signal came meanwhile
+        stopping = metrics is None  # a signal came before the end
     is_validated = metrics is not None or (iter_num == first_iter and 'val_loss' in in_log)
     improved = False
     if metrics is not None:
@@ -506,13 +510,13 @@ for iter_num in range(first_iter, max_iters + 1):
     if patience > 0 and evals_without_gain >= patience:
         is_last = True
 
-    # Save, first best.pt: a run that is killed in between then does not miss its best
+    # Save, best.pt first, so that a run which is killed in between does not miss its best
     if iter_num > 0 and improved:
         save(iter_num, best_path, ckpt_path)
     elif iter_num > 0 and metrics is not None and always_save_checkpoint:
         save(iter_num, ckpt_path)
 
-    # Look at the model, and stop when it is time to or somebody asked for it
+    # Score and sample, and stop at the end or if a signal has come
     if not stopping and is_due('hellaswag'):
         stopping = not score_hellaswag(iter_num)
     if not stopping and iter_num > 0 and is_due('sample'):
@@ -532,7 +536,7 @@ for iter_num in range(first_iter, max_iters + 1):
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale
-    # Dropout too is a function of the step, and of the process.
+    # Seed dropout by the step and the process, so that a resumed run draws the same.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
@@ -540,7 +544,7 @@ for iter_num in range(first_iter, max_iters + 1):
         n_targets_here = (targets_BT != -1).sum().item()
         idx_BT = idx_BT.to(device, non_blocking=True)
         targets_BT = targets_BT.to(device, non_blocking=True)
-        # Gradients of all processes meet at the last micro-step only.
+        # Average the gradients of all processes in the last micro-step only.
         sync = micro_step == micro_steps - 1
         if fsdp:
             model.set_requires_gradient_sync(sync)
@@ -548,28 +552,28 @@ for iter_num in range(first_iter, max_iters + 1):
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
-        # Each target of the step counts the same, in whichever micro-batch it is. The processes'
-        # gradients are averaged, not summed: hence world_size.
+        # Weight the loss so that every target of the step counts the same, whichever micro-batch
+        # it is in. The processes' gradients are averaged, not summed: hence world_size.
         loss_weight = n_targets_here * world_size / max(1, n_targets)
         scaler.scale(loss * loss_weight).backward()
         loss_sum += loss.detach() * n_targets_here
-    # The gradients that the loss itself has, not the scaled ones.
+    # Divide the gradients by the loss's scale, so that they can be measured and clipped.
     for o in optimizers:
         scaler.unscale_(o)
     total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     norm = total_norm.full_tensor() if fsdp else total_norm
-    # To look at this number waits for the device, so on a GPU it is looked at when one logs or
-    # saves. Under float16 only the loss tells: an overflow in the gradients is no divergence.
+    # Looking at the norm waits for the device, so on a GPU that is left to steps that log or save.
+    # Under float16 only the loss shows divergence: gradients may overflow until the scale is right.
     is_logged = iter_num % log_interval == 0
     all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
     if is_logged or machine.type == 'cpu':
         stop_if_diverged(iter_num, all_finite)
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, total_norm)
-    # Do not step where float16 has overflowed (the scaler then scales less), nor at a spike.
+    # Skip the step if float16 has overflowed (the scaler then scales less), or at a spike.
     skip = machine.dtype == 'float16' and not norm.isfinite()
     if skip_spikes and is_spike(norm.item(), norms):
         skip = True
-        print0(f'iter {iter_num}: skipped, for its gradient norm is {norm.item():.2f}')
+        print0(f'iter {iter_num}: skipped, because its gradient norm is {norm.item():.2f}')
         log({'iter': iter_num, 'skipped': norm.item()})
     if skip_spikes and norm.isfinite():
         norms = [*norms, norm.item()][-100:]

@@ -5,8 +5,8 @@ Run a Python program in an interpreter of its own, with few rights, and say how 
 
 The second command prints how that program ended: passed.
 
-There are three levels. The highest that works on a machine is found by trying them, and where that
-is not level 2 a notice says what is missing.
+There are three levels. They are tried from the highest down until one works, and if that is not
+level 2, a notice says what is missing.
 
 Level 0, on Linux and macOS. The program
 - runs in a process of its own, in a fresh folder that is deleted afterwards;
@@ -18,7 +18,7 @@ Level 0, on Linux and macOS. The program
 - runs as the user nobody if root started it. On Linux it has no capabilities, gains no rights by
   executing a set-user-ID program, and finds an empty session keyring.
 
-Where libseccomp is installed, as Debian, Ubuntu and Fedora do by themselves, the program also
+Where libseccomp is installed, as it is by default on Debian, Ubuntu and Fedora, the program also
 - has no sockets: no network, no D-Bus, tmux or ssh-agent, no host of a virtual machine (vsock);
 - cannot keep memory in the kernel beyond its limit, by memfd or System V shared memory;
 - has no io_uring, no userfaultfd, no keyrings and no namespaces of its own.
@@ -35,17 +35,21 @@ Level 2, from Linux 5.12 on. As level 1, and the program
 - can write only to its folder, which is kept in memory: 16 MiB in 4096 files. All other files are
   read-only.
 
-What this does NOT cover. Below level 2 the program can see your other processes and write wherever
-its user may, also to your terminal. At level 0 it can signal and trace those processes and read
-what they hold, such as the keys in their environment. Without libseccomp it can, at level 0,
-outlive its time and reach the network and, at any level, the host of a virtual machine (vsock) and
-programs that listen at a socket in a folder that is not hidden from it, as an agent's in your home:
-such a program may run anything for it. At any level it can
-- read every file that you may read (or, if root started it, that nobody may), but for those hidden;
+What this does NOT cover. Below level 2 the program can see your other processes, and write wherever
+its user may, also to your terminal. At level 0 it can signal and trace those processes, and read
+what they hold, such as the keys in their environment.
+
+Without libseccomp the program can, at level 0, outlive its time and reach the network. At any level
+it can then reach the host of a virtual machine (vsock), and programs that listen at a socket in a
+folder that is not hidden from it, such as an agent's in your home folder. Such a program may do
+anything on its behalf.
+
+At any level the program can
+- read every file that you may read (or nobody, if root started it), except the hidden ones;
 - write into a FIFO that its user may write to, in a folder that is not hidden;
 - keep a core busy until its time is up;
 - use a hole in the kernel;
-- claim to have passed, if it sets out to.
+- claim to have passed, if it sets out to do so.
 
 It contains accidents, not attackers: run what you distrust in a virtual machine.
 
@@ -62,7 +66,8 @@ import signal
 import stat
 import sys
 
-# execute() starts this same file, with python -I, to run one program: then it loads less
+# execute() starts this same file by python -I to run a program. Then it imports only what is needed
+# in there.
 CONFINED = __name__ == '__main__' and sys.flags.isolated
 if not CONFINED:
     import subprocess
@@ -81,11 +86,11 @@ CLONE_NEWIPC = 0x08000000  # shared memory, semaphores and message queues
 CLONE_NEWUSER = 0x10000000  # user and group ids
 CLONE_NEWPID = 0x20000000  # processes
 CLONE_NEWNET = 0x40000000  # network
-# linux/mount.h: mount() and mount_setattr()
-MS_NOSUID = 0x2  # programs there give no one the rights of their owner
+# linux/mount.h: for mount() and mount_setattr()
+MS_NOSUID = 0x2  # programs there never run with the rights of their owner
 MS_NODEV = 0x4  # device files there do not work
 MS_BIND = 0x1000  # show a folder in a second place
-MS_REC = 0x4000  # with all that is mounted below it
+MS_REC = 0x4000  # with everything that is mounted below it
 MS_PRIVATE = 0x40000  # later mounts show in this namespace only
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NODEV = 0x4
@@ -99,10 +104,10 @@ LINUX_CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 
-# What level 2 covers by empty folders: there others put sockets, FIFOs, terminals and devices.
+# Level 2 covers these by empty folders, because they hold sockets, FIFOs, terminals and devices.
 HIDDEN = ('/run', '/tmp', '/var/tmp', '/dev')
-DEVICES = ('/dev/null', '/dev/zero', '/dev/urandom')  # what it puts back
-# System calls that no program of this kind needs, and by which some got further than they should
+DEVICES = ('/dev/null', '/dev/zero', '/dev/urandom')  # what it puts back into /dev
+# System calls that these programs do not need, and with which some got further than they should
 REFUSED = ('socket', 'io_uring_setup', 'userfaultfd', 'memfd_create', 'memfd_secret', 'shmget',
            'keyctl', 'add_key', 'request_key', 'unshare', 'setns')
 
@@ -110,18 +115,19 @@ REFUSED = ('socket', 'io_uring_setup', 'userfaultfd', 'memfd_create', 'memfd_sec
 def execute(program, timeout=3.0, memory=512, level=None):
     """Run a program and return how it ended: 'passed', 'timed out' or 'failed: …' with the reason.
 
-    timeout is in seconds, memory in MiB. level is 2, 1 or 0, as described at the top; None takes
-    the highest that works, and raises UserError if none does.
+    program: Python source. timeout: seconds. memory: MiB. level: 2, 1 or 0, as described at the
+    top; None: the highest that works. Raises UserError if none does.
     """
     if level is None:
         level = isolation()
-    # Whatever the program writes, and wherever, a line without this nonce is not our verdict
+    # The program may write to any file descriptor it finds. What does not begin with this number,
+    # which it does not know, is not our verdict.
     nonce = os.urandom(16).hex()
     job = {'program': program, 'timeout': timeout, 'memory': memory, 'nonce': nonce, 'level': level}
     folder = tempfile.mkdtemp(prefix='confine-')
     try:
         # -I ignores environment variables and the user's packages, -S those of site-packages.
-        # Nobody reads the argument; it shows in `ps` which process belongs to which folder.
+        # The argument is there for `ps`, where it shows which process belongs to which folder.
         command = [sys.executable, '-I', '-S', __file__, folder]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, cwd=folder, env={},
@@ -133,7 +139,7 @@ def execute(program, timeout=3.0, memory=512, level=None):
                 answer = b'started\ntimed out'
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # whatever is left of its group
+                    os.killpg(process.pid, signal.SIGKILL)  # whatever is left of its process group
     finally:
         remove(folder)
     started, _, verdict = answer.decode().partition('\n')
@@ -147,7 +153,7 @@ def remove(folder):
     with contextlib.suppress(OSError):
         os.rmdir(folder)  # at level 2 it is empty
         return
-    # Folders may be nested deeper than Python can remove them, or closed to their owner.
+    # Not by shutil.rmtree: folders may be nested too deep for Python, or closed to their owner.
     with contextlib.suppress(OSError):
         for command in (['chmod', '-R', 'u+rwX', folder], ['rm', '-rf', folder]):
             subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -155,15 +161,15 @@ def remove(folder):
 
 @functools.cache
 def isolation():
-    """Return the highest level that works on this machine, and print a notice of what is missing.
+    """Return the highest level that works on this machine, and print what is missing below level 2.
 
-    Raise UserError if no level works.
+    Raises UserError if no level works.
     """
     if not hasattr(os, 'fork'):
         raise UserError('programs can be run apart on Linux and macOS only; on Windows use WSL')
     can_do = {2: '', 1: 'see your other processes, and write where its user may',
               0: 'read and end your other processes, and write where its user may'}
-    # Python's library must be readable, also its parts in C, and the folder writable.
+    # A level works if Python's library can be read, its parts in C too, and the folder written to.
     trial = 'import hashlib, typing\nopen("a", "w").write("b")'
     for level, what in can_do.items():
         result = execute(trial, 30, level=level)
@@ -197,7 +203,7 @@ def run_confined():
     the program.
     """
     job = json.load(sys.stdin.buffer)
-    scorer = os.dup(1)  # the way to execute(); the program finds nothing but /dev/null in its place
+    scorer = os.dup(1)  # leads to execute(); the program finds only /dev/null in its place
     null = os.open('/dev/null', os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -208,14 +214,15 @@ def run_confined():
         os.wait()
         os._exit(0)
     die_with_parent()
-    # The one signal that Python handles is the one that the program could send us from inside.
+    # The first process of a namespace ignores signals from inside, except those that it handles.
+    # Python handles only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    # From here on we are the first process of the new namespace: when it ends, the kernel ends all
-    # others in it, whatever they did to get away.
+    # From here on we are the first process of the new namespace. When it ends, the kernel ends all
+    # other processes in it, whatever they did to get away.
     os.write(scorer, b'started\n')
     reader, writer = os.pipe()
-    leave = os._exit  # kept here, because a program may replace what it finds in os
+    leave = os._exit  # kept, because the program may replace what is in os
     child = os.fork()
     if child == 0:
         try:
@@ -223,7 +230,7 @@ def run_confined():
             os.close(reader)
             run_program(job, writer, is_root)
         finally:
-            leave(1)  # nothing that the program does may bring it back into our code
+            leave(1)  # whatever the program does, it must not come back into our code
     os.close(writer)
     verdict = wait_for_verdict(child, reader, job['timeout'], job['nonce'])
     os.write(scorer, verdict.encode())
@@ -248,13 +255,13 @@ def wait_for_verdict(child, reader, timeout, nonce):
     readable, _, _ = select.select([reader], [], [], timeout)
     answer = b''
     if readable:
-        answer = os.read(reader, 4096)  # a write as short as this one comes in one piece
+        answer = os.read(reader, 4096)  # a write as short as this one arrives in one piece
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     first_word, _, verdict = answer.decode('utf-8', 'replace').partition(' ')
     if first_word == nonce:
         one_line = ' '.join(verdict.split())[:200]
-        # The program may have written this itself, for a terminal to obey
+        # The program chose this text, perhaps with control characters for a terminal.
         return ''.join(c if c.isprintable() else '\ufffd' for c in one_line)
     if not readable:
         return 'timed out'
@@ -267,7 +274,7 @@ def wait_for_verdict(child, reader, timeout, nonce):
 
 # ---- Namespaces ----------------------------------------------------------------------------------
 def call_c(function, *args):
-    """Call a function of the C library by its name. Raise OSError where the kernel refuses."""
+    """Call a function of the C library by its name. Raises OSError if the kernel refuses."""
     if getattr(ctypes.CDLL(None), function)(*args) != 0:
         raise OSError(f'{function} is not permitted here')
 
@@ -278,10 +285,10 @@ def mount(source, target, filesystem, flags, options=''):
 
 
 def enter_namespaces(level, is_root):
-    """Leave behind what the level takes away. Raise OSError where the kernel does not permit it."""
+    """Enter the namespaces of a level. Raises OSError if the kernel does not permit them."""
     folder = os.getcwd()
     if is_root:
-        os.chown(folder, NOBODY, NOBODY)  # it is the program's, which will run as nobody
+        os.chown(folder, NOBODY, NOBODY)  # because the program will run as the user nobody
     if level >= 1:
         unshare(level, is_root)
     if level >= 2:
@@ -289,7 +296,7 @@ def enter_namespaces(level, is_root):
 
 
 def unshare(level, is_root):
-    """Move into new namespaces; that of processes begins with the next child."""
+    """Move into new namespaces; into that of processes only the next child moves."""
     uid = os.getuid()
     gid = os.getgid()
     flags = CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
@@ -299,8 +306,8 @@ def unshare(level, is_root):
         flags |= CLONE_NEWUSER  # gives an ordinary user the right to the others
     call_c('unshare', flags)
     if not is_root:
-        # Until they are mapped all ids are nobody's; map ours to themselves. The kernel accepts
-        # gid_map only after setgroups has been given up (user_namespaces(7)).
+        # Map our ids to themselves, because in the new namespace all ids are nobody's at first. The
+        # kernel accepts gid_map only after setgroups has been given up (user_namespaces(7)).
         maps = {'setgroups': 'deny', 'uid_map': f'{uid} {uid} 1', 'gid_map': f'{gid} {gid} 1'}
         for name, text in maps.items():
             with open(f'/proc/self/{name}', 'w') as f:
@@ -308,32 +315,33 @@ def unshare(level, is_root):
 
 
 def make_read_only(folder, is_root):
-    """Make all files read-only but for the program's folder, and hide what only its owner needs."""
-    mount('none', '/', '', MS_REC | MS_PRIVATE)  # first, so that nothing done below shows outside
+    """Make all files read-only except the program's folder, and hide /proc and HIDDEN."""
+    mount('none', '/', '', MS_REC | MS_PRIVATE)  # first, so that what follows does not show outside
     library = os.path.dirname(os.path.dirname(os.__file__))
     hidden = list(HIDDEN)
     closed = first_closed_folder(library)
-    if is_root and closed is not None:  # as /root; the user nobody must come through to Python's
+    # Python may be installed in a folder that is closed to others, such as /root. Cover that folder
+    # by an open one, so that the user nobody can reach the library, which is put back below.
+    if is_root and closed is not None:
         hidden.append(closed)
     kept = {path: os.open(path, os.O_PATH) for path in (library, *DEVICES)}
     for path in hidden:
         if os.path.isdir(path):
             mount('none', path, 'tmpfs', MS_NOSUID, 'mode=755')
     for path, fd in kept.items():
-        if os.path.exists(path):
-            continue  # it was not hidden
-        os.makedirs(library if path == library else '/dev', exist_ok=True)
-        if path != library:
-            open(path, 'w').close()  # a file to mount the device on
-        mount(f'/proc/self/fd/{fd}', path, '', MS_BIND | MS_REC)
+        if not os.path.exists(path):  # it was hidden with the rest
+            os.makedirs(library if path == library else '/dev', exist_ok=True)
+            if path != library:
+                open(path, 'w').close()  # a file to mount the device on
+            mount(f'/proc/self/fd/{fd}', path, '', MS_BIND | MS_REC)
         os.close(fd)
-    os.makedirs(folder, exist_ok=True)  # it lay in /tmp
+    os.makedirs(folder, exist_ok=True)  # it was in /tmp, which is hidden now
 
-    mount('none', '/proc', 'tmpfs', MS_NOSUID, 'mode=755')  # an empty one hides all processes
+    mount('none', '/proc', 'tmpfs', MS_NOSUID, 'mode=755')  # an empty folder hides all processes
     set_mounts('/', AT_RECURSIVE, add=MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV)
     for path in DEVICES:
         set_mounts(path, 0, remove=MOUNT_ATTR_NODEV)
-    # What is mounted after that call can be written to.
+    # Only now mount the program's folder, which stays writable because it comes after that call.
     mount('none', folder, 'tmpfs', MS_NOSUID | MS_NODEV, 'size=16m,nr_inodes=4096,mode=777')
     os.chdir(folder)
 
@@ -346,7 +354,7 @@ def set_mounts(path, flags, add=0, remove=0):
 
 
 def first_closed_folder(path):
-    """Return the first folder on the way to path that is not open to all users, or None."""
+    """Return the first folder on the way to path that other users cannot enter, or None."""
     parts = path.split('/')
     for end in range(2, len(parts) + 1):
         folder = '/'.join(parts[:end])
@@ -363,15 +371,15 @@ def die_with_parent():
 
 
 def give_up_rights(is_root, timeout, memory):
-    """Bind this process, for good, to the limits, and to the user nobody if it is root's."""
-    import resource  # Windows does not have it
+    """Put this process under its limits for good, and make it the user nobody's if it is root's."""
+    import resource  # not at the top, because Windows does not have it
     os.setsid()
-    if is_root:  # whom a limit on processes does not bind
+    if is_root:  # root is exempt from the limit on processes
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     if sys.platform == 'linux':
-        # Drop all capabilities, never regain any (no_new_privs), and leave the caller's keys.
+        # Drop all capabilities, never regain any (no_new_privs), and leave the caller's keyring.
         libc = ctypes.CDLL(None)
         this_process = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
         no_capabilities = (ctypes.c_uint32 * 6)()
@@ -379,23 +387,24 @@ def give_up_rights(is_root, timeout, memory):
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if os.uname().machine in SYS_KEYCTL:
             libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
-        die_with_parent()  # which keeps the time
+        # With the parent, which keeps the time. Only now, as a change of user would undo it.
+        die_with_parent()
         refuse_system_calls()
     limits = {
         resource.RLIMIT_CPU: int(timeout) + 1,  # seconds
         resource.RLIMIT_FSIZE: 16 * MIB,
         resource.RLIMIT_NOFILE: 64,  # open at once
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # more than the one there is
+        resource.RLIMIT_NPROC: 0,  # no process besides this one
     }
     if sys.platform == 'linux':
         limits[resource.RLIMIT_AS] = memory * MIB  # macOS refuses it
     for name, limit in limits.items():
         _, hard = resource.getrlimit(name)
         if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)  # a limit can be lowered only
+            limit = min(limit, hard)  # limits can only be lowered
         resource.setrlimit(name, (limit, limit))
-    os.environ.clear()  # Python itself sets a locale
+    os.environ.clear()  # Python itself has set a locale in it
 
 
 class Comparison(ctypes.Structure):
@@ -405,7 +414,7 @@ class Comparison(ctypes.Structure):
 
 
 def refuse_system_calls():
-    """Let the kernel refuse REFUSED in this process, for good, if libseccomp is installed."""
+    """Have the kernel refuse the calls REFUSED to this process for good, if libseccomp is there."""
     try:
         seccomp = ctypes.CDLL('libseccomp.so.2')
     except OSError:
@@ -415,17 +424,17 @@ def refuse_system_calls():
     masked_equal = 7  # SCMP_CMP_MASKED_EQ
     seccomp.seccomp_init.restype = ctypes.c_void_p
     rules = ctypes.c_void_p(seccomp.seccomp_init(allow))
-    # A pair of streams stays, for asyncio. Of the other kinds (2 and 3) an end can be connected to
-    # a third socket.
+    # asyncio needs socketpair for streams (type 1), which stay allowed. With datagrams and raw
+    # sockets (types 2 and 3), one end can be connected to some third socket.
     no_stream = Comparison(1, masked_equal, 0b1110, 0b0010)
-    # What ends the program with its parent shall not be taken back.
+    # The program must not undo die_with_parent.
     no_longer_dies = Comparison(0, masked_equal, 0xffffffff, PR_SET_PDEATHSIG)
     conditions = {name: [] for name in REFUSED}
     conditions |= {'socketpair': [no_stream], 'prctl': [no_longer_dies]}
     for name, condition in conditions.items():
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
         array = (Comparison * len(condition))(*condition)
-        if number != -1:  # -1: this libseccomp does not know it
+        if number != -1:  # -1: this version of libseccomp does not know the call
             seccomp.seccomp_rule_add_array(rules, refuse, number, len(array), array)
     seccomp.seccomp_load(rules)
 

@@ -2,9 +2,10 @@
 Check that a device computes what it should: the checks of gpu_report.py.
     python extras/gpu_report.py --sections=float32,formats,compile,cache,runs,resume,processes
 
-Each check_… is a generator of lines, dictionaries of name, result (pass or FAIL) and comment, the
-numbers. It gets a Machine. The models are small, random, and the same each time; the runs are of
-train.py, as a user starts it, on characters of Python's own help.
+Each section of checks is a function check_…(machine) that yields lines of the report, dictionaries
+{name, result, comment}: the result is pass or FAIL, the comment has the numbers. The models are
+small and random, and the same each time. Runs are started as a user starts train.py, on the text of
+Python's own help, a token per character.
 
 Needs model.py, train.py, bench.py and folio/.
 """
@@ -29,7 +30,8 @@ from folio import engine, fast
 from model import GPT, GPTConfig
 
 ARCHS = ('gpt2', 'modern')
-# The largest difference between numbers that should be equal, relative to the largest number.
+# The largest difference allowed between numbers that should be equal, relative to the largest of
+# them. A bfloat16 has 8 significant bits and a float16 has 11; their errors add up over the layers.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.05, 'float16': 0.01}
 
 
@@ -41,43 +43,45 @@ def check(name, passed, numbers):
 
 
 def note(name, result, comment=''):
-    """Return the line of what came to nothing: FAILED, left out, out of memory."""
+    """Return a line without numbers: of what FAILED, was left out, or ran out of memory."""
     return {'name': name, 'result': result, 'comment': comment}
 
 
 def compare(name, ours, theirs, dtype):
-    """Return the check that numbers are equal within the tolerance of a number format.
+    """Return the check that tensors are equal within the tolerance of a number format.
 
-    ours, theirs: {what: tensor}. A difference is relative to the largest number in theirs.
+    ours, theirs: {what: tensor}. Differences are relative to the largest number in theirs.
     """
     differences = {}
     for what, expected in theirs.items():
         difference = (ours[what] - expected).abs().max() / expected.abs().max()
         differences[what] = difference.item()
     tolerance = TOLERANCES[dtype]
-    passed = all(difference <= tolerance for difference in differences.values())  # a NaN is not
+    passed = all(difference <= tolerance for difference in differences.values())  # a NaN fails
     numbers = ', '.join(f'{what} {value:.1e}' for what, value in differences.items())
     return check(name, passed, f'{numbers}; tolerance {tolerance:g}')
 
 
 # ---- Checks: the model ---------------------------------------------------------------------------
 def make_model(arch):
-    """Return a model to check with, on the CPU: small, and the same at each call."""
+    """Return a small model to check with, on the CPU, the same in each call."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=1000, n_layer=2, n_head=4, n_embd=256,
                           arch=arch))
-    # A head of zeros, with which modern begins, would hide all that is before it.
+    # modern begins with a head of zeros. Its logits and most of its gradients would be zero,
+    # whatever the rest of the model computes.
     torch.nn.init.normal_(model.lm_head.weight, std=0.05)
     return model
 
 
 def make_fast_model(arch, machine):
-    """Return the same model as train.py has it: accelerated, on the device."""
+    """Return the same model in the form that train.py gives it: accelerated, on the device."""
     return fast.accelerate(make_model(arch)).to(machine.device)
 
 
 def random_batch(config, batch_size, device, seed=0):
     """Return random (idx_BT, targets_BT); the last position of a row has no target."""
+    # Drawn on the CPU, so that every device gets the same numbers.
     torch.manual_seed(seed)
     idx_BT = torch.randint(config.vocab_size, (batch_size, config.block_size)).to(device)
     targets_BT = F.pad(idx_BT[:, 1:], (0, 1), value=-1)
@@ -85,16 +89,17 @@ def random_batch(config, batch_size, device, seed=0):
 
 
 def autocast(machine, dtype):
-    """Return the context in which products are made in a number format."""
+    """Return the context in which matrix products are computed in a number format."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(machine.type, getattr(torch, dtype))
 
 
 def loss_and_gradients(model, context, scale=1.0):
-    """Return {loss, gradients} of a batch that is always the same, on the CPU.
+    """Return {loss, gradients} of a model on a batch that is always the same, as CPU tensors.
 
-    context: of the forward pass. scale: of the loss on the way, without which float16 underflows.
+    context: in which the forward pass runs. scale: multiplies the loss before the backward pass,
+    and the gradients are divided by it; without one the gradients underflow in float16.
     """
     idx_BT, targets_BT = random_batch(model.config, 4, model.lm_head.weight.device)
     model.zero_grad()
@@ -107,7 +112,7 @@ def loss_and_gradients(model, context, scale=1.0):
 
 @torch.no_grad()
 def logits_of(model, context):
-    """Return {logits} of the same batch, on the CPU."""
+    """Return {logits} of a model on the same batch, as a CPU tensor."""
     idx_BT, _ = random_batch(model.config, 4, model.lm_head.weight.device)
     with context:
         logits_BTV, _ = model(idx_BT, all_logits=True)
@@ -115,7 +120,10 @@ def logits_of(model, context):
 
 
 def check_float32(machine):
-    """Yield the checks of the fast model in float32 against plain model.py on the CPU."""
+    """Yield the checks of the fast model in float32 against plain model.py on the CPU.
+
+    gpu_report.py turns off TF32, which would be too coarse for the tolerance.
+    """
     exact = contextlib.nullcontext()
     for arch in ARCHS:
         plain = make_model(arch)
@@ -139,12 +147,15 @@ def check_formats(machine):
 
 
 def formats_of(machine):
-    """Return float32, and the format in which this machine trains if that is another."""
-    return list(dict.fromkeys(['float32', machine.dtype]))
+    """Return a list of float32 and, if it is another, the format in which this machine trains."""
+    formats = ['float32']
+    if machine.dtype != 'float32':
+        formats.append(machine.dtype)
+    return formats
 
 
 def check_compile(machine):
-    """Yield the checks of the compiled model against the same one eager."""
+    """Yield the checks of the compiled model against the same model run eagerly."""
     if not machine.can_compile():
         yield note('compile', 'left out', 'it does not work here')
         return
@@ -159,30 +170,30 @@ def check_compile(machine):
 
 
 # ---- Checks: decoding ----------------------------------------------------------------------------
-PROMPT_LENGTHS = (5, 16, 9)  # tokens; the shorter prompts are padded in front
-N_NEW = 24  # tokens to continue them with
+PROMPT_LENGTHS = (5, 16, 9)  # tokens; different, so that the shorter prompts are padded in front
+N_NEW = 24  # tokens to continue each prompt with
 
 
 def make_prompts(model):
-    """Return a list of prompts, lists of token ids, that is always the same."""
+    """Return a list of prompts, each a list of token ids, always the same."""
     idx_BT, _ = random_batch(model.config, len(PROMPT_LENGTHS), 'cpu')
     return [row[:length].tolist() for row, length in zip(idx_BT, PROMPT_LENGTHS)]
 
 
 def decode(model, prompts, compile):
-    """Return (tokens_BN, logits_BNV) of greedy decoding with a cache."""
+    """Return (tokens_BN, logits_BNV) of greedy decoding with a cache, N = N_NEW steps."""
     tokens = []
     logits = []
     for next_B, logits_BV in engine.generate_with_logits(
             model, prompts, N_NEW, strategy='greedy', compile=compile):
-        tokens.append(next_B.clone())  # a CUDA graph writes the next step's to the same place
+        tokens.append(next_B.clone())  # a CUDA graph's next step overwrites its output
         logits.append(logits_BV.float().clone())
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
 
 @torch.no_grad()
 def plain_logits(model, prompts, tokens_BN):
-    """Return the logits, (B, N, V), with which those tokens are predicted, without a cache."""
+    """Return the logits (B, N, V) that predict the tokens (B, N) after their prompts, uncached."""
     logits = []
     for prompt, tokens_N in zip(prompts, tokens_BN.tolist()):
         text = torch.tensor([prompt + tokens_N[:-1]], device=tokens_BN.device)
@@ -192,7 +203,7 @@ def plain_logits(model, prompts, tokens_BN):
 
 
 def plain_tokens(model, prompts):
-    """Return the tokens, (B, N), of greedy model.generate, a prompt at a time."""
+    """Return the tokens (B, N) of model.generate, greedy because of top_k=1, prompt by prompt."""
     rows = []
     for prompt in prompts:
         text = torch.tensor([prompt], device=model.lm_head.weight.device)
@@ -204,18 +215,18 @@ def plain_tokens(model, prompts):
 def check_cache(machine):
     """Yield the checks of decoding with a cache, eager and compiled, against the plain model.
 
-    In float32 the tokens are to be those of model.generate. In 16 bits two logits may be too close
-    to tell which is larger, so only the logits are compared.
+    In float32 the tokens must be those of model.generate. In 16 bits two logits may be so close
+    that rounding decides which is larger, so there only the logits are compared.
     """
-    ways = [False]
+    ways = {'eager': False}  # {name: whether to compile}
     if machine.can_compile():
-        ways.append(True)
+        ways['compiled'] = True
     for arch in ARCHS:
         model = make_fast_model(arch, machine).eval()
         prompts = make_prompts(model)
         for dtype in formats_of(machine):
-            for compile in ways:
-                name = f'{arch}, {dtype}, {"compiled" if compile else "eager"}'
+            for way, compile in ways.items():
+                name = f'{arch}, {dtype}, {way}'
                 with autocast(machine, dtype):
                     tokens_BN, logits_BNV = decode(model, prompts, compile)
                     expected_BNV = plain_logits(model, prompts, tokens_BN)
@@ -233,12 +244,15 @@ RUN = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_si
        '--warmup_iters=5', '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=20',
        '--eval_iters=4', '--log_interval=1']
 MODERN = ['--arch=modern', '--optimizer=muon']
-LEAST_FALL = 0.5  # nats by which the validation loss falls in these 40 steps
-LONGEST = 240  # seconds that such a run may take
+LEAST_FALL = 0.5  # nats by which the validation loss must fall in these 40 steps
+LONGEST = 240  # seconds after which a run counts as hanging, and is killed
 
 
 def write_data(folder):
-    """Write data/tiny into a folder: 100,000 characters of Python's help, in nanoGPT's format."""
+    """Write data/tiny into a folder: 100,000 characters of Python's help, in nanoGPT's format.
+
+    That text comes with every Python, so the checks need no network.
+    """
     from pydoc_data.topics import topics
     text = '\n\n'.join(topics[name] for name in sorted(topics))[:100_000]
     chars = sorted(set(text))
@@ -253,7 +267,7 @@ def write_data(folder):
 
 
 def launcher(processes):
-    """Return the beginning of a command that runs a script in some processes."""
+    """Return the beginning of a command that runs a script in a number of processes."""
     if processes == 1:
         return [sys.executable]
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone',
@@ -261,19 +275,19 @@ def launcher(processes):
 
 
 def start_run(folder, name, *arguments, processes=1):
-    """Start train.py on data/tiny in a folder, its out_dir called name; return the process."""
+    """Start train.py on the data/tiny of a folder, with name as its out_dir; return the process."""
     command = [*launcher(processes), TRAIN, *RUN, f'--out_dir={name}', *arguments]
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
 def run(folder, name, *arguments, processes=1):
-    """Do what start_run does, and wait for the end. Raise RuntimeError if it is not a good one."""
+    """Run train.py as start_run does, and wait. Raise RuntimeError if it fails or hangs."""
     process = start_run(folder, name, *arguments, processes=processes)
     try:
         output, _ = process.communicate(timeout=LONGEST)
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun takes its workers along
+        process.terminate()  # and not kill at once: torchrun can then stop its workers
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=60)
         process.kill()
@@ -282,7 +296,7 @@ def run(folder, name, *arguments, processes=1):
 
 
 def require_status(status, process, name, output):
-    """Raise RuntimeError unless a run has ended with a status; show what it printed then."""
+    """Raise RuntimeError, and show what a run printed, unless it ended with this exit status."""
     if process.returncode != status:
         print(output, file=sys.stderr)
         last_line = output.strip().rpartition('\n')[2]
@@ -291,9 +305,12 @@ def require_status(status, process, name, output):
 
 
 def run_and_kill(folder, name, *arguments):
-    """Kill a run between two checkpoints. Raise RuntimeError if it does not come to that."""
+    """Start a run and kill it after step 23. Raise RuntimeError if it ends before that.
+
+    Its newest checkpoint is then that of step 20, so the steps since must be made again.
+    """
     process = start_run(folder, name, *arguments)
-    alarm = threading.Timer(LONGEST, process.kill)  # should it hang
+    alarm = threading.Timer(LONGEST, process.kill)  # in case it hangs
     alarm.start()
     output = ''
     for line in process.stdout:
@@ -306,7 +323,11 @@ def run_and_kill(folder, name, *arguments):
 
 
 def side_by_side(*calls):
-    """Call functions in threads of their own, until all are done; raise the first one's error."""
+    """Call functions at the same time, each in a thread, and wait; raise the first one's error.
+
+    A small run leaves most of a GPU idle and takes long to start, so several take little longer
+    than one.
+    """
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
     for future in futures:
@@ -314,7 +335,7 @@ def side_by_side(*calls):
 
 
 def logged(folder, name, key):
-    """Return what a run has logged as loss, of each step, or as val_loss, of each evaluation."""
+    """Return what a run has logged under a key: loss, of each step, or val_loss, of evaluations."""
     entries = folio.checkpoint.read_log(os.path.join(folder, name, 'log.jsonl'))
     return [entry[key] for entry in entries if key in entry]
 
@@ -324,12 +345,12 @@ def check_fall(name, val_losses):
     first = val_losses[0]
     last = val_losses[-1]
     return check(name, first - last > LEAST_FALL,
-                 f'validation loss {first:.3f}, then {last:.3f}; to fall by {LEAST_FALL}')
+                 f'validation loss {first:.3f}, then {last:.3f}; must fall by {LEAST_FALL}')
 
 
 @contextlib.contextmanager
 def data_folder():
-    """Give a folder that has data/tiny, and goes away."""
+    """Yield a temporary folder with data/tiny in it."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
         yield folder
@@ -339,6 +360,7 @@ def check_runs(machine):
     """Yield the checks that the losses of short runs fall, in each number format."""
     kinds = [('gpt2', machine.dtype)]
     if machine.type == 'cuda':
+        # float16 with both architectures, because it alone needs the loss scaled.
         kinds = [('gpt2', 'bfloat16'), ('gpt2', 'float16'), ('modern', 'float16')]
     with data_folder() as folder:
         names = []
@@ -354,9 +376,9 @@ def check_runs(machine):
 
 
 def check_resume(machine):
-    """Yield the checks that runs which were resumed end with the weights of an undisturbed one.
+    """Yield the checks that resumed runs end with the weights of an undisturbed one.
 
-    They are runs of modern with Muon, with whose two optimizers there is the most to get wrong.
+    They train modern with Muon, because with two optimizers there is the most to get wrong.
     """
     arguments = [*MODERN, f'--device={machine.device}', '--deterministic=True']
     with data_folder() as folder:
@@ -394,14 +416,14 @@ def check_same_weights(name, folder, other):
 def check_processes(machine, n=None):
     """Yield the checks that several processes have the losses of one, with DDP and with FSDP.
 
-    n: the number of processes; None: of this machine's GPUs.
+    n: number of processes; None: one for each GPU of this machine.
     """
     if n is None:
         n = torch.cuda.device_count()
     if n < 2:
         yield note('DDP and FSDP', 'left out', 'they need several GPUs')
         return
-    tolerance = 2e-3  # nats; products of another shape are rounded differently, in TF32
+    tolerance = 2e-3  # nats; sums in another order are rounded differently, and products are TF32
     arguments = [*MODERN, f'--device={machine.type}', '--dtype=float32', '--max_iters=10',
                  f'--gradient_accumulation_steps={n}', '--batch_size=4']
     with data_folder() as folder:

@@ -1,17 +1,18 @@
 """
-Check and measure folio on a GPU, all of it by one command, and write what came out to docs/gpu/.
+Check and measure all of folio on a GPU with one command, and write the results to docs/gpu/.
     python extras/gpu_report.py
     python extras/gpu_report.py --train='config/train_fineweb.py --max_iters=300' --minutes=8
 
-The first command writes <to>/<device>-<date>.md, and the same as .json, anew after each section: a
-run that is cut off leaves what it has. Checks come first, each pass or FAIL with its numbers; then
-measurements. An error in a section is a line, FAILED, and the others go on. It needs no network and
-no data. It is meant to take less than ten minutes; that has not been tried on a GPU yet. On a CPU
-all is tiny, and its speeds mean nothing. The exit status is 1 if a check fails or a section does.
+The first command writes <to>/<device>-<date>.md, and the same as .json. It writes them again after
+each section, so a report that is cut off has what was done so far. Checks come first, each pass or
+FAIL with its numbers, then measurements. An error in a section becomes a line, FAILED, and the
+other sections go on. The exit status is 1 if a check or a section fails. It needs no network and no
+data. It is meant to take less than ten minutes, which has not been tried on a GPU yet. On a CPU
+everything is tiny, and the speeds mean nothing.
 
-The second command trains for some minutes, then stops train.py, which saves; given again it goes
-on. So a long run fits into short loans of a GPU. Each call draws the run's losses so far into <to>,
-and those of another run if --beside= names its folder. --minutes=0 only draws.
+The second command trains for some minutes, then has train.py save and stop. The same command goes
+on, so a long run can be made of several short turns on a GPU. Each call draws the run's losses so
+far into <to>, with those of another run if --beside= names its folder. --minutes=0 only draws.
 
 Needs model.py, train.py, bench.py, hellaswag.py, folio/, prepare/documents.py, and beside it
 gpu_checks.py, report.py, ngrams.py, plots.py and peers.py; transformers to compare with, matplotlib
@@ -57,12 +58,12 @@ from model import GPT, GPTConfig, padded
 # ---- Settings ------------------------------------------------------------------------------------
 to = 'docs/gpu'  # the folder to write
 sections = 'all'  # or some of them, as in --sections=compile,training
-hellaswag_source = ''  # a file of items in its format; empty: items of random words
+hellaswag_source = ''  # a file in HellaSwag's format; empty: items of random words
 device = default_device()  # cpu, cuda, cuda:1, mps …
-minutes = 8.0  # after which no section begins; with --train=, after which it is stopped
-train = ''  # arguments of train.py: train, and draw the losses, in place of a report
-out_dir = 'out/gpu'  # of that run
-beside = ''  # the folder of another run, for the same picture
+minutes = 8.0  # after which no section begins, or with --train= the run is stopped
+train = ''  # arguments of train.py: instead of a report, train and draw the losses
+out_dir = 'out/gpu'  # the folder of that run
+beside = ''  # the folder of another run, to draw in the same picture
 
 # What is measured on a GPU, and what stands in for it elsewhere.
 LARGE = types.SimpleNamespace(
@@ -95,9 +96,9 @@ def measured(name, value, unit, comment=''):
 
 
 def make_step(machine, model, loss_of_model, optimizers):
-    """Return a function that makes a training step, and returns its loss, still on the device.
+    """Return a function that makes a training step and returns its loss, a tensor on the device.
 
-    The step is that of train.py, without accumulation and loss scaling.
+    The step is that of train.py, without gradient accumulation and loss scaling.
     """
     def step():
         with machine.autocast:
@@ -112,14 +113,15 @@ def make_step(machine, model, loss_of_model, optimizers):
 
 
 def our_optimizers(model, kind):
+    """Return the optimizers that train.py would make, with plausible hyper-parameters."""
     return make_optimizers(model, kind, learning_rate=6e-4, muon_learning_rate=0.02,
                            weight_decay=0.1, betas=(0.9, 0.95))
 
 
 def warm_up(step):
-    """Make two steps, which compile and make the optimizer's state; return the first one's loss.
+    """Make two steps, and return the loss of the first, or None if they do not fit into memory.
 
-    None where the GPU's memory does not suffice.
+    They compile the model and make the optimizers' state, which should not be measured.
     """
     try:
         loss = step().item()
@@ -130,7 +132,7 @@ def warm_up(step):
 
 
 def free_memory(machine):
-    """Forget compiled code, and give back memory that nothing uses any more."""
+    """Drop compiled code, and give the memory that nothing uses any more back to the device."""
     torch._dynamo.reset()
     gc.collect()
     if machine.type == 'cuda':
@@ -138,7 +140,9 @@ def free_memory(machine):
 
 
 def peak_memory(model, optimizers, step):
-    """Return the bytes of GPU memory that a training step takes, those of other models left out."""
+    """Return the bytes of GPU memory that training a model takes, without those of other models."""
+    # Several models are in memory at a time. So take how far a step rises above what is allocated
+    # before it, and add what this model and its optimizers keep between two steps.
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -164,17 +168,18 @@ def speed(name, machine, model, n_tokens, seconds, comment=''):
 
 
 def contenders(machine, size, batch_size):
-    """Return {name: (model, function that gives its loss, optimizers)}.
+    """Return {name: (model, function that returns its loss, optimizers)} of those to compare.
 
-    Weights and data are equal.
+    They are folio, a plain loop, and transformers if it is installed, with the same weights and
+    data.
     """
     config = size.model
     idx_BT, targets_BT = random_batch(config, batch_size, machine.device)
     torch.manual_seed(0)
     ours = fast.accelerate(GPT(config)).to(machine.device)
 
-    # nanoGPT's loop: the whole model compiled, all logits in memory. nanoGPT too counts the rows
-    # that fill up the vocabulary as tokens, which spares it a copy.
+    # The loop of nanoGPT: the whole model compiled, all logits in memory. As nanoGPT does, count
+    # the rows that pad the vocabulary as tokens, which saves a copy of the logits.
     plain = GPT(dataclasses.replace(config, vocab_size=padded(config.vocab_size)))
     plain.to(machine.device).load_state_dict(ours.state_dict())
 
@@ -191,9 +196,9 @@ def contenders(machine, size, batch_size):
 
 
 def measure_training(machine, size, divisor):
-    """Yield the lines of a training step with AdamW by us and by others, in turn.
+    """Yield the lines of a training step with AdamW by folio and by others, measured in turn.
 
-    divisor: of the largest batch size.
+    divisor: of the largest batch size, for a smaller batch.
     """
     batch_size = size.batch_size // divisor
     found = contenders(machine, size, batch_size)
@@ -222,7 +227,7 @@ def measure_training(machine, size, divisor):
     taken = time_in_turn(machine.synchronize, size.steps, *steps.values())
     seconds = dict(zip(steps, taken))
     for name in steps:
-        # Their weights and data are equal. 0.02 is for 16 bits, and for the plain loop's padding.
+        # Weights and data are the same. 0.02 allows for 16 bits, and for the plain loop's padding.
         difference = abs(losses[name] - next(iter(losses.values())))
         assert difference < 0.02, f'not the same work: the losses are {losses}'
         yield speed(f'batch {batch_size}, {name}', machine, ours, n_tokens, seconds[name],
@@ -234,9 +239,10 @@ def measure_training(machine, size, divisor):
 
 
 def largest_batch(machine, size, config):
-    """Return (model, function that gives its loss, batch size) for the largest batch that fits.
+    """Return (model, function that returns its loss, batch size) for the largest batch that fits.
 
-    The model is compiled, and has gone through two steps with Muon, which includes AdamW.
+    The model is compiled, and has made two steps with Muon, which takes AdamW for the rest. Raises
+    RuntimeError if not even a quarter of the largest batch fits.
     """
     for divisor in (1, 2, 4):
         batch_size = size.batch_size // divisor
@@ -258,7 +264,7 @@ def loss_of_batch(model, idx_BT, targets_BT):
 
 
 def measure_kernels(machine, size):
-    """Yield the ten kernels, on a CPU operations, that take the most time of a training step."""
+    """Yield the lines of the ten kernels (on a CPU: operations) with the most time in a step."""
     model, loss_of_model, batch_size = largest_batch(machine, size, size.model)
     step = make_step(machine, model, loss_of_model, our_optimizers(model, 'adamw'))
     warm_up(step)
@@ -289,7 +295,7 @@ def measure_kernels(machine, size):
 
 
 def measure_muon(machine, size):
-    """Yield the lines of a step of modern with AdamW and with Muon, and of these two alone."""
+    """Yield the lines of a training step of modern with AdamW and with Muon, and of each alone."""
     config = dataclasses.replace(size.model, arch='modern')
     model, loss_of_model, batch_size = largest_batch(machine, size, config)
     n_tokens = batch_size * config.block_size
@@ -301,7 +307,7 @@ def measure_muon(machine, size):
     for name, seconds_of_step in zip(optimizers, seconds):
         yield speed(f'batch {batch_size}, {name}', machine, model, n_tokens, seconds_of_step)
 
-    # Alone: with gradients that stay.
+    # Now the optimizers alone. They step by the same gradients each time.
     with machine.autocast:
         loss = loss_of_model()
     loss.backward()
@@ -324,8 +330,8 @@ def step_all(optimizers):
 
 # ---- Text ----------------------------------------------------------------------------------------
 def decode_seconds(machine, model, prompts, size, compile):
-    """Return the seconds a step of greedy decoding, without reading the prompts and warming up."""
-    n_before = size.new_tokens // 4  # the first compiled steps make CUDA graphs
+    """Return the seconds per step of greedy decoding, after the prompts are read and it is warm."""
+    n_before = size.new_tokens // 4  # steps that are not timed: the first ones record CUDA graphs
     with machine.autocast:
         steps = engine.generate(model, prompts, size.new_tokens, strategy='greedy',
                                 compile=compile)
@@ -357,9 +363,9 @@ def measure_decoding(machine, size):
 
 
 def random_items(n):
-    """Return n items like HellaSwag's, of random words.
+    """Return n items in HellaSwag's form, of random words.
 
-    There are 20 to 120 in a context and 10 to 50 in an ending.
+    A context has 20 to 120 words, and an ending 10 to 50.
     """
     random = np.random.RandomState(0)
 
@@ -375,14 +381,14 @@ def random_items(n):
 
 
 def word_tokenizer(vocab_size):
-    """Return a tokenizer that needs no file: a word is a token, by its checksum."""
+    """Return a tokenizer that needs no file: each word is a token, with its checksum as the id."""
     def encode(text):
         return [zlib.crc32(word.encode()) % vocab_size for word in text.split()]
     return types.SimpleNamespace(encode=encode)
 
 
 def measure_hellaswag(machine, size):
-    """Yield the line of scoring HellaSwag's items, or random ones."""
+    """Yield the line of scoring items of HellaSwag, or random ones, by a model that is random."""
     items = random_items(size.n_items)
     tokenizer = word_tokenizer(size.model.vocab_size)
     comment = 'random words'
@@ -396,13 +402,13 @@ def measure_hellaswag(machine, size):
     def score():
         hellaswag.score(model, items, tokenizer, machine, batch_tokens=hellaswag.batch_tokens)
 
-    time_in_turn(machine.synchronize, 1, score)  # the first time is slower
+    time_in_turn(machine.synchronize, 1, score)  # not kept, because the first time is slower
     seconds, = time_in_turn(machine.synchronize, 3, score)
     yield measured(f'{len(items):,} items', len(items) / seconds, 'items/s', comment)
 
 
 # ---- The report ----------------------------------------------------------------------------------
-# Checks multiply float32 in float32; measurements in TF32, as train.py does.
+# Checks multiply float32 exactly; measurements in TF32, as train.py does: see lines_of.
 CHECKS = {
     'float32': gpu_checks.check_float32,
     'formats': gpu_checks.check_formats,
@@ -432,7 +438,7 @@ ABOUT = {
     'processes': 'torchrun with a process for each GPU, against one process.',
     'training': 'A training step: forward and backward pass, clipping, AdamW. The plain loop is '
                 'model.py as it stands, with the cross-entropy of torch, in the manner of nanoGPT.',
-    'kernels': 'The ten kernels that take the most time of a step of ours.',
+    'kernels': "The ten kernels with the most time in folio's training step.",
     'muon': 'The modern architecture with either optimizer.',
     'decoding': 'Greedy, with a cache.',
     'hellaswag': 'Items scored, four endings each.',
@@ -442,7 +448,7 @@ ABOUT = {
 
 
 def lines_of(name, machine, size):
-    """Yield the lines of a section; an error in it is the last of them."""
+    """Yield the lines of a section; an error in it becomes the last line."""
     try:
         if name in CHECKS:
             torch.set_float32_matmul_precision('highest')
@@ -461,7 +467,7 @@ def is_failure(line):
 
 
 def file_name(device_name):
-    """Return the name of a device for a file.
+    """Return the name of a device in a form that suits a file's name.
 
     >>> file_name('NVIDIA H100 80GB HBM3')
     'nvidia-h100-80gb-hbm3'
@@ -470,7 +476,7 @@ def file_name(device_name):
 
 
 def commit():
-    """Return the commit of the checkout, marked if files were changed since; '' without git."""
+    """Return the checkout's commit, marked -dirty if files have changed since; '' without git."""
     if shutil.which('git') is None:
         return ''
     done = subprocess.run(['git', 'describe', '--always', '--dirty'], text=True,
@@ -479,10 +485,10 @@ def commit():
 
 
 def write_report(path, facts, done, seconds):
-    """Write the report so far as path.md and path.json.
+    """Write the report so far to path.md and path.json.
 
-    facts: {what: text}, of machine and software. done: {section: its lines}. seconds: {section: how
-    long it took}.
+    facts: {what: text} about machine and software. done: {section: its lines}. seconds: {section:
+    seconds that it took}.
     """
     with open(path + '.json', 'w', encoding='utf-8') as f:
         json.dump(facts | {'sections': done, 'seconds': seconds}, f, indent=2)
@@ -543,7 +549,8 @@ def make_report(names, machine):
 def train_for_minutes():
     """Start or resume the run, and stop it when its minutes are over. Raise UserError if it fails.
 
-    SIGTERM lets train.py finish its step and save; that comes on top of the minutes.
+    It is stopped by SIGTERM, so that train.py finishes its step and saves, which takes longer than
+    the minutes.
     """
     processes = max(1, torch.cuda.device_count())
     command = [*launcher(processes), TRAIN, *shlex.split(train), f'--out_dir={out_dir}',
@@ -568,18 +575,24 @@ def device_of(run):
 
 
 def share_of_tokens(run, other):
-    """Return a line: for which share of the other run's tokens a run has the other's last loss."""
+    """Return a sentence: with which share of another run's tokens a run reaches its last loss."""
     last = other.evals[-1]
+    if last['tokens'] == 0:
+        return f'{other.name} has not learned from a token yet.'
     for entry in run.evals:
         if entry['val_loss'] <= last['val_loss']:
-            return (f'{run.name} has the last loss of {other.name}, {last["val_loss"]:.4f}, after '
-                    f'{entry["tokens"]:,} of its {last["tokens"]:,} tokens: '
-                    f'{entry["tokens"] / last["tokens"]:.0%}.')
+            return (f'{run.name} has the last loss of {other.name}, '
+                    f'{last["val_loss"]:.4f}, after {entry["tokens"]:,} tokens, '
+                    f'{entry["tokens"] / last["tokens"]:.0%} of the {last["tokens"]:,} that '
+                    f'{other.name} took.')
     return f'{run.name} does not reach the last loss of {other.name}, {last["val_loss"]:.4f}.'
 
 
 def draw_runs(folders):
-    """Write the losses of one or two runs, as a page with a picture; return the page's path."""
+    """Write a page with the losses of one or two runs, and its picture; return the page's path.
+
+    Raises UserError if they cannot share a picture.
+    """
     runs = [read_run(folder) for folder in folders]
     if len(group_by_data(runs)) > 1:
         raise UserError('the runs have different data sets, or evaluations of different lengths; '
@@ -591,7 +604,7 @@ def draw_runs(folders):
     try:
         plots.draw_losses(path + '.png', runs[0].config['dataset'], runs, references={})
         picture = f'![losses]({os.path.basename(path)}.png)'
-    except UserError as e:  # there is no matplotlib; --minutes=0 draws later
+    except UserError as e:  # matplotlib is missing; --minutes=0 can draw later
         picture = f'No picture: {e}.'
 
     blocks = [f'# {names} on {device_of(runs[0])}', picture,

@@ -1,9 +1,9 @@
 """
-Compare runs on one page: their curves, figures and texts, and what n-grams make of the same data.
+Compare runs on one page: their curves, figures and texts, beside n-grams on the same data.
     python extras/report.py out/book
     python extras/report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
 
-Reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set where that is still there;
+It reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set if that is still there. It
 writes report.md and pictures. A run that is still going, was cut short or never saved anything is
 reported as far as it goes. Four small runs took 55 s on two cores of an AMD EPYC (torch 2.13,
 2026-11-21).
@@ -35,12 +35,12 @@ from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
 to = 'out/report'  # the folder to write
-prompts = 'The|If|It is'  # what the texts begin with, | between two; the same for every run
+prompts = 'The|If|It is'  # what the texts begin with, separated by |; the same for every run
 temperatures = '0.6 0.8 1.0 1.2'  # of the strategies that draw
 num_samples = 4  # texts per prompt, for each strategy and temperature; 0: no texts
 max_new_tokens = 200  # tokens in a text, at most; fewer where the context is shorter
 ngram_order = 6  # tokens in the longest n-gram; 0: no n-grams
-ngram_tokens = 5_000_000  # training tokens to count them in, from the first on
+ngram_tokens = 5_000_000  # the first training tokens, in which n-grams are counted
 seed = 1337  # of the texts
 device = default_device()  # cpu, cuda, cuda:1, mps …
 
@@ -61,13 +61,14 @@ STRATEGIES = {
 
 # ---- Runs ----------------------------------------------------------------------------------------
 def val_loss_for_ranking(entry):
-    """Return the validation loss of a log entry, infinity if it is NaN."""
+    """Return the validation loss of a log entry, or infinity if it is NaN."""
     if math.isnan(entry['val_loss']):  # min() would keep a NaN that comes first
         return math.inf
     return entry['val_loss']
 
 
-# What an entry of each kind must have, as numbers; what it may have besides, also as numbers.
+# A log may be damaged, or come from a stranger. An entry of each kind must have these numbers, and
+# the OPTIONAL ones must be numbers if they are there.
 NEEDED = {
     'loss': ('iter', 'tokens', 'tokens_per_second', 'train_seconds'),
     'val_loss': ('iter', 'tokens', 'train_seconds'),
@@ -77,7 +78,10 @@ OPTIONAL = ('perplexity', 'bits_per_byte', 'word_perplexity')
 
 
 def is_number(value):
-    return type(value) is float or type(value) is int and abs(value) < 2**63
+    """Return whether a value is a float, or an int of 64 bits; a bool is neither."""
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float
 
 
 def is_sound(entry):
@@ -92,7 +96,7 @@ def is_sound(entry):
 
 
 def is_header(entry):
-    """Return whether a log entry has the settings of a run that are needed here."""
+    """Return whether a log entry holds the settings of a run, with those that are needed here."""
     config = entry.get('config')
     if not isinstance(config, dict) or not is_number(entry.get('parameters')):
         return False
@@ -103,9 +107,9 @@ def is_header(entry):
 
 
 def read_run(folder):
-    """Return a run as its log has it: settings, the entries of each kind, and notes on the gaps.
+    """Return a run as its log tells it: settings, the entries of each kind, and notes on the gaps.
 
-    Raise UserError where there is no log, or where it does not begin with settings.
+    Raises UserError if there is no log, or no settings in it.
     """
     path = os.path.join(folder, 'log.jsonl')
     if not os.path.isfile(path):
@@ -123,7 +127,7 @@ def read_run(folder):
         raise UserError(f'{path} does not begin with the settings of a run (yet); '
                         'wait until it does, or leave it out')
 
-    # A run writes a header each time it is started; the newest has the settings that hold now
+    # A run writes a header each time it is started. The settings of the newest one hold now.
     run = types.SimpleNamespace(folder=folder, name=os.path.basename(folder))
     run.config = headers[-1]['config']
     run.parameters = headers[-1]['parameters']
@@ -133,10 +137,10 @@ def read_run(folder):
     run.best = min(run.evals, key=val_loss_for_ranking, default={})
     # Windows in an evaluation; 0: the whole split
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']
-    # What only the files beside the log can tell: see open_data and examine
-    run.data = None
-    run.spec = None  # of the tokenizer
-    run.masked = False  # whether the loss is of some tokens alone
+    # What only other files than the log can tell: see open_data and examine.
+    run.data = None  # its Dataset
+    run.spec = None  # of its tokenizer
+    run.masked = False  # whether the loss counts some of the tokens only
     run.test = {}  # metrics on the test split
 
     run.notes = []
@@ -173,14 +177,14 @@ def open_checkpoint(run):
 
 
 def open_data(run, checkpoint):
-    """Set run.data, run.spec and run.masked as far as the files tell them; note what is missing."""
+    """Set run.data, run.spec and run.masked as far as the files go; note what is missing."""
     if checkpoint:
         run.spec = checkpoint.get('tokenizer')
     try:
         data = Dataset(run.config['dataset'])
         if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
             run.spec = data.spec
-        # The folder may have been prepared again since, from another text
+        # The folder may have been prepared again from another text since.
         if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
             raise UserError(f'{data.folder} has another vocabulary by now')
         run.data = data
@@ -199,12 +203,12 @@ def is_fineweb_edu(run):
         return False
     if run.data:
         return re.search('fineweb-?edu', str(run.data.meta.get('source'))) is not None
-    # The data is not here any more: go by its name, as prepare/fineweb gives it
+    # The data is not here any more: go by the name that prepare/fineweb gives it.
     return os.path.basename(run.config['dataset']).startswith('fineweb')
 
 
 def group_by_data(runs):
-    """Return lists of runs that can share a picture: their losses are of the very same tokens."""
+    """Return lists of runs that can share a picture: their losses are of the same tokens."""
     groups = {}
     for run in runs:
         n_targets = run.n_windows * run.config['block_size']
@@ -232,34 +236,35 @@ def write_texts(model, tokenizer, machine, strategy, temperature):
         rows += [ids] * num_samples
 
     longest = max(len(row) for row in rows)
-    # Prompt and text must fit one context: the loss below comes from one forward pass over both
+    # Prompt and text must fit into one context, because one forward pass over both gives the loss
+    # below. The last token is only predicted: hence + 1.
     count = min(max_new_tokens, size + 1 - longest)
     idx_BT = torch.zeros(len(rows), longest + count, dtype=torch.long)
     targets_BT = torch.full_like(idx_BT, -1)  # what was not drawn does not count
 
     texts = []
     with machine.autocast:
-        # STRATEGIES names the 50 of top-k and the 0.9 of nucleus
+        # These 50 and 0.9 are named in STRATEGIES.
         steps = list(engine.generate(model, rows, count, strategy=strategy, temperature=temperature,
                                      top_k=50, top_p=0.9, seed=seed, stop=ends))
         for b, (start, new) in enumerate(zip(rows, torch.stack(steps, dim=1).tolist())):
-            if tokenizer.eot in new:  # a row that has ended repeats it until all have
+            if tokenizer.eot in new:  # a row that has ended repeats it until all have ended
                 new = new[:new.index(tokenizer.eot) + 1]
             ids = start + new
             idx_BT[b, :len(ids)] = torch.tensor(ids)
             targets_BT[b, len(start):len(ids)] = torch.tensor(new)
             texts.append(tokenizer.decode([token for token in new if token not in ends]))
         inputs_BT = idx_BT[:, :-1].to(machine.device)
-        # The model's own probabilities, whatever strategy and temperature drew the texts
+        # By the model's own probabilities, whatever strategy and temperature drew the texts.
         _, loss = model(inputs_BT, targets_BT[:, 1:].to(machine.device))
     groups = [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
     return groups, {'log-prob': -loss.item()} | ngrams.measure(groups)
 
 
 # ---- Sections of the page ------------------------------------------------------------------------
-# A section is a list of blocks of Markdown, which the page shows with an empty line between two.
+# A section is a list of blocks of Markdown; the page puts an empty line between them.
 def plain(text):
-    """Return a text from a log or a file for Markdown: no HTML, no lines or cells of its own."""
+    """Return a text from a log or a file for use in Markdown: on one line, its HTML escaped."""
     return html.escape(printable(text), quote=False)
 
 
@@ -267,14 +272,14 @@ def table(head, rows):
     """Return a table in Markdown; all cells are text."""
     lines = []
     for row in (head, ['---'] * len(head), *rows):
-        # Else a | in the name of a run would begin another cell
+        # A | in the name of a run would begin another cell.
         escaped = [plain(text).replace('|', '\\|') for text in row]
         lines.append(f'| {" | ".join(escaped)} |')
     return '\n'.join(lines)
 
 
 def cell(value, spec):
-    """Return a number as text; a dash where there is None, or NaN."""
+    """Return a number as text in the format `spec`; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return '–'
     return format(value, spec)
@@ -288,7 +293,7 @@ def loss_cells(metrics):
 
 
 def per_word(metrics):
-    """Return what stands behind a perplexity: that of a word, where the words were counted."""
+    """Return what to write after a perplexity: that per word, where words were counted, or ''."""
     if 'word_perplexity' not in metrics:
         return ''
     return f' ({metrics["word_perplexity"]:,.4f} a word)'
@@ -296,7 +301,7 @@ def per_word(metrics):
 
 def run_row(run):
     """Return a run's line in the first table: a cell for each of COLUMNS."""
-    # An evaluation may be newer than the newest step, and the other way round
+    # The newest of either: an evaluation may be newer than the last step, or older.
     newest = max(run.steps + run.evals, key=lambda entry: entry['tokens'], default={})
     speed = None
     if run.steps:
@@ -324,11 +329,11 @@ def run_row(run):
 
 
 def ngram_metrics(data, losses):
-    """Return {'1-gram': metrics, …}, the metrics as a model's log has them.
+    """Return {'1-gram': metrics, …}, with the metrics that a model's log has.
 
     losses: (order,), in nats per token.
     """
-    bytes_per_token = data.per_token('val', 'bytes') or math.nan  # NaN: nobody counted them
+    bytes_per_token = data.per_token('val', 'bytes') or math.nan  # NaN: bytes were not counted
     metrics = {}
     for n, loss in enumerate(losses, 1):
         metrics[f'{n}-gram'] = {
@@ -340,21 +345,21 @@ def ngram_metrics(data, losses):
 
 
 def loss_section(picture, runs):
-    """Draw the curves of a group of runs; return their section, with n-grams beside them."""
+    """Draw the curves of a group of runs; return their section, with a table of n-grams as well."""
     name = runs[0].config['dataset']
     references = {}
     if any(is_fineweb_edu(run) for run in runs):
         references['GPT-2 124 M'] = GPT2_LOSS
     counted = 'There are no n-grams beside them.'
     models = {}
-    # The tokens are the same for all of these runs, so the first one's will do
+    # All of these runs have the same tokens, so take those of the first.
     datasets = [run.data for run in runs if run.data and run.best]
     if datasets and ngram_order:
         data = datasets[0]
         n_targets = runs[0].n_windows * runs[0].config['block_size']  # 0: the whole split
         try:
             losses = ngrams.losses(data, ngram_order, ngram_tokens, n_val=n_targets)
-            # The best n-gram alone goes into the picture, all of them into the table
+            # Only the best n-gram goes into the picture; the table has all.
             references[f'{losses.argmin() + 1}-gram'] = losses.min()
             total = len(data.tokens('train'))
             counted = (f'N-grams were counted in {min(ngram_tokens, total):,} '
@@ -371,19 +376,19 @@ def loss_section(picture, runs):
 
 
 def label_of(strategy, temperature):
-    """Return how a table calls texts written in this way."""
+    """Return the name in a table of texts that were drawn in this way."""
     if strategy == 'greedy':
         return STRATEGIES[strategy]
     return f'{STRATEGIES[strategy]}, temperature {temperature:g}'
 
 
 def text_section(picture, run, model, tokenizer, machine, temperature_list):
-    """Let a run write, draw the measures of its texts, and return their section.
+    """Let a run's model write texts, and return their section.
 
-    It has the measures as a table and a picture, and after each prompt the first text of each kind,
-    that is, of each strategy and temperature.
+    A kind of text is a strategy and a temperature. The section has the measures of each kind, as a
+    table and a picture, and then for each prompt the first text of each kind.
     """
-    kinds = [('greedy', 0.0)]  # whose temperature means nothing
+    kinds = [('greedy', 0.0)]  # greedy has no temperature
     for strategy in ('top_k', 'nucleus', 'sample'):
         kinds += [(strategy, temperature) for temperature in temperature_list]
     groups = {}  # kind: for each prompt a list of texts
@@ -408,7 +413,8 @@ def text_section(picture, run, model, tokenizer, machine, temperature_list):
 
 
 def fenced(text):
-    """Return a text as a block of Markdown, its fence longer than any row of ~ in the text."""
+    """Return a text as a fenced block of Markdown."""
+    # The fence must be longer than any row of ~ in the text, which would end the block.
     longest = max((len(tildes) for tildes in re.findall('~+', text)), default=0)
     fence = '~' * (3 + longest)
     text = '\n'.join(printable(line.replace('\t', '    ')) for line in text.split('\n'))
@@ -439,7 +445,7 @@ these depend on the length of the texts: compare within a run, not across tokeni
 
 # ---- The script ----------------------------------------------------------------------------------
 def parse_temperatures():
-    """Return the setting `temperatures` as a sorted list of numbers, or raise UserError."""
+    """Return the setting `temperatures` as a sorted list of numbers. Raises UserError."""
     try:
         values = sorted({float(word) for word in temperatures.split()})
     except ValueError:
@@ -451,8 +457,8 @@ def parse_temperatures():
 
 
 def check_counts():
-    """Raise UserError for a number of texts, tokens or n-grams that cannot be."""
-    if num_samples < 0 or num_samples == 1:  # self-BLEU compares a text with others
+    """Raise UserError for an impossible number of texts, tokens or n-grams."""
+    if num_samples < 0 or num_samples == 1:  # self-BLEU compares each text with others
         raise UserError(f'num_samples is {num_samples}; it must be 0 or at least 2')
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
@@ -463,10 +469,10 @@ def check_counts():
 
 
 def examine(run, picture, temperature_list):
-    """Open a run's files, compute run.test, and return its section of texts; [] without a model.
+    """Open a run's files, set run.test, and return its section of texts, or [] without a model.
 
-    Checkpoint and model are locals of this function, so that their memory is free before the next
-    run is opened.
+    Checkpoint and model are locals of this function, so that their memory is free again before the
+    next run is opened.
     """
     checkpoint = open_checkpoint(run)
     open_data(run, checkpoint)
@@ -483,18 +489,19 @@ def examine(run, picture, temperature_list):
             tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
             return text_section(picture, run, model, tokenizer, machine, temperature_list)
     except (UserError, RuntimeError) as e:
-        # Characters that its tokenizer does not know in a prompt, or no memory: report the rest
+        # A prompt may have characters that the tokenizer does not know, or the memory may not
+        # suffice. Report the rest.
         run.notes.append(str(e).partition('\n')[0])
     return []
 
 
 def main():
-    """Write the report. This is a function so that tests can call it."""
+    """Write the report."""
     folders = [arg for arg in sys.argv[1:] if not arg.startswith('-') and not arg.endswith('.py')]
-    # configure takes config files and settings, but no folders
+    # configure takes config files and settings, but not folders.
     configure(globals(), [arg for arg in sys.argv[1:] if arg not in folders])
 
-    # Say all that can be wrong now, and not when the first run has been examined for a minute
+    # Find mistakes now, and not after a minute of examining the first run.
     plots.pyplot()
     temperature_list = parse_temperatures()
     check_counts()
@@ -529,7 +536,7 @@ def main():
         sections += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
 
     title = '# ' + plain(', '.join(run.name for run in runs))
-    # The notes are complete only now.
+    # Only now, because the sections above add notes.
     notes = '\n'.join('- ' + plain(f'{run.name}: {"; ".join(run.notes)}.') for run in runs)
     page = [title, table(COLUMNS, [run_row(run) for run in runs]), ABOUT_RUNS, notes, *sections]
     path = os.path.join(to, 'report.md')

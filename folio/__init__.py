@@ -1,9 +1,9 @@
 """
 What the scripts share: settings, data, optimizers, checkpoints, fast generation.
 
-Import it before torch: torch's threads spin while they wait for one another, and on a CPU that has
-other work to do the one that they wait for is kept from running. They shall give up sooner. The
-library behind them reads this variable once, when torch is loaded; docs/benchmarks.md has figures.
+Import it before torch. While torch's threads wait for one another they spin, and on a busy CPU that
+keeps the very thread they wait for from running. So they are told to give up sooner, by a variable
+that is read once, when torch is loaded. docs/benchmarks.md has figures.
 """
 import os
 

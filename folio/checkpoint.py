@@ -2,7 +2,8 @@
 Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
     python -c "from folio import checkpoint; print(checkpoint.load('out/book')['model_args'])"
 
-A checkpoint is a dictionary of tensors and plain values. Reading one never runs what it brings.
+A checkpoint is a dictionary of tensors and plain values. A file from a stranger is checked before
+it is unpickled, and again before memory is taken for its model: reading it runs no code of its own.
 """
 import contextlib
 import dataclasses
@@ -29,12 +30,12 @@ FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
 
 # ---- Loading -------------------------------------------------------------------------------------
 def load(source, out_dir=None, mmap=False):
-    """Return the dictionary of a checkpoint, on the CPU: {model, model_args, …}.
+    """Return the dictionary of a checkpoint, its tensors on the CPU: {model, model_args, …}.
 
-    source: a .pt of ours or of nanoGPT, the folder of a run (its newest checkpoint), a Hugging Face
+    source: a .pt of folio or nanoGPT, the folder of a run (its newest checkpoint), a Hugging Face
     folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. mmap: leave a .pt's
-    tensors in the file until they are read: several processes then share one copy in the system's
-    memory. Raises UserError.
+    tensors in the file until they are used, so that several processes share one copy in memory.
+    Raises UserError if there is no checkpoint, or if it is damaged or not what it claims to be.
     """
     if source == 'resume':
         source = os.path.join(out_dir, 'ckpt.pt')
@@ -50,13 +51,16 @@ def load(source, out_dir=None, mmap=False):
         check_weights(checkpoint, source)
     except UserError:
         raise
-    except Exception as e:  # what comes from elsewhere may be anything
+    except Exception as e:  # a hostile value may raise anything
         raise UserError(f'{source} describes a model that cannot be: {e}') from e
     return checkpoint
 
 
 def load_file(path, mmap=False):
-    """Return the dictionary in a .pt file. Only tensors and plain values are unpickled."""
+    """Return the dictionary in a .pt file, one of nanoGPT's upgraded to ours. Raises UserError.
+
+    Only tensors and plain values are unpickled.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             size = os.path.getsize(path)
@@ -65,7 +69,8 @@ def load_file(path, mmap=False):
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
             raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
                             'model_args')
-        # A few bytes may stand for a matrix of any size; but a tied head is stored once.
+        # A stride of 0 makes a few bytes a matrix of any size, and a copy of it would fill the
+        # memory. Twice the size is allowed, because a tied head is stored once and counted twice.
         if sum(weight.numel() for weight in checkpoint['model'].values()) > 2 * size:
             raise ValueError('its weights are larger than the file')
         if 'format' not in checkpoint:
@@ -84,26 +89,29 @@ def load_file(path, mmap=False):
     return checkpoint
 
 
-# What torch's pickles have besides plain values: tensors, and the tuples that they are made from.
+# What torch's pickles hold besides plain values: tensors, and the tuples that they are made from.
 TENSOR_OPCODES = ('GLOBAL', 'BINPERSID', 'REDUCE', 'BUILD', 'EMPTY_TUPLE', 'TUPLE', 'TUPLE1',
                   'TUPLE2', 'TUPLE3')
 GLOBALS = re.compile(r'collections OrderedDict|torch \w+Storage|'
                      r'torch._utils _rebuild_(tensor_v2|parameter)')
-MAX_TUPLES = 50_000  # a hundred layers have 20,000; hashing 200,000 nested ones is a crash
+MAX_TUPLES = 50_000  # a hundred layers have 20,000; hashing 200,000 nested ones crashes Python
 
 
 def check_archive(archive, size):
-    """Raise ValueError unless the records of a .pt file, a zip of `size` bytes, can be read safely.
+    """Raise an error unless a .pt file, which is a zip of `size` bytes, can be read safely.
 
-    torch.load checks no sums: a flipped bit would become a weight. And it unpacks and builds
-    whatever the file asks for, however large.
+    torch.load does not compare checksums, so a flipped bit would become a weight. And it unpacks
+    and builds whatever the file asks for, however large. Raises ValueError, or UnpicklingError for
+    a pickle that asks for a class other than those of tensors.
     """
     records = archive.infolist()
+    # torch.save never compresses. A compressed record may unpack to a thousand times its size, and
+    # so may records that share their bytes.
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError('it is compressed')
     if sum(record.file_size for record in records) > size:
         raise ValueError('its records overlap')
-    damaged = archive.testzip()
+    damaged = archive.testzip()  # the name of the first record whose checksum is wrong
     if damaged is not None:
         raise ValueError(f'the sum of {damaged} is wrong')
     for record in records:
@@ -113,15 +121,20 @@ def check_archive(archive, size):
         for name in found['GLOBAL']:
             if not GLOBALS.fullmatch(name):
                 raise pickle.UnpicklingError(f'it asks for {name}')
-        if sum(len(found[opcode]) for opcode in TENSOR_OPCODES if 'TUPLE' in opcode) > MAX_TUPLES:
+        n_tuples = 0
+        for opcode in TENSOR_OPCODES:
+            if 'TUPLE' in opcode:
+                n_tuples += len(found[opcode])
+        if n_tuples > MAX_TUPLES:
             raise ValueError('it has too many tuples')
 
 
 def upgrade_nanogpt(checkpoint):
-    """Return a checkpoint of nanoGPT as one of ours.
+    """Return a checkpoint of nanoGPT in folio's format.
 
-    It trained with the exact GELU. Older versions kept mask buffers, and a compiled model has a
-    prefix before each name. Our matrices are padded to a multiple of 64 rows.
+    nanoGPT trains with the exact GELU. Its older versions saved the attention mask too, and a
+    compiled model puts a prefix before each name. folio pads the vocabulary to a multiple of 64
+    rows.
     """
     args = {'gelu': 'none'} | checkpoint['model_args']
     n_rows = args['vocab_size']
@@ -134,7 +147,7 @@ def upgrade_nanogpt(checkpoint):
     weights = {}
     for name, weight in checkpoint['model'].items():
         name = name.removeprefix('_orig_mod.')
-        if not name.endswith('.attn.bias'):
+        if not name.endswith('.attn.bias'):  # the mask, not a bias: that would be c_attn.bias
             weights[name] = weight
     for name in ('transformer.wte.weight', 'lm_head.weight'):
         if name in weights:
@@ -151,24 +164,24 @@ def upgrade_nanogpt(checkpoint):
 
 
 def pad_rows(weight, n_rows):
-    """Return a matrix with so many rows of zeros more."""
-    if not weight.is_contiguous():  # it may claim to be larger than what is stored of it
+    """Return a matrix with n_rows rows of zeros below it. Raises ValueError."""
+    if not weight.is_contiguous():  # a hostile one may be a few bytes that are repeated
         raise ValueError('a matrix is not stored row by row')
     return F.pad(weight, (0, 0, 0, n_rows))
 
 
-# What these parts of a checkpoint are, if it has them
+# The types of a checkpoint's parts, where it has them
 TYPES = {
     'model': dict, 'model_args': dict, 'optimizer': list, 'scaler': dict, 'config': dict,
     'tokenizer': (dict, type(None)), 'template': (str, type(None)), 'data': str,
     'iter_num': int, 'windows': int, 'evals_without_gain': int, 'norms': list,
     'best_val_loss': (int, float, torch.Tensor), 'train_seconds': (int, float),
 }
-MAX_CONTEXT = 2**20  # tokens; a rotary model's weights do not tell how long its context is
+MAX_CONTEXT = 2**20  # tokens; a rotary model has no weights whose shape would limit its context
 
 
 def check_parts(checkpoint):
-    """Raise an error unless the parts of a checkpoint are of their types."""
+    """Raise an error, of any kind, unless the parts of a checkpoint have the types they should."""
     for name, types in TYPES.items():
         if name in checkpoint and not isinstance(checkpoint[name], types):
             raise TypeError(f'its {name} is of type {type(checkpoint[name]).__name__}')
@@ -176,6 +189,7 @@ def check_parts(checkpoint):
         if name not in checkpoint['model_args']:
             raise ValueError(f'its settings lack {name}')
     for name, value in checkpoint['model_args'].items():
+        # A name that GPTConfig does not have passes here; check_weights names it.
         default = getattr(GPTConfig, str(name), value)
         types = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, types):
@@ -183,14 +197,18 @@ def check_parts(checkpoint):
     config = checkpoint.get('config', {})
     if not isinstance(config.get('dataset', ''), str) or not isinstance(config.get('seed', 0), int):
         raise TypeError('its dataset or its seed is of another type')
-    float(checkpoint.get('best_val_loss', 0))  # an error if it is several numbers
+    float(checkpoint.get('best_val_loss', 0))  # an error if it is a tensor of several numbers
     if checkpoint.get('tokenizer') is not None:
         vocab_size_of(checkpoint['tokenizer'])
         spec_hash(checkpoint['tokenizer'])
 
 
 def check_weights(checkpoint, source):
-    """Raise UserError unless the weights are those of the model that model_args describe."""
+    """Raise UserError unless the weights are those of the model that model_args describe.
+
+    Raises ValueError for a shape that no model can have. It compares shapes before memory is taken
+    for the model, whose settings may ask for any amount.
+    """
     args = checkpoint['model_args']
     unknown = sorted(args.keys() - GPTConfig.__dataclass_fields__.keys())
     if unknown:
@@ -202,7 +220,8 @@ def check_weights(checkpoint, source):
     with torch.device('meta'):  # names and shapes, without memory
         expected = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
     weights = checkpoint['model']
-    # All layers are like the first. More of them than there are weights need not be listed.
+    # All layers have the shapes of the first. Where n_layer is a billion it would take for ever to
+    # name them all, but one layer for each weight is enough to find one that is missing.
     of_a_layer = [name for name in expected if name.startswith('transformer.h.0.')]
     for layer in range(1, min(config.n_layer, len(weights))):
         for name in of_a_layer:
@@ -225,7 +244,7 @@ def require_same_shape(checkpoint, model_args, path):
     saved = checkpoint['model_args'] | checkpoint.get('config', {})
     different = []
     for name, value in model_args.items():
-        # Dropout and flash may change from run to run; gelu stays as the weights have it.
+        # Dropout and flash may change when a run is resumed; gelu is taken from the checkpoint.
         if name not in ('dropout', 'flash', 'gelu') and saved.get(name, value) != value:
             different.append(f'{name} is {saved[name]}, not {value}')
     if different:
@@ -234,7 +253,7 @@ def require_same_shape(checkpoint, model_args, path):
 
 
 def require_same_data(checkpoint, data, seed, path):
-    """Raise UserError if a run would go on in other data, or in another order, than it began in."""
+    """Raise UserError if a run would go on with other data, or in another order, than before."""
     fingerprint = checkpoint.get('data')
     if fingerprint is not None and fingerprint != data.fingerprint('train'):
         raise UserError(f'{data.folder}/train.bin is not the one that {path} was trained on: bring '
@@ -248,7 +267,7 @@ def require_same_data(checkpoint, data, seed, path):
 
 def require_same_tokenizer(checkpoint, source, data):
     """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
-    spec = checkpoint.get('tokenizer', data.spec)  # where nothing is known, the sizes must do
+    spec = checkpoint.get('tokenizer', data.spec)  # without a tokenizer only the sizes are compared
     vocab_size = checkpoint['model_args']['vocab_size']
     if vocab_size != data.vocab_size or spec_hash(spec) != spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, '
@@ -257,7 +276,7 @@ def require_same_tokenizer(checkpoint, source, data):
 
 
 def require_elsewhere(init_from, out_dir):
-    """Raise UserError if weights to begin with lie where the run that they are of is moved away."""
+    """Raise UserError if init_from lies in out_dir, whose run train.py is about to move aside."""
     folder = os.path.realpath(out_dir)
     path = os.path.realpath(init_from)
     if os.path.exists(init_from) and folder in (path, os.path.dirname(path)):
@@ -266,7 +285,7 @@ def require_elsewhere(init_from, out_dir):
 
 
 def require_training_state(checkpoint, path):
-    """Raise UserError unless a checkpoint holds what a run goes on from."""
+    """Raise UserError unless a checkpoint holds what it takes to resume a run."""
     for name in ('iter_num', 'best_val_loss', 'optimizer'):
         if name not in checkpoint:
             raise UserError(f'{path} holds weights but no {name}, so no run can be resumed from '
@@ -274,15 +293,15 @@ def require_training_state(checkpoint, path):
 
 
 def tokenizer_of(checkpoint):
-    """Return the tokenizer that a checkpoint carries, or else the one of the data it names.
+    """Return the tokenizer that a checkpoint carries, or else that of the data it was trained on.
 
-    nanoGPT's checkpoints carry none, and those that name no data set here have GPT-2's. Raises
-    UserError where it does not fit the model.
+    nanoGPT's checkpoints carry none. Where that data is not here either, it is GPT-2's. Raises
+    UserError if it does not fit the model.
     """
     trained_on = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
     is_here = os.path.exists(os.path.join('data', trained_on, 'train.bin'))
-    # Only of a folder under data/, whatever else a file may name
+    # A checkpoint from a stranger must not make us read files outside data/.
     is_inside = not os.path.isabs(trained_on) and '..' not in pathlib.PurePath(trained_on).parts
     if spec is None and is_here and is_inside:
         spec = Dataset(trained_on).spec
@@ -296,9 +315,9 @@ def tokenizer_of(checkpoint):
 
 # ---- Saving --------------------------------------------------------------------------------------
 def save(path, checkpoint):
-    """Write a dictionary of tensors and plain values so that path is always whole.
+    """Write a dictionary of tensors and plain values to path, whole or not at all.
 
-    It goes to path.tmp first, is synced, then renamed. Raises UserError where that fails.
+    It is written to path.tmp, synced, then renamed. Raises UserError if that fails.
     """
     with replacing(path) as temporary, open(temporary, 'wb') as f:
         torch.save(checkpoint | {'format': FORMAT}, f)
@@ -307,9 +326,9 @@ def save(path, checkpoint):
 
 
 def save_again(saved, path):
-    """Give what was saved under one name a second one, path, which is always whole.
+    """Give a checkpoint that was saved under one name a second name, path, whole or not at all.
 
-    It is a link to the same file, and a copy where the file system has no links.
+    The second name is a hard link, or a copy where the file system has no links. Raises UserError.
     """
     with replacing(path) as temporary:
         try:
@@ -323,14 +342,14 @@ def save_again(saved, path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield path.tmp, which takes the place of path once it has been written.
+    """Yield the name path.tmp, to be written to; rename it to path at the end.
 
-    Raises UserError, and leaves path as it was, where the system cannot write it.
+    Raises UserError, and leaves path as it was, if the system cannot write it.
     """
     temporary = path + '.tmp'
     try:
-        # A run that was killed may have left it here, as a second name of another checkpoint: to
-        # write into it would destroy that one.
+        # A killed run may have left path.tmp as a hard link to another checkpoint, which would be
+        # destroyed by writing into it.
         if os.path.lexists(temporary):
             os.remove(temporary)
         yield temporary
@@ -352,7 +371,7 @@ def holds_a_run(out_dir):
 
 
 def set_aside(out_dir):
-    """Move the run in a folder to its previous-1, or the next number that is free.
+    """Move the run in a folder into a subfolder previous-1, or the next number that is free.
 
     Return the folder it is in now, or None if there was no run.
     """
@@ -372,7 +391,8 @@ def set_aside(out_dir):
 def read_log(path, damaged=None):
     """Return the entries of a log.jsonl; the last is left out if it was cut short.
 
-    damaged: a list that takes the numbers of damaged lines before that; None: they raise UserError.
+    damaged: a list, to which the numbers of other damaged lines are added. None: raise UserError
+    for such a line.
     """
     entries = []
     if not os.path.exists(path):
@@ -391,9 +411,9 @@ def read_log(path, damaged=None):
 
 
 def is_of_launch(out_dir, launch):
-    """Return whether the run in a folder was begun by this start of torchrun, and can be resumed.
+    """Return whether the run in a folder was begun by this launch of torchrun and can be resumed.
 
-    launch: what Machine.launch returns. Each start and each resume writes it to the log.
+    launch: what Machine.launch returns. train.py writes it to the log at each start and resume.
     """
     starts = []
     for entry in read_log(os.path.join(out_dir, 'log.jsonl'), damaged=[]):
@@ -405,9 +425,10 @@ def is_of_launch(out_dir, launch):
 
 
 def steps_done(entry):
-    """Return the steps finished when a log line was written; -1 for a header.
+    """Return the number of steps finished when a log line was written; -1 for a header.
 
-    A training loss, or that a step was skipped, is logged after it; everything else before one.
+    A step's own loss, or that it was skipped, is logged after the step. What else has an iter, such
+    as an evaluation, is logged before the step of that number.
     """
     if 'iter' not in entry:
         return -1
@@ -416,16 +437,18 @@ def steps_done(entry):
 
 
 def truncate_log(path, iter_num, is_validated):
-    """Drop what a killed run logged after its checkpoint at iter_num, to be logged again.
+    """Drop what a killed run logged after its checkpoint at iter_num: it will be logged again.
 
-    is_validated: whether the checkpoint was saved after the evaluation at iter_num.
+    is_validated: whether the checkpoint was saved after the evaluation at iter_num. Raises
+    UserError for a damaged line.
     """
     if not os.path.exists(path):
         return
     entries = []
     for entry in read_log(path):
-        is_again = entry.get('iter') == iter_num and 'val_loss' in entry and not is_validated
-        if steps_done(entry) <= iter_num and not is_again:
+        is_evaluation = entry.get('iter') == iter_num and 'val_loss' in entry
+        comes_again = is_evaluation and not is_validated
+        if steps_done(entry) <= iter_num and not comes_again:
             entries.append(entry)
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(entry) + '\n' for entry in entries)

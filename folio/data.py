@@ -1,5 +1,5 @@
 """
-Read token files as deterministic batches, and a model's loss on them.
+Read token files as deterministic batches, and measure a model's loss on them.
     python -c "from folio.data import Dataset; print(Dataset('book').tokens('train')[:20])"
 
 data/<name>/ holds {train,val,test}.bin, raw little-endian tokens of uint16 or uint32, and
@@ -28,12 +28,14 @@ from folio.configurator import UserError
 
 ROOT = os.path.abspath(__file__ + '/../..')  # of the checkout
 SPLITS = ('train', 'val', 'test')
-GZIP_MAGIC = b'\x1f\x8b'  # how every gzip file begins
-MAX_UNPACKED = 2**26  # bytes of a compressed file, unpacked
+GZIP_MAGIC = b'\x1f\x8b'  # the first bytes of every gzip file
+MAX_UNPACKED = 2**26  # bytes that a compressed file may unpack to
 
 
 # ---- Descriptions, which may come from a stranger ------------------------------------------------
-# What a pickle of dictionaries, lists, strings and numbers consists of, in all its protocols.
+# A data set may be a download, so its meta.json or meta.pkl must not be able to run code, crash
+# Python or fill the memory. A pickle is a program for a small machine. These are the instructions
+# with which it builds dictionaries, lists, strings and numbers, in all protocols:
 PLAIN_OPCODES = set(
     'PROTO FRAME STOP MARK DICT EMPTY_DICT SETITEM SETITEMS LIST EMPTY_LIST APPEND APPENDS '
     'UNICODE BINUNICODE SHORT_BINUNICODE STRING BINSTRING SHORT_BINSTRING '
@@ -42,16 +44,17 @@ PLAIN_OPCODES = set(
 
 
 def check_pickle(data, more=()):
-    """Raise ValueError unless a pickle consists of PLAIN_OPCODES and more of such names.
+    """Return {opcode: list of its arguments} of a pickle, without unpickling it.
 
-    An unpickler would obey others: allocate what they say, or nest tuples until hashing them
-    overflows the stack. Return {opcode: its arguments}.
+    Raises ValueError if an opcode is in neither PLAIN_OPCODES nor `more`. Others could have Python
+    allocate any amount, or nest tuples until hashing them overflows the stack, and a find_class
+    that refuses all classes would not prevent it.
     """
     arguments = collections.defaultdict(list)
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
         if opcode.name not in PLAIN_OPCODES and opcode.name not in more:
             raise ValueError(f'its pickle has the opcode {opcode.name}')
-        # Python's memo is a table with room for the highest place.
+        # Python's memo, in which PUT stores a value, is a table as long as its highest index.
         if opcode.name.endswith('PUT') and int(argument) > len(data):
             raise ValueError('its pickle counts further than it has bytes')
         arguments[opcode.name].append(argument)
@@ -59,7 +62,7 @@ def check_pickle(data, more=()):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Refuse whatever names a class, should it have passed as plain."""
+    """Refuse a pickle that names a class, should check_pickle have let it pass."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
@@ -68,26 +71,34 @@ class PlainUnpickler(pickle.Unpickler):
 def token_dtype(meta):
     """Return the NumPy type of a data set's tokens, as its meta.json says. Raises ValueError.
 
-    There are these two. A type of a stranger's choosing, such as pointers, would run his code.
+    It is one of the two that we write. NumPy has types that are pointers to objects, and a file
+    read as such could run any code.
     """
-    name = meta.get('dtype', '<u2')
+    name = meta.get('dtype', '<u2')  # nanoGPT's folders have no meta.json, and uint16
     if name not in ('<u2', '<u4'):
         raise ValueError(f'its dtype is {name!r}, neither <u2 nor <u4')
     return np.dtype(name)
 
 
 def check_meta(meta):
-    """Raise ValueError unless the fields of a meta.json are such as we write them."""
+    """Raise ValueError unless a meta.json has fields of the types that we write."""
     if not isinstance(meta, dict):
-        raise ValueError('it is no dictionary')
+        raise ValueError('it is not a dictionary')
     token_dtype(meta)
-    for name, types in {'vocab_size': int, 'eot': (int, type(None)), 'tokenizer': dict,
-                        'template': (str, type(None)), 'splits': dict}.items():
+    types_of = {
+        'vocab_size': int,
+        'eot': (int, type(None)),
+        'tokenizer': dict,
+        'template': (str, type(None)),
+        'splits': dict,
+    }
+    for name, types in types_of.items():
         if name in meta and not isinstance(meta[name], types):
             raise ValueError(f'its {name} is {meta[name]!r}')
     for split, counts in meta.get('splits', {}).items():
-        if split not in SPLITS:
+        if split not in SPLITS:  # the name becomes that of a file
             raise ValueError(f'it has a split {split!r}')
+        # type() and not isinstance(), which takes True for an int.
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts.values()):
             raise ValueError(f'its counts of {split} are {counts!r}')
 
@@ -97,7 +108,10 @@ class Dataset:
     """A folder of token files: .spec of its tokenizer, .vocab_size, .meta, tokens(split) …"""
 
     def __init__(self, name):
-        """name: of a folder under data/, or an absolute path. Raises UserError if it is missing."""
+        """Open a data set. name: a folder under data/, or an absolute path.
+
+        Raises UserError if it is missing, or if its description is damaged.
+        """
         self.folder = os.path.join('data', name)
         self.remedy = f'prepare it with: {prepare_command(name)}'
         self.meta = {}
@@ -115,7 +129,7 @@ class Dataset:
             n_tokens = folio.tokenizer.vocab_size_of(self.spec)
             if self.vocab_size != n_tokens:
                 raise ValueError(f'vocab_size is {self.vocab_size}, its tokenizer has {n_tokens}')
-        except Exception as e:  # a file from elsewhere may be damaged in any way
+        except Exception as e:  # a damaged or hostile file may raise anything
             raise UserError(f'the description of {self.folder} cannot be used '
                             f'({type(e).__name__}: {e}); {self.remedy}') from e
 
@@ -134,7 +148,7 @@ class Dataset:
             raise ValueError('tokenizer.json does not belong to meta.json')
 
     def read_meta_pkl(self):
-        """nanoGPT's description of a character set."""
+        """Read nanoGPT's description of a character vocabulary."""
         with open(self.path('meta.pkl'), 'rb') as f:
             data = f.read()
         check_pickle(data)
@@ -150,7 +164,7 @@ class Dataset:
         return self.meta.get('splits', {}).get(split, {})
 
     def tokens(self, split):
-        """Return the tokens of a split, a read-only array on disk (memmap)."""
+        """Return the tokens of a split, a read-only array on disk (memmap). Raises UserError."""
         path = self.path(f'{split}.bin')
         dtype = token_dtype(self.meta)
         size = os.path.getsize(path) if os.path.isfile(path) else 0
@@ -160,7 +174,10 @@ class Dataset:
         return np.memmap(path, dtype=dtype, mode='r')
 
     def mask(self, split):
-        """Return one byte a token, 1 where the token is a target; None where all of them are."""
+        """Return an array with a byte for each token, 1 if it is a target; None if all tokens are.
+
+        Raises UserError if the mask is missing, does not fit, or leaves no target.
+        """
         path = self.path(f'{split}.mask.bin')
         if os.path.isfile(path):
             mask = np.memmap(path, dtype=np.uint8, mode='r')
@@ -175,9 +192,10 @@ class Dataset:
         return mask
 
     def fingerprint(self, split):
-        """Return a short text that changes when a split does: sizes and some blocks of its files.
+        """Return a short text that changes when a split does, to tell on resume.
 
-        These are 64 blocks of 4 KiB of the tokens, from the first to the last, and of the mask.
+        It is a hash of the sizes of the token file and its mask, and of 64 blocks of 4 KiB of each,
+        spread from the beginning to the end: reading all of a large file would take minutes.
         """
         digest = hashlib.sha256()
         for path in (self.path(f'{split}.bin'), self.path(f'{split}.mask.bin')):
@@ -192,7 +210,7 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def per_token(self, split, what):
-        """Return the 'bytes' (of UTF-8) or 'words' in a target on average; None: unknown."""
+        """Return the mean 'bytes' (of UTF-8) or 'words' per target; None without counts."""
         counts = self.counts(split)
         if 'targets' in counts:  # masked: only the targets' bytes count
             n_targets = counts['targets']
@@ -208,7 +226,7 @@ class Dataset:
 
 
 def prepare_command(name):
-    """Return the command that prepares a data set: its own script, or that of a book."""
+    """Return the command that prepares a data set: its own script, or else the book's."""
     name = os.path.basename(os.path.normpath(name))
     for script in (name, name.partition('_')[0]):
         for folder in ('prepare', 'extras'):
@@ -258,9 +276,9 @@ def window_starts(n_tokens, block_size, seed, first, count):
 
 
 def to_batch(tokens, mask, positions):
-    """Return (idx_BT, targets_BT), int64, of the tokens at positions, (B, T + 1).
+    """Return (idx_BT, targets_BT), int64, of the tokens at positions (B, T + 1).
 
-    A target whose mask is 0 becomes -1, which does not count.
+    A target whose mask is 0 becomes -1, which the loss leaves out.
     """
     window = tokens[positions].astype(np.int64)
     idx_BT = np.ascontiguousarray(window[:, :-1])
@@ -273,7 +291,8 @@ def to_batch(tokens, mask, positions):
 def train_batch(tokens, mask, block_size, batch_size, seed, first):
     """Return (idx_BT, targets_BT) of windows first … first + batch_size - 1 of the stream.
 
-    A pure function of its arguments: where a run is in its data is one number.
+    It is a pure function of its arguments, so the number `first` is all there is to save of where a
+    run is in its data.
     """
     starts = window_starts(len(tokens), block_size, seed, first, batch_size)
     positions = starts[:, None] + np.arange(block_size + 1)
@@ -290,10 +309,10 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
 
 
 def prefetch(batches, pin_memory):
-    """Yield the same batches, each made by a thread while the one before is in use.
+    """Yield the same batches, each made by a thread while the one before it is in use.
 
-    A batch is a tuple, (idx_BT, targets_BT, …). pin_memory: for a GPU, to which these two are
-    then copied without waiting.
+    A batch is a tuple (idx_BT, targets_BT, …). pin_memory: pin these two in memory, so that copying
+    them to a GPU need not wait.
     """
     def next_batch():
         batch = next(batches, None)
@@ -303,7 +322,7 @@ def prefetch(batches, pin_memory):
         return batch
 
     start_thread = None
-    if pin_memory:  # a new thread would begin with the first GPU, whichever we are on
+    if pin_memory:  # a new thread would begin on the first GPU, whichever is ours
         start_thread = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
     with concurrent.futures.ThreadPoolExecutor(1, initializer=start_thread) as thread:
         future = thread.submit(next_batch)
@@ -315,9 +334,9 @@ def prefetch(batches, pin_memory):
 def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, world_size=1):
     """Yield the first n_windows windows of a split (0: all of it), each token a target once.
 
-    All batches have one shape: the last window and the last batch are filled up with targets of
-    -1. A rank takes every world_size-th batch, and all take equally many: a sharded model needs
-    every process for each.
+    All batches have the same shape: the last window and the last batch are filled up with targets
+    of -1. A rank takes every world_size-th batch, and all ranks take equally many, because a
+    sharded model needs every process for each forward pass.
     """
     n_all = math.ceil((len(tokens) - 1) / block_size)
     n_windows = min(n_windows, n_all) if n_windows > 0 else n_all
@@ -335,9 +354,10 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
 def evaluate(model, data, split, block_size, batch_size, n_windows, machine, should_stop=None):
     """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
 
-    data: a Dataset. The loss is in nats a token; what was not counted in bytes or words is left
-    out. With several processes each takes its share, and all get the same. should_stop: asked
-    before each batch; where it says True, the evaluation is given up and None returned.
+    data: a Dataset. The loss is in nats per token; bits_per_byte and word_perplexity are left out
+    where meta.json has no count of bytes or words. Each process takes its share of the windows, and
+    all return the same. should_stop: called before each batch; once it returns True, the evaluation
+    is given up and None returned. Raises UserError if no window has a target.
     """
     was_training = model.training
     model.eval()
@@ -380,7 +400,8 @@ def perplexity(nats):
 def read_jsonl(path, keys, hint):
     """Return the objects of a .jsonl or .jsonl.gz file, one from each line that is not blank.
 
-    Each must have text under all of the keys. Raises UserError otherwise, which ends with the hint.
+    Each must have text under all of the keys. Otherwise raises UserError, whose message ends with
+    the hint.
     """
     try:
         with open(path, 'rb') as f:
@@ -413,7 +434,7 @@ def read_jsonl(path, keys, hint):
 
 
 def write_jsonl(path, rows):
-    """Write each row as a line of JSON. The file appears whole or not at all."""
+    """Write each row as a line of JSON; the file appears whole or not at all."""
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
         f.flush()

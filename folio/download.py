@@ -2,8 +2,9 @@
 Download one file, whole or not at all.
     python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
 
-A transfer that breaks leaves data/a.txt.<number>.part, and the same command continues it, unless
-the file has changed on the server.
+A transfer that breaks leaves data/a.txt.<number>.part, and beside it .part.version if the server
+says which version of the file that is. The same command continues it, unless the file has changed
+on the server meanwhile.
 """
 import contextlib
 import hashlib
@@ -19,19 +20,20 @@ from folio.configurator import UserError
 
 HEADERS = {
     'User-Agent': 'folio (a language-model code base)',
-    'Accept-Encoding': 'identity',  # the file's own bytes: half a compressed stream is of no use
+    # Ask for the file's own bytes, because half of a compressed stream could not be continued.
+    'Accept-Encoding': 'identity',
 }
 
 
 def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
-    """Fetch a file to path, unless it is there, and return path.
+    """Fetch a file to path, unless it is there already, and return path.
 
-    urls: mirrors of the file; the first one that answers is taken.
+    urls: mirrors of the file, tried in this order.
     tries: attempts at each mirror, with waits of 1, 2, 4 … seconds between them.
-    timeout: seconds to connect, and seconds between bytes.
-    sha256: of the file, in hexadecimal. A file with another hash, there already or newly come, is
-    fetched again from the start.
-    Raises UserError if no mirror has the file or it cannot be written.
+    timeout: (seconds to connect, seconds to wait for more bytes).
+    sha256: the file's hash, in hexadecimal. A file with another hash, whether there already or just
+    downloaded, is fetched again from the start.
+    Raises UserError if no mirror has the file, or if it cannot be written.
     """
     if os.path.exists(path) and is_expected(path, sha256):
         return path
@@ -64,13 +66,13 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
 
 
 def is_final(status):
-    """Return whether the server would answer the same again, so that only a mirror can help."""
-    # 408 and 429 ask us to wait. 416 is about a part of ours, which is gone by the next attempt.
+    """Return whether another attempt would get the same answer, so that only a mirror can help."""
+    # 408 and 429 ask us to wait. 416 says that our part is too long; fetch has removed it by now.
     return status is not None and 400 <= status < 500 and status not in (408, 416, 429)
 
 
 def is_expected(path, sha256):
-    """Return whether a file has this hash; any file will do for None."""
+    """Return whether a file has this hash; for None any file will do."""
     return sha256 is None or sha256_of(path) == sha256
 
 
@@ -84,7 +86,7 @@ def sha256_of(path):
 
 
 def fetch(url, part, timeout):
-    """Make one attempt to complete the file `part`, from where an earlier one left it if possible.
+    """Make one attempt to complete the file `part`, from where the last one stopped if possible.
 
     Raises requests.RequestException if the server refuses or the transfer breaks.
     """
@@ -96,7 +98,7 @@ def fetch(url, part, timeout):
     if n_there:
         headers['Range'] = f'bytes={n_there}-'
         if version:
-            headers['If-Range'] = version  # else the server is to send the whole file
+            headers['If-Range'] = version  # if it has changed, the server sends the whole file
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         if response.status_code == 416:  # the part is longer than the file: begin again
             os.remove(part)
@@ -105,10 +107,10 @@ def fetch(url, part, timeout):
         if encoding != 'identity':
             raise requests.exceptions.ContentDecodingError(f'it came as {encoding}')
 
-        # A server without ranges sends the whole file instead, and does not say Content-Range.
+        # A server that knows no ranges sends the whole file, without Content-Range.
         content_range = response.headers.get('Content-Range', '')
         resumed = n_there > 0 and content_range.startswith(f'bytes {n_there}-')
-        # Nor does every server heed If-Range.
+        # Some servers know ranges but ignore If-Range.
         if resumed and version and version_of(response) not in ('', version):
             os.remove(part)
             raise requests.ConnectionError('the file has changed meanwhile')
@@ -123,15 +125,15 @@ def fetch(url, part, timeout):
 
 
 def version_of(response):
-    """Return what tells a file of a server from a later one of the same address, or ''."""
+    """Return the server's mark for this version of the file, or '' if it gives none."""
     etag = response.headers.get('ETag', '')
-    if etag.startswith('W/'):  # says that two files mean the same, not that they are
+    if etag.startswith('W/'):  # a weak one: two files with it may differ in their bytes
         etag = ''
     return etag or response.headers.get('Last-Modified', '')
 
 
 def write_version(part, version):
-    """Keep the version of a part beside it; '' keeps none."""
+    """Write the version of a part into a file beside it, or remove that file for ''."""
     if version:
         with open(f'{part}.version', 'w', encoding='latin-1') as f:
             f.write(version)
@@ -141,6 +143,7 @@ def write_version(part, version):
 
 
 def read_version(part):
+    """Return what write_version has written beside a part, or ''."""
     try:
         with open(f'{part}.version', encoding='latin-1') as f:
             return f.read()
@@ -156,12 +159,16 @@ def remove_part(part):
 
 
 def save(response, part, name, n_kept, n_coming):
-    """Write what comes to the file `part`, after the n_kept bytes that it keeps, with a bar."""
+    """Write the response to the file `part`, after the n_kept bytes that it keeps; show a bar.
+
+    name: what the bar is labelled. n_coming: bytes of the response; 0: unknown. Raises
+    requests.ConnectionError if the transfer breaks.
+    """
     total = n_kept + n_coming or None  # None: a bar without an end
     with open(part, 'ab' if n_kept else 'wb') as f, \
             tqdm(total=total, initial=n_kept, unit='B', unit_scale=True, desc=name) as bar:
         try:
-            # read1 returns what has come, so that a transfer that breaks keeps all of it.
+            # read1 returns whatever has arrived, so all of it is kept if the transfer breaks.
             while chunk := response.raw.read1(2**16):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -171,16 +178,16 @@ def save(response, part, name, n_kept, n_coming):
 
 @contextlib.contextmanager
 def hub_errors(what, remedy='check the network'):
-    """Turn any exception of huggingface_hub or datasets into a UserError: what (why); remedy.
+    """Turn any exception inside a `with` into a UserError that reads 'what (why); remedy'.
 
-    what: a sentence such as 'FineWeb could not be listed'. remedy: what to do about it, or ''. A
-    UserError that is raised inside goes through as it is.
+    It is for what huggingface_hub, datasets and pyarrow raise. what: a sentence such as 'FineWeb
+    could not be listed'. remedy: what to do about it, or ''. A UserError passes through unchanged.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as e:  # offline, refused, no such file, disk full: these have no common class
+    except Exception as e:  # offline, refused, no such file, full disk: they share no class
         first_line = str(e).strip().partition('\n')[0]
         message = f'{what} ({type(e).__name__}: {first_line})'
         if remedy:

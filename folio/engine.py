@@ -1,5 +1,5 @@
 """
-Generate text fast: a cache of keys and values, rules for drawing a token, batches, streaming.
+Generate text fast: with a cache of keys and values, rules for drawing a token, batches, streaming.
     python sample.py --out_dir=out/book --strategy=nucleus
 
 `generate` continues prompts token by token, and `stream_text` turns the tokens into text.
@@ -17,8 +17,9 @@ STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
 
 
 def send(tensor, device):
-    """Copy a tensor from the CPU to a device, without waiting for what a GPU has to do before."""
-    # CUDA has taken ordinary memory when this returns; other devices may still be reading it.
+    """Return a copy on a device of a CPU tensor, without waiting for a GPU's queued work."""
+    # CUDA has read an unpinned tensor when .to returns. Other devices might still be reading it
+    # when the caller frees it.
     return tensor.to(device, non_blocking=torch.device(device).type == 'cuda')
 
 
@@ -26,12 +27,16 @@ def send(tensor, device):
 class KVCache:
     """Keep the keys and values of the tokens read so far.
 
-    A forward pass asks for `positions` once, and appends in each layer. All rows have the same
+    A forward pass calls `positions` once, then `append` in each layer. All rows have the same
     number of tokens; the first padding[b] tokens of row b are padding, which no token sees.
     """
 
     def __init__(self, model, batch_size, padding=None, size=None):
-        """padding: a list of batch_size numbers. size: tokens a row may hold; None: block_size."""
+        """Make an empty cache.
+
+        padding: list of batch_size numbers; None: no padding. size: tokens that fit into a row;
+        None: block_size.
+        """
         config = model.config
         size = size or config.block_size
         head_size = config.n_embd // config.n_head
@@ -41,11 +46,14 @@ class KVCache:
         self.device = model.lm_head.weight.device
         self.padding_B1 = send(torch.tensor(padding), self.device)[:, None]
         self.hides_keys = max(padding) > 0
-        self.length = 0  # tokens in each row, those of the pass under way included
-        self.begin = 0  # where the tokens of that pass begin
+        self.length = 0  # tokens in each row, including those of the current pass
+        self.begin = 0  # where the tokens of the current pass begin
 
     def positions(self, n_new):
-        """Make room for n_new tokens a row; return their positions (B, T) and all keys' (B, S)."""
+        """Make room for n_new tokens in each row; return their positions, (B, T), and all keys'.
+
+        Those of the keys are (B, S). Without padding all rows are alike, and B is 1.
+        """
         self.begin = self.length
         self.length += n_new
         assert self.length <= self.shape[4], f'{self.length} tokens, but room for {self.shape[4]}'
@@ -55,10 +63,10 @@ class KVCache:
         return key_pos_BS[:, self.begin:], key_pos_BS
 
     def append(self, layer, k_BHTD, v_BHTD):
-        """Store a layer's new keys and values; return all it has, each (B, H, S, D)."""
+        """Store a layer's new keys and values; return all of its keys and values, (B, H, S, D)."""
         if self.kv is None:
-            # Autocast makes normalised keys float32, and attention would cast all of them again for
-            # each new token: keep them as attention takes them.
+            # Under autocast, normalised keys are float32, and attention would cast all of them
+            # again for each new token. So store them in the format that attention casts them to.
             dtype = k_BHTD.dtype
             if torch.is_autocast_enabled(self.device.type):
                 dtype = torch.get_autocast_dtype(self.device.type)
@@ -78,25 +86,27 @@ class KVCache:
 
 
 class StaticKVCache:
-    """A KVCache of fixed shapes, for compiled steps of one token a row.
+    """A KVCache of fixed shapes, for compiled steps of one token per row.
 
-    Each query is given all slots, also the ones still empty, and a mask hides what it may not see.
-    Call `advance` after each step: inside the compiled step it would be compiled too.
+    Each query gets all slots, including those still empty, and a mask hides what it may not see.
+    Call `advance` after each step, outside of what is compiled.
     """
     hides_keys = True
 
     def __init__(self, cache):
-        """Take over a KVCache."""
+        """Take over the contents of a KVCache."""
         self.padding_B1 = cache.padding_B1
         self.length = torch.tensor(cache.length, device=cache.device)
         # One tensor for each layer's keys and one for its values: a compiled write into a part of a
         # larger tensor would copy all of it.
         self.kv = [[part.clone() for part in layer] for layer in cache.kv]
         for part in [self.length, *sum(self.kv, [])]:
-            torch._dynamo.mark_static_address(part, guard=False)  # CUDA graphs write in place
+            # CUDA graphs may then write into it in place, instead of into a copy.
+            torch._dynamo.mark_static_address(part, guard=False)
 
     def positions(self, n_new):
-        assert n_new == 1, 'compiled steps read one token a row'
+        """Return the positions of the new tokens, (B, 1), and of all slots, (B, S)."""
+        assert n_new == 1, 'compiled steps read one token per row'
         slots_S = torch.arange(self.kv[0][0].size(2), device=self.length.device)
         return self.length - self.padding_B1, slots_S - self.padding_B1
 
@@ -104,6 +114,7 @@ class StaticKVCache:
         self.length += 1
 
     def append(self, layer, k_BHTD, v_BHTD):
+        """Store a layer's new keys and values; return all slots, each (B, H, S, D)."""
         for whole_BHSD, new_BHTD in zip(self.kv[layer], (k_BHTD, v_BHTD)):
             whole_BHSD.index_copy_(2, self.length[None], new_BHTD.type_as(whole_BHSD))
         return self.kv[layer]
@@ -114,19 +125,20 @@ def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=
                generator=None):
     """Return a token for each row, (B,), drawn by the rules of next_token_logits.
 
-    generator: a torch.Generator for the noise; None: torch's own.
+    generator: a torch.Generator for the noise; None: torch's own. Raises UserError for a value
+    outside its range.
     """
     logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
     if strategy == 'greedy' or temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # Divided by exponential noise, the largest probability is that of token i with probability p_i.
-    # Unlike torch.multinomial this never makes the CPU wait for the GPU.
+    # If each p_i is divided by exponential noise, token i has the largest quotient with probability
+    # p_i. Unlike torch.multinomial, this never makes the CPU wait for the GPU.
     noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
     return (logits_BV.softmax(dim=-1) / noise_BV).argmax(dim=-1)
 
 
 def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0):
-    """Return logits whose softmax is to be drawn from: -inf where a token is ruled out.
+    """Return the logits (B, V) whose softmax to draw from: -inf where a token is ruled out.
 
     strategy: 'greedy' keeps the likeliest token, 'sample' all, 'top_k' the top_k likeliest (Fan et
     al. 2018), 'nucleus' the fewest whose probabilities sum to top_p (Holtzman et al. 2019).
@@ -170,9 +182,9 @@ def check_sampling(strategy, temperature, top_k, top_p, min_p):
 
 
 def penalize(logits_BV, seen_BV, penalty):
-    """Return logits with the tokens that were seen made less likely by a penalty above 1.
+    """Return logits in which a penalty above 1 makes tokens that were seen less likely.
 
-    Positive logits are divided by it, negative ones multiplied (CTRL, Keskar et al. 2019).
+    Positive logits are divided by the penalty, negative ones multiplied (CTRL, Keskar et al. 2019).
 
     >>> penalize(torch.tensor([[2., -2., 2.]]), torch.tensor([[True, True, False]]), 2.0)
     tensor([[ 1., -4.,  2.]])
@@ -198,10 +210,11 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
                          stop=(), use_cache=True, compile=False):
     """Continue each prompt: yield (token ids (B,), the model's logits (B, V)) per step.
 
-    The tokens are drawn by the rules of next_token_logits. A row that fills the context goes on
-    with the newer half of it. stop: token ids that end a row, which then repeats its last one; the
-    generator ends when all rows have ended. seed: for the draws; None takes torch's own random
-    state. compile: whether to compile the steps of one token a row. Raises UserError.
+    The tokens are drawn by the rules of next_token_logits. When a row fills the context, it goes on
+    with the newer half of it. stop: token ids that end a row, which then repeats its last token;
+    the generator ends when all rows have ended. seed: of the draws; None: use torch's own random
+    state. compile: compile the steps of one token per row. Raises UserError for an empty prompt, or
+    a value outside its range.
     """
     rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
     if not rows or not all(rows):
@@ -213,7 +226,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
     device = model.lm_head.weight.device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-    # model.forward is eager even where train.py has compiled the model: prompts have odd shapes
+    # Call model.forward, which stays eager after model.compile(): prompts come in all shapes.
     decode = model.forward
     if compile:
         mode = 'reduce-overhead' if device.type == 'cuda' else None
@@ -248,7 +261,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
                 logits_BV = logits_BTV[:, -1]
                 if compile:
                     cache.advance()
-                    logits_BV = logits_BV.clone()  # the next step writes over its own
+                    logits_BV = logits_BV.clone()  # a CUDA graph's next step overwrites its output
             rated_BV = logits_BV
             if repetition_penalty != 1:
                 rated_BV = penalize(logits_BV, seen_BV, repetition_penalty)
@@ -268,7 +281,7 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
 
 
 def truncated_start(start, end, limit):
-    """Return where a text begins: at start, or later if start … end exceeds the context."""
+    """Return where a row's text begins: at start, or later if start … end exceeds the context."""
     if end - start <= limit:
         return start
     return end - max(1, limit // 2)
@@ -279,7 +292,7 @@ def read(model, history_BN, starts, use_cache):
     first = min(starts)
     idx_BT = history_BN[:, first:]
     padding = [start - first for start in starts]
-    cache = KVCache(model, len(idx_BT), padding)  # also knows the padding, so always needed
+    cache = KVCache(model, len(idx_BT), padding)  # needed even without use_cache, for the padding
     logits_BTV, _ = model.forward(idx_BT, cache=cache)
     return logits_BTV[:, -1], cache if use_cache else None
 
@@ -287,15 +300,15 @@ def read(model, history_BN, starts, use_cache):
 def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **options):
     """Continue each prompt: yield the new texts so far, a list of B strings, per step.
 
-    A row ends with the end-of-text token, or where find_end(row, text) returns a position in its
-    text, at which it is cut; None: not yet. A character that takes several tokens appears once the
-    last of them is there. prompts, options: those of generate.
+    A row ends at the end-of-text token, or once find_end(row, text) returns a position, at which
+    its text is cut; None means not yet. A character of several tokens appears with the last of
+    them. prompts, options: those of generate.
     """
     stop = set() if tokenizer.eot is None else {tokenizer.eot}
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
     texts = [''] * len(prompts)
     unfinished = set(range(len(prompts)))
-    # Not generate's stop: to ask whether all rows have ended waits for a GPU once more each step.
+    # Not by generate's `stop`, which would wait for a GPU once more in each step.
     for next_B in generate(model, prompts, max_new_tokens, **options):
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:

@@ -6,6 +6,9 @@ Each trick is a class with the parameters of the one it replaces and another for
     OneDNNLinear        matrix products by oneDNN, on x86 CPUs
     BlockwiseAttention  attention in a window, at the cost of the window instead of the context
     ChunkedLossGPT      the head's loss in chunks, so that the logits are never all in memory
+
+fast.quantize(model) is for inference on a CPU. Its Int8Linear has weights of 8 bits, so here the
+numbers are almost the same.
 """
 import math
 import platform
@@ -19,9 +22,9 @@ from folio.configurator import UserError
 from model import GPT, LOGIT_CAP, CausalSelfAttention, can_see
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ('x86_64', 'AMD64')
-SMALL_PRODUCT = 2**19  # multiplications; a smaller product is done before oneDNN has begun
+SMALL_PRODUCT = 2**19  # multiplications; MKL finishes fewer before oneDNN has begun
 SMALLEST_BLOCK = 64  # queries; smaller blocks waste time on many tiny products
-CHUNK = 2**25  # logits at a time on a CPU, whose caches are small; eight times as many elsewhere
+CHUNK = 2**25  # logits at a time on a CPU, whose caches are small; eight times as many on a GPU
 
 
 def accelerate(model):
@@ -72,7 +75,7 @@ def save_for_backward(ctx, inputs, output):
 def linear_backward(ctx, dy):
     x, weight = ctx.saved_tensors
     if 0 in dy.stride():
-        dy = dy.contiguous()  # an expanded gradient, as that of a sum; oneDNN wants it written out
+        dy = dy.contiguous()  # the expanded gradient of a sum, say, which oneDNN cannot read
     need_x, need_weight, need_bias = ctx.needs_input_grad
     x_RC = x.flatten(0, -2)
     dy_RN = dy.flatten(0, -2)
@@ -144,9 +147,9 @@ class ChunkedLossGPT(GPT):
 def head_loss(x_NC, weight_VC, targets_N, vocab_size, cap=0.0):
     """Return the sum of -log softmax(x W')[target], in nats, over targets that are not -1.
 
-    vocab_size: rows of the weight from here on are padding, left out of the softmax. cap: logits go
-    through cap tanh(logits / cap); 0: they do not. The gradients are made in this pass, chunk by
-    chunk, while the logits are there; the backward pass only scales them.
+    vocab_size: the rows of the weight from this one on are padding and left out of the softmax.
+    cap: logits go through cap tanh(logits / cap); 0: they do not. The gradients are computed in the
+    forward pass, chunk by chunk, while the logits are there; the backward pass only scales them.
     """
     return HeadLoss.apply(x_NC, weight_VC, targets_N, vocab_size, cap, torch.is_grad_enabled())
 
@@ -159,13 +162,16 @@ def soft_cap(logits, cap):
 
 
 class HeadLoss(torch.autograd.Function):
+    """The autograd function behind head_loss, which computes its gradients in the forward pass."""
+
     @staticmethod
     def forward(ctx, x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients):
         device_type = x_NC.device.type
         dtype = weight_VC.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        # Autocast would turn the gradients' products, float32 under float16, back to float16.
+        # Off, because autocast would cast the products of the gradients, which may have to be in
+        # float32, back to 16 bits.
         with torch.autocast(device_type, enabled=False):
             total, dx_NC, dweight_VC = loss_and_gradients(
                 x_NC.to(dtype), weight_VC.to(dtype), targets_N, vocab_size=vocab_size, cap=cap,
@@ -179,24 +185,25 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, dtotal):
         dx_NC, dweight_VC = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        dx_NC = (dtotal * dx_NC.float()).to(x_dtype)  # the product of 16 bits would be rounded
+        dx_NC = (dtotal * dx_NC.float()).to(x_dtype)  # rounded once, after the product
         dweight_VC = (dtotal * dweight_VC).to(weight_dtype)
         return dx_NC, dweight_VC, None, None, None, None
 
 
 def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradients, in_place):
-    """Return head_loss's sum, and its gradients for x and weight, or None for both.
+    """Return (head_loss's sum, its gradient for x, for the weight); the gradients may be None.
 
-    in_place: form the gradient of the logits where the probabilities are, which spares memory if
-    nothing is compiled; or else in one expression, of which a compiler makes one kernel. The
-    numbers are the same to rounding.
+    in_place: overwrite the probabilities with the gradient of the logits, which saves memory where
+    nothing is compiled. Otherwise compute it in one expression, which a compiler turns into one
+    kernel. The numbers are the same to rounding.
     """
     on_cpu = x_NC.device.type == 'cpu'
     n_logits = len(x_NC) * len(weight_VC)
     n_chunks = max(1, math.ceil(n_logits / (CHUNK if on_cpu else 8 * CHUNK)))
-    # d, the gradient of the logits, lies between -1 and 1, and its products with the weight are at
-    # most twice the largest weight: both fit float16. Its products with x are sums over tokens,
-    # which do not, and no scaler sees them before they overflow; CUDA makes them in float32.
+    # d, the gradient of the logits, lies between -1 and 1, and its product with the weight is at
+    # most twice the largest weight: both fit into float16. Its product with x is a sum over tokens,
+    # which may overflow float16, and here before the loss scaler could notice. On CUDA
+    # float32_product sums it in float32; elsewhere d itself must be float32.
     d_dtype = x_NC.dtype
     if d_dtype == torch.float16 and x_NC.device.type != 'cuda':
         d_dtype = torch.float32
@@ -221,7 +228,8 @@ def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradie
                 d_nV = p_nV.mul_(is_target_n1 / sum_n1)
                 d_nV = d_nV.scatter_add_(1, index_n1, -is_target_n1.float())
             else:
-                # A scatter_add_ would have the probabilities written to memory first, in float32.
+                # With scatter_add_ the compiler would first write the probabilities to memory, in
+                # float32.
                 is_index_nV = torch.arange(len(weight_VC), device=x_NC.device) == index_n1
                 d_nV = (p_nV / sum_n1 - is_index_nV.float()) * is_target_n1
             if cap:
@@ -235,9 +243,10 @@ def loss_and_gradients(x_NC, weight_VC, targets_N, vocab_size, cap, needs_gradie
 
 
 def float32_product(a, b):
-    """Return the matrix product a b in float32: a (m, k), b (k, n), both of one number format.
+    """Return the matrix product a b in float32: a (m, k), b (k, n), both in the same number format.
 
-    On CUDA no sum is rounded to 16 bits on the way, or overflows float16. (Not run on a GPU yet.)
+    On CUDA its sums are never rounded to 16 bits, and cannot overflow float16. (Not run on a GPU
+    yet.)
     """
     if a.device.type == 'cuda' and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -245,30 +254,32 @@ def float32_product(a, b):
 
 
 # ---- Weights of 8 bits ---------------------------------------------------------------------------
-FEW_ROWS = 4  # int8_product reads the weights once for every four rows
+FEW_ROWS = 4  # rows of input; int8_product reads all weights once for every four of them
 MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 class Int8Linear(nn.Module):
-    """Multiply by weights of 8 bits and a scale for each output: a quarter of the memory to read.
+    """Multiply by weights of 8 bits and a scale per output: a quarter of float32's bytes to read.
 
     Input and output are rounded to bfloat16. The perplexity of config/train_book.py's model after
-    200 steps, 4.5454, becomes 4.5455 (an Intel Xeon, 2026-11-25). For many rows, which do not wait
-    for memory, the 8-bit weights are there once more, written out in a format that the processor
-    multiplies: 3 bytes a weight in all, or 5 where it knows no bfloat16.
+    200 steps, 4.5454, becomes 4.5455 (an Intel Xeon, 2026-11-25). A product with many rows does not
+    wait for memory, so for those the 8-bit weights are kept a second time, in a format that the
+    processor multiplies: 3 bytes per weight in all, or 5 on a processor without bfloat16.
     """
 
     def __init__(self, layer):
         super().__init__()
         weight_NC = layer.weight.detach()
         scale_N1 = weight_NC.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        # Rounded first, as it will be multiplied with: then it adds no error to the weights'.
+        # Round the scale before the weights are divided by it. They will be multiplied by the same
+        # number, so its rounding adds no error.
         scale_N1 = scale_N1.bfloat16()
         weight_NC = (weight_NC / scale_N1.float()).round()
         self.register_buffer('weight', weight_NC.to(torch.int8))
         self.register_buffer('scale', scale_N1[:, 0])
         wide = torch.bfloat16 if MULTIPLIES_BFLOAT16 else torch.float32
-        self.register_buffer('wide_weight', weight_NC.to(wide))  # no bit of the integers is lost
+        # Integers up to 127 are exact in either format.
+        self.register_buffer('wide_weight', weight_NC.to(wide))
         self.bias = layer.bias
 
     def forward(self, x):
@@ -285,32 +296,33 @@ class Int8Linear(nn.Module):
 
 
 def int8_product(x_RC, weight_NC, scale_N):
-    """Return x (scale weight)', (R, N), all of bfloat16 but the weights, by an operator of torch's.
+    """Return x (scale weight)', (R, N): x (R, C) and scale (N,) in bfloat16, weight (N, C) in int8.
 
-    Its name begins with an underscore, so it may be gone one day, and then `quantize` refuses. What
-    Int8Linear does for many rows can take its place, at half the speed for a single one.
+    The operator's name begins with an underscore: it may disappear from torch, and then `quantize`
+    refuses. What Int8Linear does for many rows could replace it, at half the speed for one row.
     """
     return torch._weight_int8pack_mm(x_RC, weight_NC, scale_N)
 
 
 def int8_product_works():
-    """Return whether int8_product is there, right, and made for this processor."""
-    # Elsewhere it works number by number, at a tenth of the speed; by its source on Windows too.
+    """Return whether this torch has int8_product, and it is right, and fast on this processor."""
+    # Elsewhere it works number by number, at a tenth of the speed, and by its source code on
+    # Windows too.
     has_kernel = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
     x = torch.ones(2, 64, dtype=torch.bfloat16)
     weight = torch.full((3, 64), 127, dtype=torch.int8)
     try:
         y = int8_product(x, weight, 2 * x[0, :3])
-    except (AttributeError, TypeError, RuntimeError):  # gone, or called otherwise
+    except (AttributeError, TypeError, RuntimeError):  # it is gone, or takes other arguments
         return False
     return has_kernel and sys.platform != 'win32' and y.eq(2 * 64 * 127).all().item()
 
 
 def quantize(model):
-    """Make each linear layer of a model on the CPU an Int8Linear, in place, and return the model.
+    """Replace each linear layer of a model on the CPU by an Int8Linear, in place; return the model.
 
-    For inference only; embeddings stay as they are. Raises UserError where this torch or this
-    processor has no fast product by 8-bit weights.
+    This is for inference only. Embeddings stay as they are. Raises UserError where this torch or
+    this processor has no fast product with 8-bit weights.
     """
     if not int8_product_works():
         raise UserError('int8 weights need an x86 CPU with AVX2, and a torch with '

@@ -1,5 +1,5 @@
 """
-Know the machine a script runs on: device, number format, and torchrun's other processes.
+Describe the machine a script runs on: device, number format, and torchrun's other processes.
     python -c "from folio.machine import *; print(Machine(default_device(), 'auto'))"
 """
 import atexit
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from folio.configurator import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-# Dense products of 16 bits with sums in float32, in TFLOP/s, by the makers' data sheets. The names
-# are torch.cuda.get_device_name's, whole: one chip comes in boards of different speed, and a slice
-# of one (MIG) has a name of its own, which is not here.
+# Peak speed of dense 16-bit matrix products with sums in float32, in TFLOP/s, by the makers' data
+# sheets. The names are those of torch.cuda.get_device_name, in full: the same chip comes on boards
+# of different speed, and a slice of one (MIG) has a name of its own, which is not listed.
 PEAK_TFLOPS = {
     'NVIDIA GB200': 2500,
     'NVIDIA B200': 2250,
@@ -41,7 +41,7 @@ PEAK_TFLOPS = {
     'NVIDIA GeForce RTX 5090': 209,
     'NVIDIA GeForce RTX 4090': 165,
     'NVIDIA GeForce RTX 3090': 71,
-    'Tesla V100-SXM2-32GB': 125,  # float16 here and below: they have no bfloat16
+    'Tesla V100-SXM2-32GB': 125,  # in float16, here and below: these GPUs have no bfloat16
     'Tesla V100-SXM2-16GB': 125,
     'Tesla V100-PCIE-32GB': 112,
     'Tesla V100-PCIE-16GB': 112,
@@ -50,16 +50,16 @@ PEAK_TFLOPS = {
 
 
 # What training keeps for the backward pass, in bytes per token, layer and channel. Fitted to nine
-# runs on a CPU (2026-11-25), of which it predicts the whole memory to 12 %; on a GPU not measured.
+# runs on a CPU (2026-11-25), whose whole memory it predicts to 12 %; not measured on a GPU.
 BYTES_KEPT = {('gpt2', 'float32'): 84, ('gpt2', '16 bits'): 60,
               ('modern', 'float32'): 144, ('modern', '16 bits'): 96}
 
 
 def recompute_blocks(model):
-    """Let a model keep only the inputs of its blocks, in place, and return it.
+    """Make a model keep only the inputs of its blocks for the backward pass; return the model.
 
-    What is inside a block is computed again in the backward pass (Chen et al. 2016): the same
-    numbers, in a third more time and much less memory.
+    It is changed in place. The backward pass computes the rest of each block again (Chen et al.
+    2016): the same numbers, in a third more time and much less memory.
     """
     for block in model.transformer.h:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -67,6 +67,7 @@ def recompute_blocks(model):
 
 
 def default_device():
+    """Return cuda, mps or cpu: the first of them that is there."""
     if torch.cuda.is_available():
         return 'cuda'
     if torch.backends.mps.is_available():
@@ -75,14 +76,14 @@ def default_device():
 
 
 class Machine:
-    """Device and processes of a script, as the settings and torchrun say.
+    """The device and the processes of a script, as its settings and torchrun say.
 
     device, type     such as cuda:1 and cuda; under torchrun each process gets a GPU of its own
-    name             of the processor
+    name             name of the GPU or CPU
     dtype            float32, bfloat16 or float16, as decided
-    autocast         a context in which matrix products are made in dtype
-    peak_flops       a second, in dtype, by the data sheet; None where it is unknown
-    rank, world_size of this process, and how many there are
+    autocast         a context in which matrix products are computed in dtype
+    peak_flops       FLOP/s in dtype by the GPU's data sheet; None where they are unknown
+    rank, world_size number of this process, and how many processes there are
     """
 
     def __init__(self, device, dtype):
@@ -97,8 +98,8 @@ class Machine:
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
             if self.type == 'cuda' and ':' in device:
                 torch.cuda.set_device(device)  # for what asks about the current GPU
-            torch.zeros(1, device=device).item()  # there are devices that hold no numbers
-        except (RuntimeError, AssertionError) as e:  # either, for a device that is not there
+            torch.zeros(1, device=device).item()  # fails on meta, which is a device without numbers
+        except (RuntimeError, AssertionError) as e:  # torch raises either for a missing device
             reason = str(e).partition('\n')[0]
             raise UserError(f'device {device}: {reason}; try --device=cpu') from None
         self.device = device
@@ -123,9 +124,9 @@ class Machine:
         return 'float16'
 
     def launch(self):
-        """Return what tells one start of torchrun from another, restarts included; '' without it.
+        """Return a text that one launch of torchrun shares with its restarts only; '' without it.
 
-        It has a folder with a random name for each start: …/none_x1y2z3/attempt_0/0/error.json
+        It is a folder with a random name: …/none_x1y2z3 of …/none_x1y2z3/attempt_0/0/error.json
         """
         return os.environ.get('TORCHELASTIC_ERROR_FILE', '').partition('/attempt_')[0]
 
@@ -135,29 +136,30 @@ class Machine:
                 f'torch {torch.__version__}')
 
     def print0(self, *words):
-        """Print, on the first process only."""
+        """Print on the first process only."""
         if self.rank == 0:
             print(*words, flush=True)
 
     def synchronize(self):
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its queued work."""
         if self.type != 'cpu':
             getattr(torch, self.type).synchronize()
 
     def make_deterministic(self):
-        """Choose kernels on a GPU that give the same bits each time; warn where there is none."""
+        """Choose GPU kernels that give the same bits each time; warn where there are none."""
         if self.type == 'cuda':
-            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # With warn_only, attention by cuDNN is not ruled out, and it adds in no fixed order.
+            # With warn_only, torch may still choose cuDNN's attention, which adds in any order.
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def for_inference(self, model):
-        """Move a model that is only read to the device, and return it: the same numbers, sooner.
+        """Move a model to the device, for inference only, and return it: the same numbers, sooner.
 
-        Autocast casts the weights of linear layers to dtype: a compiled model reads all of them in
-        float32 for each token, an eager one holds both. Here they are cast once. Embeddings and
-        norms stay float32, as under autocast, so that a tied head gets a matrix of its own.
+        Autocast casts the weights of linear layers to dtype in each forward pass. So a compiled
+        model reads all of them in float32 for each token, and an eager one keeps them in memory
+        twice. Here they are cast once. Embeddings and norms stay float32, as under autocast;
+        therefore a tied head gets a matrix of its own.
         """
         for layer in model.modules():
             if self.dtype != 'float32' and isinstance(layer, torch.nn.Linear):
@@ -167,11 +169,11 @@ class Machine:
         return model.to(self.device).eval()
 
     def can_compile(self):
-        """Return whether torch.compile works here, and say why if not."""
+        """Return whether torch.compile works here; print the reason if it does not."""
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
             return True
-        except Exception as e:  # whatever keeps the compiler from working, training works without
+        except Exception as e:  # whatever it is, training works without the compiler
             reason = str(e).strip().partition('\n')[0]
             self.print0(f'compile is off: {type(e).__name__}: {reason}')
             return False
@@ -179,34 +181,37 @@ class Machine:
     def expected_memory(self, model, optimizers, batch_size, recomputes=False):
         """Return about how many bytes training takes in one process, beside torch itself.
 
-        Parameters, gradients and the optimizers' averages take 4 bytes a number, what the backward
-        pass needs of the forward one as BYTES_KEPT says. recomputes: after recompute_blocks.
+        Parameters, gradients and the optimizers' averages take 4 bytes per number. BYTES_KEPT says
+        what the forward pass keeps for the backward pass. recomputes: whether recompute_blocks was
+        called on the model.
         """
         config = model.config
         n_parameters = sum(p.numel() for p in model.parameters())
-        n_numbers = 2 * n_parameters  # with a gradient for each
+        n_numbers = 2 * n_parameters  # each has a gradient
         for optimizer in optimizers:
             n_averages = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
             for group in optimizer.param_groups:
                 n_numbers += n_averages * sum(p.numel() for p in group['params'])
-        if hasattr(model, 'unshard'):
+        if hasattr(model, 'unshard'):  # fully_shard adds this method
             n_numbers /= self.world_size
         n_tokens = batch_size * config.block_size
         precision = 'float32' if self.dtype == 'float32' else '16 bits'
         bytes_kept = BYTES_KEPT[config.arch, precision] * config.n_layer
         if recomputes:
-            # Of each block its input, of one at a time all, with gradients. Fitted to three runs of
-            # 25 M parameters on a CPU (2026-11-25), of which it predicts the whole to 16 %.
+            # The input of each block, and all of one block at a time, with gradients. Fitted to
+            # three runs of 25 M parameters on a CPU (2026-11-25), whose whole memory it predicts to
+            # 16 %.
             bytes_kept = 4 * config.n_layer + 3 * BYTES_KEPT[config.arch, precision]
         activations = bytes_kept * n_tokens * config.n_embd
-        # The loss is computed for some of the logits at a time, see fast.py.
+        # Only a chunk of the logits is in memory at a time: see fast.py.
         logits = 8 * min(n_tokens * config.vocab_size, 2**25)
         return int(4 * n_numbers + activations + logits)
 
     def fitting_batch_size(self, model, optimizers, batch_size):
-        """Return batch_size, halved until a step of so many sequences fits in every process.
+        """Return batch_size, halved until a step with it fits into the memory of every process.
 
-        Raises UserError where it cannot be halved further: the step would become another.
+        Raises UserError for an odd one that does not fit: half of it, rounded, would change how
+        many tokens a step has.
         """
         while self.any(not self.fits(model, optimizers, batch_size)):
             if batch_size % 2 != 0:
@@ -214,17 +219,20 @@ class Machine:
                                 'cannot be halved; give a smaller one and more '
                                 'gradient_accumulation_steps')
             batch_size //= 2
-            torch.compiler.reset()  # else the model is compiled for batches of any size, and slower
+            # Else the second size would have the model compiled for any size, which is slower.
+            torch.compiler.reset()
         if self.world_size > 1:
-            torch.compiler.reset()  # DDP will have it compiled in pieces, to send while it computes
+            # DDP has it compiled in pieces, so that gradients are sent while others are computed.
+            torch.compiler.reset()
         return batch_size
 
     def fits(self, model, optimizers, batch_size):
-        """Return whether this process has the memory for a step; a CPU has it always."""
+        """Return whether this process has the memory for a step; always True on a CPU."""
         idx_BT = torch.zeros(batch_size, model.config.block_size, dtype=torch.long,
                              device=self.device)
-        # What is not there before the first step, for each parameter: the averages that optimizers
-        # keep, two at most, and with several processes what their gradients are sent from.
+        # Hold memory for what only comes with the first step, in copies of each parameter: the
+        # averages that the optimizers keep, at most two, and under DDP the buckets from which
+        # gradients are sent.
         n_to_come = 0
         if not any(optimizer.state for optimizer in optimizers):
             n_to_come = 2
@@ -232,7 +240,7 @@ class Machine:
             n_to_come += 1
         try:
             held = [torch.empty_like(p) for p in model.parameters() for _ in range(n_to_come)]
-            for _ in range(2):  # the second time beside the gradients of the first
+            for _ in range(2):  # the second time, the gradients of the first are in memory too
                 with self.autocast:
                     _, loss = model(idx_BT, idx_BT)
                 loss.backward()
@@ -245,7 +253,7 @@ class Machine:
 
     # ---- Several processes -----------------------------------------------------------------------
     def init_processes(self, backend):
-        """Meet the other processes: by `backend` (nccl) between GPUs, by gloo between CPUs."""
+        """Connect to the other processes: by `backend` between GPUs, by gloo between CPUs."""
         if self.world_size == 1:
             return
         store, rank, world_size = next(dist.rendezvous('env://'))
@@ -260,14 +268,14 @@ class Machine:
         atexit.register(dist.destroy_process_group)
 
     def barrier(self):
-        """Wait until all processes are here."""
+        """Wait until all processes have come to this call."""
         if self.world_size > 1:
             dist.barrier()
 
     def any(self, flag):
         """Return whether a flag is set in any process.
 
-        The tensor is on the CPU, where gloo sums it: a GPU's queue of work is not waited for.
+        gloo sums it on the CPU, so this need not wait for a GPU's queued work.
         """
         if self.world_size == 1:
             return flag
@@ -292,31 +300,32 @@ class Machine:
     def shard(self, model):
         """Divide a model's parameters among the processes, block by block (Zhao et al. 2023).
 
-        In bfloat16 a block's parameters are cast before they are gathered, which halves what is
-        sent; gradients are summed in float32. Embeddings and head, which autocast reads in float32,
-        are gathered so.
+        Under bfloat16 a block's parameters are cast before they are gathered, which halves what is
+        sent; gradients are summed in float32. Embeddings and head are gathered in float32, in which
+        autocast reads them.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # It warns not to change logits in place, which nothing here does.
         warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
         mesh = dist.device_mesh.init_device_mesh(self.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
-        # A CPU's LayerNorm takes no gains in bfloat16 beside a stream in float32; RMSNorm has none.
+        # On a CPU, LayerNorm does not accept gains in bfloat16 with an input in float32. The
+        # RMSNorm of modern has no gains.
         takes_bfloat16 = self.type != 'cpu' or model.config.arch == 'modern'
         if self.dtype == 'bfloat16' and takes_bfloat16:
-            # Autocast decides about the block's inputs: the residual stream stays as it is.
+            # Leave the block's inputs to autocast, so that the residual stream keeps its format.
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
                                           cast_forward_inputs=False)
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
-        dist.barrier()  # rank 0 is about to move an old run away, and others may still look at it
+        dist.barrier()  # rank 0 is about to move an old run away, and others may still read it
 
     @contextlib.contextmanager
     def unsharded(self, model):
-        """Gather what a sharded model holds outside its blocks, for calls of model.forward.
+        """Gather what a sharded model holds outside its blocks while a `with` calls model.forward.
 
-        Only model(…) runs the hook that gathers it.
+        The hook that gathers it runs in model(…) only.
         """
         is_sharded = hasattr(model, 'unshard')
         if is_sharded:
@@ -328,9 +337,9 @@ class Machine:
                 model.reshard()
 
     def gather_full(self, state):
-        """Return nested dictionaries and lists with each sharded tensor whole, on rank 0.
+        """Return nested dictionaries and lists with each sharded tensor whole, on rank 0's CPU.
 
-        The others get None in its place, but must take part.
+        Other ranks get None in place of such a tensor, but must call this too.
         """
         if isinstance(state, dict):
             return {key: self.gather_full(value) for key, value in state.items()}

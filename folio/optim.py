@@ -1,5 +1,5 @@
 """
-Make the optimizers, AdamW and Muon, and compute the learning rate of each step.
+Make the optimizers, AdamW and Muon, find divergence, and compute the learning rate of each step.
     python -c "from folio.optim import *; print(learning_rate_at(5, 100, 1.0, 0.0, warmup=10))"
 """
 import math
@@ -20,9 +20,10 @@ CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
     """Return a list of optimizers that together step every parameter once.
 
-    kind: 'adamw', AdamW (Loshchilov and Hutter 2017) for all, or 'muon', Muon for the matrices of
-    the blocks and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay. Each
-    group carries its highest learning rate as 'peak_lr'. Raises UserError for what cannot be.
+    kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
+    the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay.
+    Each group carries its highest learning rate as 'peak_lr'. Raises UserError for a value outside
+    its range.
     """
     check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -37,7 +38,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
               {'params': vectors, 'weight_decay': 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if by_muon:
-        # c_attn holds three matrices, query, key and value, one above the other.
+        # c_attn holds three matrices, query, key and value, stacked one above the other.
         n_matrices = [3 if name.endswith('c_attn.weight') else 1 for name in by_muon]
         optimizers.append(Muon(list(by_muon.values()), n_matrices, lr=muon_learning_rate,
                                weight_decay=weight_decay))
@@ -67,7 +68,10 @@ def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay,
 
 
 def load_states(optimizers, states):
-    """Restore what optimizers have learned. Their hyper-parameters stay those of this run."""
+    """Restore the states of optimizers from a checkpoint; hyper-parameters stay those of this run.
+
+    states: list of state dictionaries, their tensors whole. Raises UserError if they do not fit.
+    """
     if len(states) != len(optimizers):
         raise UserError('this run was trained with another optimizer; give --optimizer as it was')
     for optimizer, state in zip(optimizers, states):
@@ -78,7 +82,7 @@ def load_states(optimizers, states):
             for i, values in state['state'].items():
                 learned[i] = {key: shard_like(params[i], value) for key, value in values.items()}
             optimizer.load_state_dict({'state': learned, 'param_groups': param_groups})
-        except Exception as e:  # a file may hold anything
+        except Exception as e:  # a damaged or hostile state may raise anything
             raise UserError('the state of the optimizer is not one of this model '
                             f'({type(e).__name__}: {e})') from e
 
@@ -86,7 +90,8 @@ def load_states(optimizers, states):
 def shard_like(param, value):
     """Return this process's share of a tensor that belongs to a sharded parameter.
 
-    What is not sharded, or is not of the parameter's shape, is returned as it is.
+    The value is returned as it is if the parameter is not sharded, or if their shapes differ, as
+    AdamW's step count does.
     """
     is_sharded = hasattr(param, 'full_tensor')
     if not is_sharded or not isinstance(value, torch.Tensor) or value.shape != param.shape:
@@ -98,35 +103,37 @@ def shard_like(param, value):
 
 # ---- Muon ----------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Step matrices by a momentum that is made orthogonal (Jordan et al. 2024).
+    """Step matrices by their orthogonalised momentum (Jordan et al. 2024).
 
-    The update of an (m, n) matrix is scaled by sqrt(max(1, m / n)). Matrices of one shape are
-    orthogonalised together, whichever parameters they are in, each process a share of them.
+    The update of an (m, n) matrix is scaled by sqrt(max(1, m / n)). Matrices of the same shape are
+    orthogonalised as one batch, whichever parameters they are in, and each process does a share.
     """
 
     def __init__(self, params, n_matrices, lr, weight_decay=0.0, momentum=0.95):
-        """n_matrices: for each parameter, how many matrices it holds, one above the other."""
+        """Take a list of 2-D params; n_matrices: how many matrices each holds, stacked by rows."""
         group = {'params': params, 'n_matrices': n_matrices}
         super().__init__([group], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # shape of a matrix: the parameters that hold matrices of this shape
+            alike = {}  # {shape of a matrix: the parameters that hold matrices of this shape}
             for p, n in zip(group['params'], group['n_matrices']):
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
                 self.step_alike(params, height, width, group)
 
     def step_alike(self, params, height, width, group):
-        """Step parameters that hold matrices of one shape, one above the other."""
+        """Step parameters whose matrices, stacked by rows, all have the shape (height, width)."""
         gradients = [p.grad for p in params]
         averages = [self.momentum(p) for p in params]
         torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
-        updates = [gradient.lerp(average, group['momentum'])  # as Nesterov looks ahead
-                   for gradient, average in zip(gradients, averages)]
+        # Nesterov momentum: the average as it would be after the same gradient once more.
+        updates = []
+        for gradient, average in zip(gradients, averages):
+            updates.append(gradient.lerp(average, group['momentum']))
         if hasattr(params[0], 'full_tensor'):
-            # A share of a matrix cannot be orthogonalised.
+            # Orthogonalising a sharded matrix takes all of it.
             updates = [update.full_tensor() for update in updates]
         matrices = torch.cat(updates).view(-1, height, width)
         orthogonal = orthogonalize_shared(matrices.to(product_dtype(matrices)))
@@ -138,7 +145,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, steps, alpha=-rate)
 
     def momentum(self, p):
-        """Return the average of a parameter's gradients, of its shape; at first 0."""
+        """Return the running average of a parameter's gradients, in its shape; zeros at first."""
         state = self.state[p]
         if 'momentum' not in state:
             state['momentum'] = torch.zeros_like(p)
@@ -146,19 +153,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize_shared(matrices):
-    """Return orthogonalize of each of a batch of matrices (b, m, n).
+    """Return each of a batch of matrices (b, m, n) orthogonalised.
 
-    Each process does its share, and all get all.
+    Each process does its share of the batch, and all get the results of all.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         if matrices.is_cpu and matrices[0].numel() > 2**16:
-            # Large ones are faster one by one.
+            # On a CPU large matrices are faster one by one than as a batch.
             return torch.stack([orthogonalize(matrix) for matrix in matrices])
         return orthogonalize(matrices)
     n_each = math.ceil(len(matrices) / world_size)
     mine = matrices[dist.get_rank() * n_each:][:n_each]
-    share = matrices.new_zeros(n_each, *matrices.shape[1:])  # gathered shares are equal in size
+    # all_gather wants shares of equal size, so the last ones are filled up with zeros.
+    share = matrices.new_zeros(n_each, *matrices.shape[1:])
     share[:len(mine)] = mine
     share = orthogonalize(share)
     shares = [torch.empty_like(share) for _ in range(world_size)]
@@ -167,10 +175,10 @@ def orthogonalize_shared(matrices):
 
 
 def orthogonalize(G, steps=5):
-    """Return about U V' for a matrix G = U S V', or for each of a batch (b, m, n).
+    """Return approximately U V' for a matrix G = U S V' (m, n), or for each of a batch (b, m, n).
 
-    The quintic Newton–Schulz iteration of Jordan et al. 2024 brings all singular values near 1,
-    in bfloat16 where that is fast.
+    The quintic Newton–Schulz iteration of Jordan et al. 2024 brings all singular values near 1. It
+    runs in bfloat16 where that is fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steep at zero, so that small singular values grow fast
     is_batch = G.ndim == 3
@@ -178,10 +186,10 @@ def orthogonalize(G, steps=5):
     is_tall = G.size(-2) > G.size(-1)
     X = G.to(product_dtype(G))
     if is_tall:
-        X = X.mT  # the products below are then smaller
+        X = X.mT  # makes the products below smaller
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        # F.linear(X, X) is X X' as well, and of one matrix twice as fast on a CPU.
+        # F.linear(X, X) is X X' too, and for a single matrix twice as fast on a CPU.
         A = X @ X.mT if is_batch else F.linear(X, X)
         B = add_product(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = add_product(X, B, X, beta=a)  # a X + B X
@@ -191,7 +199,7 @@ def orthogonalize(G, steps=5):
 
 
 def product_dtype(G):
-    """Return bfloat16 on GPUs and CPUs that multiply it, float32 on those that emulate it."""
+    """Return bfloat16 for a device that multiplies in it, float32 for one that emulates it."""
     has_bf16 = G.is_cpu and CPU_HAS_BF16
     if G.is_cuda:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -200,9 +208,9 @@ def product_dtype(G):
 
 # ---- Divergence ----------------------------------------------------------------------------------
 def first_not_finite(model):
-    """Return which tensor of a model is the first to hold a NaN or an infinity; None: none does.
+    """Return the name of the first tensor of a model that holds a NaN or an infinity, or None.
 
-    Call it before gradients are clipped: by a norm that is not finite they all become so.
+    Call it before gradients are clipped: clipping by a norm that is not finite spoils all of them.
     """
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -214,10 +222,11 @@ def first_not_finite(model):
 
 
 def is_spike(norm, norms):
-    """Return whether a gradient norm lies far outside the last ones, a list of at most 100.
+    """Return whether a gradient norm lies far above the last ones, a list of at most 100.
 
-    Far is six standard deviations above their mean; fewer than 20 do not say what is usual. One
-    that is not finite is no spike: float16 has those, and scales its loss less.
+    Far means six standard deviations above their mean; fewer than 20 norms are too few to judge by.
+    A norm that is not finite does not count as a spike: float16 has those, and then scales its loss
+    less.
     """
     if len(norms) < 20 or not math.isfinite(norm):
         return False

@@ -8,7 +8,7 @@ Each tokenizer has
     decode_bytes(ids) -> bytes
     n_vocab: the number of ids
     eot: the id between documents, or None
-    start: the id to begin a text with, which is eot or a line end
+    start: the id to begin a text with: eot, or where there is none a line end
     spec: a dictionary of plain values that `load` turns into the same tokenizer again
 
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the
@@ -26,7 +26,7 @@ from folio.configurator import UserError
 
 EOT = '<|endoftext|>'
 CUT = '<|cut|>'  # for encode_documents alone; no model ever sees it
-LONG_TEXT = 500_000  # characters
+LONG_TEXT = 500_000  # characters from which on encode cuts a text
 
 # GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
 # are endings like 's; words, numbers and punctuation, each with the space before it; white space.
@@ -71,14 +71,14 @@ class BPETokenizer:
         self.start = encoding.eot_token
 
     def encode(self, text):
-        # LOOKAHEAD gives up at a million white characters in a row: a text that may have them is
-        # cut before tiktoken sees it.
+        # tiktoken gives up when LOOKAHEAD meets a million white characters in a row. So a text that
+        # is long enough to hold them is cut before tiktoken sees it.
         if len(text) > LONG_TEXT:
             return self.encode_stretches(text)
         return self.encoding.encode_ordinary(text)
 
     def encode_stretches(self, text):
-        """Return encode's tokens, found without LOOKAHEAD: see encode_documents."""
+        """Return the tokens of a text, found without LOOKAHEAD: see encode_documents."""
         text = without_surrogates(text)
         cuts = cut_points(text, ends=np.array([len(text)]))
         ids = []
@@ -95,11 +95,12 @@ class BPETokenizer:
     def encode_documents(self, texts):
         """Return the tokens of a list of str, eot before each of them, as an array of uint32.
 
-        They are encode's tokens, found faster. What slows tiktoken down is LOOKAHEAD, and all that
-        it does is this: in white space before other text, the last character begins a new piece. So
-        we put CUT before that character, encode without LOOKAHEAD, and take CUT's tokens out again.
+        They are the tokens that encode finds, found faster. What slows tiktoken down is LOOKAHEAD,
+        and all it does is this: in white space before other text, the last character begins a new
+        piece. So we put CUT before that character, encode without LOOKAHEAD, and take CUT's tokens
+        out again.
         """
-        # Within a text these characters are text, and must not become the control token below.
+        # Inside a text these characters are text; below they would become the control token.
         looks_like_control = any(EOT in text or CUT in text for text in texts)
         if not texts or looks_like_control:
             return self.encode_one_by_one(texts)
@@ -115,7 +116,7 @@ class BPETokenizer:
         return ids[ids != cut_id]
 
     def encode_one_by_one(self, texts):
-        """Return what encode_documents does, the plain way."""
+        """Return the same as encode_documents, in the plain way."""
         ids = []
         for text in texts:
             ids.append(self.eot)
@@ -135,7 +136,7 @@ class BPETokenizer:
 
 # ---- Where encode_documents cuts -----------------------------------------------------------------
 
-SLICE_CHARS = 2**20  # characters that are looked up at a time, because each takes four bytes
+SLICE_CHARS = 2**20  # characters looked up at a time, because that takes four bytes for each
 
 # Whether a code point is Unicode's White_Space, which is tiktoken's \s and not quite Python's. The
 # last entry, which is False, stands for all code points beyond the table.
@@ -148,15 +149,15 @@ IS_WHITE[0x2000:0x200b] = True  # spaces of many widths
 def cut_points(text, ends):
     """Return the places of the white characters that follow a white one and precede one that isn't.
 
-    text: documents, EOT before each; ends: where each document ends and so the next EOT begins. The
-    white space at the end of a document is not cut, because no text follows it there.
+    text: documents, with EOT before each. ends: where each document ends and the next EOT begins.
+    White space at the end of a document is not cut, because no text of the document follows it.
     """
     white = np.empty(len(text), dtype=bool)
     for i in range(0, len(text), SLICE_CHARS):
         codes = np.frombuffer(text[i:i + SLICE_CHARS].encode('utf-32-le'), dtype='<u4')
         white[i:i + SLICE_CHARS] = IS_WHITE.take(codes, mode='clip')
-    # The first character of EOT counts as white space, so that what is before it stays whole. This
-    # may put a cut right before EOT, where it changes nothing.
+    # Count the first character of EOT as white space, so that the white space before it stays
+    # whole. This may put a cut right before EOT, where it changes nothing.
     white[ends[:-1]] = True
     return np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
 
@@ -176,7 +177,7 @@ def stretches(text, cuts):
 def without_surrogates(text):
     """Return a text that UTF-8 can spell: half of a surrogate pair becomes U+FFFD.
 
-    JSON may hold one, and tiktoken reads it so too.
+    JSON may hold half a pair, and tiktoken replaces it in the same way.
 
     >>> without_surrogates('a\\ud83d')
     'a�'
@@ -193,8 +194,8 @@ def without_surrogates(text):
 def load(source):
     """Return a tokenizer from 'gpt2', a spec, a tokenizer.json that `save` wrote, or its folder.
 
-    GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raise
-    UserError if there is no tokenizer, a damaged one, or one of an unknown kind.
+    GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raises
+    UserError if there is no tokenizer, or if it is damaged or of an unknown kind.
     """
     if source == 'gpt2':
         return load_gpt2()
@@ -208,13 +209,14 @@ def load(source):
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
-    return load_gpt2()  # not in the try above: a download that failed is no damaged tokenizer
+    return load_gpt2()  # outside the try: if the download fails, no tokenizer is damaged
 
 
 def read_spec(path):
-    """Return the spec in a tokenizer.json, or in the one of a data folder. Raise UserError.
+    """Return the spec in a tokenizer.json, or in that of a data folder. Raises UserError.
 
-    What comes from a file is a dictionary: a name in it would name another file.
+    A file must hold a dictionary. `load` also takes names, and a name in a stranger's file could
+    have it read another file.
     """
     if os.path.isdir(path):
         path = os.path.join(path, 'tokenizer.json')
@@ -230,12 +232,15 @@ def read_spec(path):
 
 
 def vocab_size_of(spec):
-    """Return the number of tokens of a spec, without loading it. Raise one of several errors."""
+    """Return the number of tokens of a spec, without loading it.
+
+    Raises KeyError, TypeError or ValueError for what is not a spec.
+    """
     if not isinstance(spec, dict):
         raise TypeError('a tokenizer is a dictionary')
     if spec['kind'] == 'char':
         if not isinstance(spec['chars'], str):
-            raise TypeError('its characters are no text')
+            raise TypeError('its characters are not text')
         return len(spec['chars'])
     if spec['kind'] == 'bpe':
         return 256 + len(spec['merges']) + 1
@@ -245,9 +250,12 @@ def vocab_size_of(spec):
 
 
 def load_bpe(spec):
-    """Return the tokenizer of a spec of kind bpe: 256 bytes, then its merges, then EOT."""
+    """Return the tokenizer of a spec of kind bpe: 256 bytes, then its merges, then EOT.
+
+    Raises KeyError, TypeError or ValueError for a damaged spec.
+    """
     import tiktoken
-    if spec['pattern'] != SPLIT_PATTERN:  # tiktoken may panic at another, or take for ever
+    if spec['pattern'] != SPLIT_PATTERN:  # another one may make tiktoken panic, or take for ever
         raise ValueError("its pattern is not GPT-2's")
     # A token's id is its place in this list. tiktoken joins the pair with the lowest id first.
     tokens = [chr(i) for i in range(256)]
@@ -266,7 +274,7 @@ def load_bpe(spec):
 
 
 def load_gpt2():
-    """Return GPT-2's tokenizer, downloaded by tiktoken if need be. Raise UserError."""
+    """Return GPT-2's tokenizer, downloaded by tiktoken if need be. Raises UserError."""
     import tiktoken
     try:
         return BPETokenizer(tiktoken.get_encoding('gpt2'), {'kind': 'gpt2'})
@@ -278,13 +286,13 @@ def load_gpt2():
 
 
 def save(tokenizer, path):
-    """Write the spec as JSON, where a byte of a merge is the Latin-1 character of that number."""
+    """Write the spec as JSON; a byte of a merge becomes the Latin-1 character of that number."""
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(tokenizer.spec, f)
 
 
 def spec_hash(spec):
-    """Return a fingerprint, equal for two tokenizers that give the same ids."""
+    """Return a fingerprint of a spec, or of another JSON value: 16 hexadecimal digits."""
     text = json.dumps(spec, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -294,14 +302,14 @@ def spec_hash(spec):
 def train_bpe(texts, vocab_size, apply=map):
     """Return a byte-level BPE of at most vocab_size tokens, learned from an iterable of str.
 
-    The vocabulary is 256 bytes, the merges that bpe.learn_merges_slowly defines, and EOT; there are
-    fewer merges if no pair occurs twice any more. Of texts with over a million distinct pieces the
-    rarest do not count (see bpe.count_pieces). apply: a map that may use many processes; the merges
-    do not depend on it. Raise UserError for a vocab_size under 257.
+    The vocabulary is 256 bytes, the merges that bpe.learn_merges_slowly defines, and EOT. Learning
+    stops early when no pair occurs twice any more. If the texts have over a million distinct
+    pieces, the rarest are not counted (see bpe.count_pieces). apply: a map that may use many
+    processes; the merges do not depend on it. Raises UserError for a vocab_size under 257.
 
-    No two merges spell the same token: all through the learning, the bytes between two borders of
-    tokens are cut as they would be alone, so the same bytes are always the same tokens. `load` can
-    therefore look a token up by its bytes.
+    No two merges spell the same token. At any time during the learning, the bytes between two
+    borders of tokens are cut as they would be on their own, so the same bytes are always the same
+    tokens. Therefore `load` can look a token up by its bytes.
     """
     from folio import bpe
     n_fixed = 256 + 1  # the bytes and EOT
@@ -316,7 +324,7 @@ def train_bpe(texts, vocab_size, apply=map):
 
 
 def fertility(text, n_tokens):
-    """Return a line on how finely a tokenizer cuts a text. A word is what white space separates.
+    """Return a line that says how finely a tokenizer cuts a text. White space separates words.
 
     >>> fertility('to be or not to be', 9)
     '1.50 tokens a word, 2.00 bytes a token'

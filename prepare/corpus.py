@@ -4,15 +4,15 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
-A corpus is appended to val.bin.tmp and train.bin.tmp, and every few million tokens a line of
-parts/<request>.jsonl records how far it came. So a run that was killed continues near where it was,
-and ends with the same bytes as one that was not.
+A corpus is appended to val.bin.tmp and train.bin.tmp. Every few million tokens, the run adds a line
+to parts/<request>.jsonl that records how far it has come. So a run that was killed continues near
+where it stopped, and ends with the same bytes as one that was not.
 
-A worker, who does a share of the source files, appends nothing: it writes pieces, of a few million
-tokens each. The name of a piece says all of it: the request, which is a hash of the sources, the
-settings and the tokenizer; the places in the source files where it begins and ends; how many broken
-rows were left out. The run that joins them takes a piece where it comes to a place at which one
-begins, and reads the source files everywhere else.
+A worker, which does a share of the source files, writes pieces instead, of a few million tokens
+each. The name of a piece tells everything about it: the request, which is a hash of the sources,
+the settings and the tokenizer; where in the source files it begins and ends; and how many broken
+rows were left out. The run that joins them takes a piece wherever one begins at the place it has
+reached, and reads the source files everywhere else.
 """
 import contextlib
 import glob
@@ -34,8 +34,8 @@ from folio.lock import only_one
 from prepare import documents
 
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
-COMMIT_TOKENS = 2**23  # tokens between two records of how far a run came: a second's work
-BLOCK_TOKENS = 2**22  # tokens that are counted at a time, because each takes eight bytes
+COMMIT_TOKENS = 2**23  # tokens between two records of progress: a second's work
+BLOCK_TOKENS = 2**22  # tokens counted at a time, because counting takes eight bytes for each
 BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
 
 
@@ -50,7 +50,7 @@ def new_meta(tokenizer, source):
         },
         'vocab_size': tokenizer.n_vocab,
         'eot': tokenizer.eot,
-        # Little-endian on every machine, and two bytes as long as the vocabulary fits.
+        # Little-endian on every machine; two bytes where the vocabulary fits into them.
         'dtype': '<u2' if tokenizer.n_vocab <= 2**16 else '<u4',
         'source': source,
         'splits': {},
@@ -59,17 +59,16 @@ def new_meta(tokenizer, source):
 
 def write_json(path, value):
     """Write a JSON file whole or not at all, even if other machines write the same one."""
-    # No other writer, here or on another machine of a shared file system, has this name.
+    # The name must be this process's own, also among the machines that share a file system.
     temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
     try:
         with open(temporary, 'w', encoding='utf-8') as f:
             json.dump(value, f, indent=2)
-            # Onto the disk before the rename, or a power cut could leave the name without the
-            # contents.
+            # Sync before the rename, or a power cut could leave the name without its contents.
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:  # the disk is full: leave what room there is
+    except OSError:  # such as a full disk, whose last room this file should not keep
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
@@ -77,8 +76,8 @@ def write_json(path, value):
 
 
 def sync_folder(folder):
-    """Put the names of a folder's files onto the disk, so that a power cut undoes no rename."""
-    if os.name == 'nt':  # Windows opens no folders
+    """Sync the names of a folder's files to the disk, so that a power cut cannot undo a rename."""
+    if os.name == 'nt':  # Windows cannot open a folder
         return
     number = os.open(folder or '.', os.O_RDONLY)
     try:
@@ -92,7 +91,7 @@ def read_json(path):
     try:
         with open(path, encoding='utf-8') as f:
             value = json.load(f)
-        from folio.data import check_meta  # here, for it loads torch, which a worker can do without
+        from folio.data import check_meta  # here, as it loads torch, and often there is no file
         check_meta(value)
         return value
     except FileNotFoundError:
@@ -124,9 +123,9 @@ def publish(folder, tokenizer, meta):
 
 
 def require_ours(folder):
-    """Raise UserError if a folder holds other people's files, and no data set of ours.
+    """Raise UserError if a folder holds files that are not from a data set of ours.
 
-    Of a killed run of ours there may be parts and files called .tmp.
+    What a killed run of ours may have left behind, which is parts/ and *.tmp, is allowed.
     """
     meta = read_json(os.path.join(folder, 'meta.json')) or {}
     if not os.path.isdir(folder) or {'tokenizer', 'vocab_size', 'dtype', 'splits'} <= meta.keys():
@@ -141,13 +140,13 @@ def require_ours(folder):
 def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
-    splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer). Of a
-    pair only the answer, and the end-of-text token after it, are targets: <split>.mask.bin says so.
-    Each document starts with the end-of-text token, if the tokenizer has one.
+    splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer). In a
+    pair only the answer and the end-of-text token after it are targets; <split>.mask.bin marks
+    them. Each document starts with the end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, where a loss per word is wanted.
-    template: how a prompt is made of what a user asks, which stands at {}; for sample.py --chat.
-    Raises UserError if the disk is full or the folder cannot be written.
+    template: the prompt around a user's question, which replaces its {}; for sample.py --chat.
+    Raises UserError if the folder is someone else's, or cannot be written.
     """
     require_ours(folder)
     meta = new_meta(tokenizer, source)
@@ -155,7 +154,7 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
         meta['template'] = template
     try:
         os.makedirs(folder, exist_ok=True)
-        remove_unfinished(folder)  # publish would take the masks of a killed run for ours
+        remove_unfinished(folder)  # else publish would rename the masks of a killed run too
         for split, documents in splits.items():
             counts = write_split(folder, split, documents, tokenizer, dtype=meta['dtype'])
             if words:
@@ -193,7 +192,7 @@ def write_split(folder, split, documents, tokenizer, dtype):
 
 
 def remove_unfinished(folder):
-    """Remove the token files that were never published, if there is such a folder."""
+    """Remove the token files that were never published; do nothing if there is no such folder."""
     if not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
@@ -202,7 +201,7 @@ def remove_unfinished(folder):
 
 
 def n_bytes(text):
-    """Return the length of a text in UTF-8."""
+    """Return the length of a text in bytes of UTF-8."""
     # JSON can hold half of a surrogate pair, which plain 'utf-8' refuses.
     return len(text.encode('utf-8', 'surrogatepass'))
 
@@ -213,7 +212,7 @@ def encode_pair(tokenizer, prompt, answer):
     prompt_ids = tokenizer.encode(prompt)
     answer_ids = tokenizer.encode(answer)
     tokens = np.array(start + prompt_ids + answer_ids, dtype=np.uint32)
-    # The end-of-text token in front is a target too: it is what ends the answer before.
+    # The end-of-text token in front is a target too: it ends the answer before it.
     mask = np.ones(len(tokens), dtype=np.uint8)
     mask[len(start):len(start) + len(prompt_ids)] = 0
     return tokens, mask
@@ -222,9 +221,9 @@ def encode_pair(tokenizer, prompt, answer):
 # ---- A corpus ------------------------------------------------------------------------------------
 class Position(NamedTuple):
     """A place in the source files, between two rows."""
-    file: int = 0  # its number
-    row: int = 0  # rows of it that lie behind
-    offset: int = 0  # and bytes, for a file of lines
+    file: int = 0  # number of the file
+    row: int = 0  # rows of it before this place
+    offset: int = 0  # bytes of it before this place, in a file of lines
 
     def __str__(self):
         return f'{self.file:05}.{self.row}.{self.offset}'
@@ -235,14 +234,16 @@ def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, 
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
     files: the source files of the stream, in order.
-    to_tokens(file, row=, offset=): yields (mark, tokens), an end-of-text token in front of each
-    document, from a place in the file on: see documents.Mark.
-    max_tokens: where the stream ends, val.bin included; 0 is at the end of the last file.
-    worker: 'i/n' makes only the pieces of the i-th of n shares of the files and returns None; a run
-    without it joins them later.
+    to_tokens(file, row=, offset=): yields (mark, tokens) from that place in the file to its end,
+    with an end-of-text token in front of each document; see documents.Mark.
+    max_tokens: where to cut the stream, counting val.bin too; 0: read all files to the end.
+    worker: 'i/n' writes only the pieces of the i-th of n shares of the files, and returns None. A
+    run without it joins them later.
     column: the column that to_tokens reads. It is only recorded, to tell data sets apart.
-    pattern, revision: what was asked of the hub, and which commit that is: see pinned_revision.
-    Raises UserError for settings that cannot be, and for a folder that other settings made.
+    pattern, revision: the pattern of the source files, and the hub's commit that they are of; see
+    find_sources.
+    Raises UserError for impossible settings, for a folder that was made with other settings, and
+    if the folder cannot be written.
     """
     require_possible(tokenizer, val_tokens, max_tokens)
     share = share_of(worker, len(files))
@@ -261,14 +262,14 @@ def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, 
         if done is None:
             os.makedirs(parts, exist_ok=True)
             with only_one(os.path.join(parts, f'{name_of(worker)}.lock')):
-                # Asked again, for another run may have ended just before we had the lock.
+                # Ask again: another run may have finished just before we got the lock.
                 done = find_finished(folder, fresh)
                 if done is None and worker:
                     return make_pieces(folder, fresh, files, to_tokens, share=share, worker=worker)
                 if done is None:
                     meta = join(folder, tokenizer, fresh, files, to_tokens)
-            # The lock is open no more: Windows cannot remove an open file. A worker that is still
-            # at work may write here meanwhile; what is left then does no harm.
+            # Only now that the lock is closed: Windows cannot remove an open file. A worker that is
+            # still at work may write into parts/ meanwhile, and what it leaves does no harm.
             shutil.rmtree(parts, ignore_errors=True)
     except OSError as e:
         raise UserError(f'could not write {e.filename or folder} ({e.strerror or e}); '
@@ -280,7 +281,7 @@ def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, 
 
 
 def require_possible(tokenizer, val_tokens, max_tokens):
-    """Raise UserError if there would be no telling documents apart, or nothing to train on."""
+    """Raise UserError if documents could not be told apart, or nothing were left to train on."""
     if tokenizer.eot is None:
         raise UserError('a corpus of many documents needs a tokenizer that can tell them apart: '
                         'gpt2 or a bpe')
@@ -290,18 +291,18 @@ def require_possible(tokenizer, val_tokens, max_tokens):
 
 
 def join(folder, tokenizer, meta, files, to_tokens):
-    """Write the whole corpus, of pieces where there are some, and publish it; return its meta."""
+    """Write the whole corpus, from pieces where there are any, and publish it; return its meta."""
     parts = os.path.join(folder, 'parts')
     begin(parts, meta)
     with Splits(folder, tokenizer, meta) as splits:
         advance(splits, files, to_tokens, share=range(len(files)))
     if not all(counts['tokens'] >= 2 for counts in meta['splits'].values()):
+        # The advice is to change a setting, which begin would refuse while this request is here.
         remove_unfinished(folder)
         shutil.rmtree(parts, ignore_errors=True)
         raise too_few(meta)
     publish(folder, tokenizer, meta)
-    # From here on the set counts as finished: see find_finished.
-    os.remove(splits.log_path)
+    os.remove(splits.log_path)  # from here on find_finished counts the set as finished
     return meta
 
 
@@ -309,7 +310,7 @@ def too_few(meta):
     """Return the UserError for a stream that does not fill both splits."""
     total = sum(counts['tokens'] for counts in meta['splits'].values())
     val_tokens = meta['source']['val_tokens']
-    # Two tokens are the least of a split: an input and its target.
+    # A split needs at least two tokens: an input and its target.
     if total < 4:
         return UserError(f'{total} tokens in all are too few for two splits: more text is needed')
     if val_tokens < 2:
@@ -319,16 +320,16 @@ def too_few(meta):
 
 
 def make_pieces(folder, meta, files, to_tokens, share, worker):
-    """Write the pieces of a share of the files, a range of their numbers; return None.
+    """Write the pieces of a share of the files, a range of their numbers.
 
-    Return the meta of the set if another run finishes it meanwhile.
+    Return None, or the meta of the data set if another run has finished it meanwhile.
     """
     parts = os.path.join(folder, 'parts')
     begin(parts, meta)
     try:
         with Pieces(parts, meta, name_of(worker), start=Position(share.start)) as pieces:
             advance(pieces, files, to_tokens, share=share)
-    except FileNotFoundError:
+    except FileNotFoundError:  # a run that finishes the set removes parts/
         done = find_finished(folder, meta)
         if done is None:
             raise
@@ -337,7 +338,7 @@ def make_pieces(folder, meta, files, to_tokens, share, worker):
 
 # ---- What is there already -----------------------------------------------------------------------
 def file_stamps(files):
-    """Return [name, bytes, time of the last change] of each local file; of others just the name."""
+    """Return [name, bytes, time of last change] for each local file, its name for a remote one."""
     stamps = []
     for file in files:
         if os.path.exists(file):
@@ -351,18 +352,18 @@ def request_of(meta):
     """Return what decides the tokens of a corpus: its sources, its settings and its tokenizer."""
     keys = ('files', 'column', 'val_tokens', 'max_tokens')
     source = meta.get('source')
-    if not isinstance(source, dict):  # not of a corpus
+    if not isinstance(source, dict):  # write_dataset wrote this meta, not write_corpus
         source = {}
     return [[source.get(key) for key in keys], meta.get('tokenizer')]
 
 
 def request_hash(meta):
-    """Return a name for a request, 16 hexadecimal digits."""
+    """Return the name of a request: 16 hexadecimal digits."""
     return folio.tokenizer.spec_hash(request_of(meta))
 
 
 def begin(parts, meta):
-    """Write down a request in parts/; raise UserError if what is there belongs to another one."""
+    """Record a request in parts/; raise UserError if parts/ belongs to another request."""
     request = request_hash(meta)
     for name in os.listdir(parts):
         owner = re.match(r'([0-9a-f]{16})(-.*[.]bin|[.]jsonl)$', name)
@@ -375,14 +376,14 @@ def begin(parts, meta):
 
 
 def find_finished(folder, fresh):
-    """Return the meta of a finished data set, or None if it is still to be made.
+    """Return the meta of a finished data set, or None if there is none yet.
 
     Raises UserError if it was made with other settings, or from other files, than those of `fresh`.
     """
     done = read_json(os.path.join(folder, 'meta.json'))
-    # With a log in parts/ a run is not done: it may have died while it was publishing.
-    at_work = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.jsonl'))
-    if not done or at_work or not is_whole(folder, done):
+    # While there is a log in parts/, a run is not done: it may have died while publishing.
+    logs = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.jsonl'))
+    if not done or logs or not is_whole(folder, done):
         return None
     if request_of(done) != request_of(fresh):
         raise UserError(f'{folder} is there already, of other settings or files; '
@@ -401,10 +402,11 @@ def is_whole(folder, meta):
 
 
 def find_sources(pattern, folder):
-    """Return (the files that match a pattern, the commit of the hub that they are of, or '').
+    """Return (files that match a pattern, the hub's commit that they are of; '' for local files).
 
-    It is the commit that the first run into this folder found, so that a run that goes on, and
-    every worker, reads the same text. Raises UserError if the hub cannot be reached.
+    The commit is the one that the first run into this folder found, so that a run that is continued
+    and all workers read the same text. Raises UserError if nothing matches, or if the hub cannot be
+    reached.
     """
     if not documents.is_on_hub(pattern):
         return documents.source_files(pattern), ''
@@ -419,14 +421,15 @@ def pinned_revision(folder, pattern):
     for path in paths:
         meta = read_json(path) or {}
         source = meta.get('source')
-        if isinstance(source, dict) and source.get('pattern') == pattern and source['revision']:
-            return source['revision']
+        if isinstance(source, dict) and source.get('pattern') == pattern:
+            if source.get('revision'):
+                return source['revision']
     return ''
 
 
 # ---- Workers -------------------------------------------------------------------------------------
 def share_of(worker, n_files):
-    """Return the range of files that worker 'i/n' is to read, or all of them for ''.
+    """Return the range of files that worker 'i/n' reads, or all of them for ''; raise UserError.
 
     >>> share_of('1/4', n_files=10)
     range(2, 5)
@@ -440,15 +443,18 @@ def share_of(worker, n_files):
 
 
 def name_of(worker):
-    """Return what a run calls its lock and its unfinished piece: workers run side by side."""
+    """Return the name of a run's lock and of its unfinished piece.
+
+    Each worker has its own name, because workers run side by side.
+    """
     return worker.replace('/', 'of') or 'join'
 
 
 class Piece(NamedTuple):
     """A piece of a corpus, in a file of tokens."""
     path: str
-    end: Position
-    n_bad: int  # rows that were left out
+    end: Position  # where in the source files it ends
+    n_bad: int  # broken rows that were left out
 
 
 def find_piece(parts, request, start):
@@ -463,10 +469,10 @@ def find_piece(parts, request, start):
 
 
 class Pieces:
-    """What a worker writes.
+    """The pieces that a worker writes.
 
-    position: the place in the source files that it came to.
-    n_waiting: tokens that were written, and are lost if the run is killed before the next commit.
+    position: how far it has come in the source files.
+    n_waiting: tokens written since the last commit; they are lost if the run is killed.
     """
 
     def __init__(self, parts, meta, name, start):
@@ -474,7 +480,7 @@ class Pieces:
         self.request = request_hash(meta)
         self.dtype = meta['dtype']
         self.name = name
-        self.start = start  # of the piece that is being written
+        self.start = start  # where the piece that is being written begins
         self.position = start
         self.n_waiting = 0
         self.n_bad = 0
@@ -500,8 +506,8 @@ class Pieces:
         self.position = position
 
     def commit(self):
-        """Give the piece its name, and begin the next one."""
-        if self.position == self.start:
+        """Give the piece its final name, and begin the next one."""
+        if self.position == self.start:  # nothing was read since the last one
             return
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -522,14 +528,14 @@ class Pieces:
 
 # ---- The splits ----------------------------------------------------------------------------------
 class Splits:
-    """val.bin.tmp and train.bin.tmp of a corpus, and the log of how far they came.
+    """val.bin.tmp and train.bin.tmp of a corpus, and the log of how far they have come.
 
-    position: the place in the source files that they came to.
-    n_waiting: tokens that were written, and come again if the run is killed before the next commit.
+    position: how far they have come in the source files.
+    n_waiting: tokens written since the last commit; they are made again if the run is killed.
     """
 
     def __init__(self, folder, tokenizer, meta):
-        """meta: of a new corpus. Its splits are counted as they are written."""
+        """Go on where an earlier run has stopped. meta: of a new corpus; the counts go into it."""
         self.folder = folder
         self.meta = meta
         self.parts = os.path.join(folder, 'parts')
@@ -537,10 +543,10 @@ class Splits:
         self.dtype = np.dtype(meta['dtype'])
         self.name = os.path.basename(folder)
         self.token_bytes = bytes_of_tokens(tokenizer)
-        self.files = {}  # {split: its file}, opened by the first write
+        self.files = {}  # {split: its open file}, from the first write on
         self.position = Position()
         self.n_waiting = 0
-        meta['bad_rows'] = 0  # left out
+        meta['bad_rows'] = 0  # broken rows that were left out
         for split in ('val', 'train'):
             meta['splits'][split] = {'tokens': 0, 'documents': 0, 'bytes': 0}
 
@@ -569,7 +575,7 @@ class Splits:
         return self.total() / max_tokens if max_tokens else 0.0
 
     def write(self, tokens, position, n_bad):
-        """Append tokens to val.bin.tmp until that has all of its own, then to train.bin.tmp."""
+        """Append tokens to val.bin.tmp until it has its val_tokens, then to train.bin.tmp."""
         max_tokens = self.meta['source']['max_tokens']
         if max_tokens:
             tokens = tokens[:max_tokens - self.total()]
@@ -592,7 +598,7 @@ class Splits:
             self.n_waiting += len(block)
 
     def file_of(self, split):
-        """Return the open <split>.bin.tmp, which has what is recorded of it and no more."""
+        """Return the open <split>.bin.tmp, cut to the tokens that the log has recorded."""
         if split not in self.files:
             path = os.path.join(self.folder, f'{split}.bin.tmp')
             file = open(path, 'ab')
@@ -600,13 +606,13 @@ class Splits:
             if os.path.getsize(path) < recorded_size:
                 file.close()
                 raise UserError(f'{path} is damaged: remove it and {self.parts} to begin anew')
-            # A run that was killed may have written more than it recorded: that comes again now.
+            # A killed run may have written more than it recorded. That will be written again.
             file.truncate(recorded_size)
             self.files[split] = file
         return self.files[split]
 
     def commit(self):
-        """Record the position, once what was written is on the disk."""
+        """Sync what was written to the disk, then record the position in the log."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -621,14 +627,14 @@ class Splits:
         self.n_waiting = 0
 
     def take(self, piece):
-        """Append a piece that a worker made, and remove it once that is recorded."""
+        """Append a worker's piece, and remove its file once that is recorded."""
         self.write(np.fromfile(piece.path, self.dtype), piece.end, n_bad=piece.n_bad)
         self.commit()
         os.remove(piece.path)
 
 
 def last_entry(path):
-    """Return the last line of a log, decoded, or None; cut off what a kill may have torn."""
+    """Return the last whole line of a log, decoded, or None; cut off a line that a kill tore."""
     try:
         with open(path, 'r+b') as f:
             contents = f.read()
@@ -647,10 +653,13 @@ def last_entry(path):
 
 
 def bytes_of_tokens(tokenizer):
-    """Return how many bytes of text each token stands for: (vocab_size,)."""
-    # With these the text is counted as its tokens go by: meta.json has bytes, for bits per byte.
+    """Return how many bytes of text each token stands for: (vocab_size,).
+
+    They turn tokens into the bytes of text that meta.json records, for bits per byte, also where
+    only tokens are at hand, as in a worker's piece.
+    """
     counts = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
-    counts[tokenizer.eot] = 0  # it stands between texts, and for none
+    counts[tokenizer.eot] = 0  # it separates texts, and is part of none
     return counts
 
 
@@ -658,8 +667,8 @@ def bytes_of_tokens(tokenizer):
 def advance(writer, files, to_tokens, share):
     """Write the tokens of a share of the files, a range of their numbers.
 
-    writer: Splits or Pieces, which says where to go on. Where another run has made a piece, that is
-    taken.
+    writer: Splits or Pieces; its position says where to go on. A piece that another run has made is
+    taken instead of read again.
     """
     with tqdm(total=1.0, bar_format=BAR_FORMAT, desc=writer.name) as bar:
         clock = Clock(bar, share)
@@ -673,9 +682,9 @@ def advance(writer, files, to_tokens, share):
 
 
 def write_until_piece(writer, chunks, clock):
-    """Write chunks until they end, or max_tokens are there, or a piece goes on.
+    """Write chunks until they end, max_tokens are reached, or a piece of another run begins.
 
-    chunks: what read_on yields. If they end in an error, what came before it is kept.
+    chunks: what read_on yields. If they end in a UserError, what came before it is kept.
     """
     with contextlib.closing(chunks):
         while writer.fullness() < 1:
@@ -696,7 +705,11 @@ def write_until_piece(writer, chunks, clock):
 
 
 def read_on(files, to_tokens, start, end):
-    """Yield (position, mark, tokens) of each chunk from a position to file number `end`."""
+    """Yield (position, mark, tokens) for each chunk, from a position up to file number `end`.
+
+    position: where the chunk ends. After each file comes an empty chunk, whose position is the
+    beginning of the next file, where a piece may go on.
+    """
     row = start.row
     offset = start.offset
     for number in range(start.file, end):
@@ -709,7 +722,7 @@ def read_on(files, to_tokens, start, end):
 
 
 class Clock:
-    """Shows on a bar how much of a share of the files is done."""
+    """Show on a progress bar how much of a share of the files is done."""
 
     def __init__(self, bar, share):
         self.bar = bar
@@ -718,10 +731,10 @@ class Clock:
         self.n_tokens = 0
 
     def show(self, files_done, n_new, fullness):
-        """Move the bar to what is done: of the files or of max_tokens, whichever is nearer its end.
+        """Move the bar to the share done of the files, or of max_tokens if that is larger.
 
-        files_done: files behind us, counted from the first of all, and the share of the one at
-        hand. n_new: tokens that have come since the last call.
+        files_done: files done, counted from the first of all, plus the share done of the current
+        one. n_new: tokens since the last call. fullness: the share done of max_tokens.
         """
         self.n_tokens += n_new
         speed = self.n_tokens / (time.perf_counter() - self.began)

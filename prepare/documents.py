@@ -1,13 +1,14 @@
 """
-Read documents, from here or from the hub, as a stream, and tokenize them with all cores.
+Read documents as a stream, from local files or the hub, and tokenize them on all cores.
     python -c "from prepare.documents import read_chunks; print(*read_chunks('my.txt', 'text'))"
 
-That prints how far my.txt has been read, and the documents in it, about a million characters at a
-time. A file is .parquet, .jsonl or .ndjson (an object a line), .json (that, or one list of objects)
-or .txt (one document); all but .parquet may be compressed.
+That prints the documents in my.txt, about a million characters at a time, each time with a mark
+that says how far the file has been read. A file is .parquet, .jsonl or .ndjson (one object on each
+line), .json (the same, or one list of objects) or .txt (one document). All but .parquet may be
+compressed: .gz, .bz2, .xz or .zst.
 
-Reading can begin anywhere that an earlier reading came to, and what stands before a broken row is
-always handed out before the error comes.
+Reading can go on from the mark of an earlier reading. The documents before a broken row are always
+handed out before the error is raised.
 """
 import bz2
 import codecs
@@ -32,8 +33,8 @@ from folio.download import hub_errors
 from folio.tokenizer import without_surrogates
 
 CHUNK_CHARS = 1_000_000  # characters that one core tokenizes at a time
-FEW_CHUNKS = 8  # this many are done before the processes of a pool have started
-ROWS = 64  # of a .parquet, read at a time: some documents have megabytes
+FEW_CHUNKS = 8  # chunks that one core finishes before the processes of a pool have started
+ROWS = 64  # rows of a .parquet read at a time; few, because some documents have megabytes
 BUFFER = 2**20  # bytes read at a time
 
 
@@ -55,13 +56,13 @@ def source_files(pattern):
 
 
 def list_local_files(pattern):
-    if os.path.isfile(pattern):  # a name with brackets is a pattern, too, that it does not match
+    if os.path.isfile(pattern):  # a name like 'a[1].txt' is also a pattern, which matches a1.txt
         return [pattern]
     return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
 
 
 def list_hub_files(pattern):
-    """Return the files of the hub that match a pattern 'hf://…'."""
+    """Return the files on the hub that match a pattern 'hf://…'; raise UserError."""
     from huggingface_hub import HfFileSystem
     remedy = 'check the network, or give --source=files that you have'
     with hub_errors(f'{pattern} could not be listed', remedy):
@@ -73,7 +74,7 @@ def is_on_hub(file):
 
 
 def newest_revision(pattern):
-    """Return the commit that a pattern 'hf://…' means at this moment; raise UserError."""
+    """Return the commit that a pattern 'hf://…' refers to at this moment; raise UserError."""
     from huggingface_hub import HfApi, HfFileSystem
     remedy = 'check the network, or give --source=files that you have'
     with hub_errors(f'{pattern} could not be found', remedy):
@@ -83,7 +84,7 @@ def newest_revision(pattern):
 
 
 def at_revision(pattern, revision):
-    """Return a pattern 'hf://…' with a commit in it, instead of the branch it may name.
+    """Return a pattern 'hf://…' that names a commit, in place of a branch or of nothing.
 
     'hf://datasets/owner/name/*.parquet' becomes 'hf://datasets/owner/name@<commit>/*.parquet'.
     """
@@ -94,7 +95,7 @@ def at_revision(pattern, revision):
 
 
 def size_of(file):
-    """Return the bytes of a file, here or on the hub."""
+    """Return the size in bytes of a file, local or on the hub."""
     if not is_on_hub(file):
         return os.path.getsize(file)
     from huggingface_hub import HfFileSystem
@@ -103,17 +104,17 @@ def size_of(file):
 
 
 def open_file(file):
-    """Return an open binary file, here or on the hub."""
+    """Return an open binary file, local or on the hub."""
     if is_on_hub(file):
         from huggingface_hub import HfFileSystem
         return HfFileSystem().open(file, 'rb')
-    return open(file, 'rb', buffering=0)
+    return open(file, 'rb', buffering=0)  # unpack puts a buffer on top
 
 
 # ---- Compression ---------------------------------------------------------------------------------
 def open_zstd(raw):
     import pyarrow
-    # Only Python 3.14 knows the format itself.
+    # By pyarrow, because Python itself reads this format only from 3.14 on.
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode='r'), 'zstd')
 
 
@@ -121,17 +122,18 @@ UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zst
 
 
 def unpack(raw, file):
-    """Return the contents of an open file as a binary stream, by the ending of its name."""
+    """Return the contents of an open file as a binary stream, unpacked if its name says so."""
     _, ending = os.path.splitext(file.lower())
     stream = UNPACK[ending](raw) if ending in UNPACK else raw
     return io.BufferedReader(stream, BUFFER)
 
 
 def skip(stream, n_bytes):
-    """Read on in a stream until n_bytes from its beginning."""
+    """Move a new stream n_bytes on from its beginning."""
     if stream.seekable():
         stream.seek(n_bytes)
         return
+    # The unpacked bytes of a .zst can only be read and thrown away.
     n_left = n_bytes
     while n_left > 0:
         block = stream.read(min(n_left, BUFFER))
@@ -143,23 +145,25 @@ def skip(stream, n_bytes):
 # ---- Documents -----------------------------------------------------------------------------------
 class Mark(NamedTuple):
     """How far a file has been read."""
-    row: int = 0  # rows, or lines, or for one document a file: 1 at its end
-    offset: int = 0  # bytes of a .jsonl, unpacked
-    share: float = 0.0  # of the file
-    n_bad: int = 0  # rows that were left out since the mark before
+    row: int = 0  # rows or lines so far; of a .txt, which is one document, 0 or 1
+    offset: int = 0  # bytes so far, unpacked; only in files of lines
+    share: float = 0.0  # of the file, for a progress bar
+    n_bad: int = 0  # broken rows left out since the mark before
 
 
 def read_chunks(file, column, row=0, offset=0, skip_bad=False):
-    """Yield (mark, documents of about CHUNK_CHARS characters) until the file ends.
+    """Yield (mark, list of documents, together about CHUNK_CHARS characters) to the file's end.
 
-    column: where a .parquet or .jsonl file has its documents. Empty documents are left out.
-    row, offset: of the mark where an earlier reading stopped.
-    skip_bad: whether rows that hold no text are left out and counted.
-    Raises UserError if the file, or a row of it, cannot be read: after the documents before it.
+    column: the column of a .parquet, or the key of a .jsonl, that holds the documents. Empty ones
+    are left out.
+    row, offset: those of the mark where an earlier reading stopped.
+    skip_bad: leave out rows that hold no text, and count them, instead of raising an error.
+    Raises UserError if the file or a row of it cannot be read, after it has yielded the documents
+    before that.
     """
     read_rows = reader_of(file)
-    end = Mark(row, offset)  # of the rows whose documents are in texts, or were handed out
-    texts = []  # documents not handed out yet
+    end = Mark(row, offset)  # after the last row that was read
+    texts = []  # documents not yielded yet
     n_chars = 0  # characters in them
     n_bad = 0
     error = None
@@ -182,13 +186,15 @@ def read_chunks(file, column, row=0, offset=0, skip_bad=False):
                     n_bad = 0
     except UserError as e:
         error = e
+    # The last documents come with the mark of the file's end, or of the row before the error, so
+    # that the caller can keep them and go on from there.
     yield end._replace(n_bad=n_bad), texts
     if error is not None:
         raise error
 
 
 def reading(file):
-    """Turn any error of reading a file into a UserError."""
+    """Return a context that turns any error of reading a file into a UserError."""
     remedy = ''
     if is_on_hub(file):
         remedy = 'what was done so far is kept, and the same command goes on'
@@ -198,8 +204,8 @@ def reading(file):
 def reader_of(file):
     """Return the reader for a file, by the ending of its name; raise UserError if there is none.
 
-    A reader(file, column, start) yields (mark after the row, text, problem) for each row from a
-    mark on. A row that holds no text has a problem, such as 'line 5: text is int, not text'.
+    A reader(file, column, start) yields (mark after the row, text, problem) for each row after the
+    mark `start`. The problem is '', or why the row holds no text: 'line 5: text is int, not text'.
     """
     name = file.lower()
     _, ending = os.path.splitext(name)
@@ -217,11 +223,13 @@ def read_parquet(file, column, start):
     """Yield (mark, text, problem) of each row of a .parquet file."""
     import pyarrow.parquet
     with open_file(file) as raw:
-        # With pre_buffer pyarrow keeps all it has read until the file is closed, and without a
-        # buffer it reads a column of a row group, which may be all of the file, at once.
+        # Both options save memory. With pre_buffer, pyarrow keeps everything it has read until the
+        # file is closed. Without buffer_size, it reads a column of a whole row group at once, and a
+        # row group may be as large as the file.
         parquet = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BUFFER)
         require_text(file, parquet.schema_arrow, column)
         n_rows = parquet.metadata.num_rows
+        # Pass over the row groups before the start: from the hub, they need not even be fetched.
         row = 0
         group = 0  # the row group to start in
         while group < parquet.num_row_groups:
@@ -240,20 +248,20 @@ def read_parquet(file, column, start):
                 problem = ''
                 try:
                     text = value.as_py()
-                except UnicodeDecodeError as e:
+                except UnicodeDecodeError as e:  # pyarrow does not check what a file calls UTF-8
                     problem = f'row {row}: {e}'
                 yield Mark(row, share=row / n_rows), text, problem
 
 
 def require_text(file, schema, column):
-    """Raise UserError unless the files of this schema have text in the column."""
+    """Raise UserError unless a file with this schema has text in the column."""
     import pyarrow
     if column not in schema.names:
         raise UserError(f'{file} has no column {column}; it has {", ".join(schema.names)}')
     kind = schema.types[schema.names.index(column)]
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    # A column without any value has the type null, and no documents.
+    # A column of the type null has no values, so no documents; the next file's may have some.
     text_types = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
     if kind not in text_types:
         raise UserError(f'{file}: the column {column} holds {kind}, not text; '
@@ -278,14 +286,16 @@ def read_lines(file, column, start):
                     text = text_of(json.loads(line), column)
                 except (ValueError, RecursionError) as e:
                     problem = f'line {row}: {reason_of(e)}'
-            # What was read of the file itself, which may be packed, is ahead of the lines.
+            # raw.tell() counts bytes of the file itself, which may be compressed, and is ahead of
+            # the line by what is buffered: good enough for a progress bar.
             yield Mark(row, offset, share=min(1.0, raw.tell() / size)), text, problem
 
 
 def read_json(file, column, start):
-    """Yield (mark, text, problem) of each object of a .json: on lines, or all in one list."""
+    """Yield (mark, text, problem) of each object in a .json: one on each line, or all in a list."""
     with open_file(file) as raw:
         contents = unpack(raw, file)
+        # Neither a byte order mark nor white space tells which of the two it is.
         beginning = contents.read(100).removeprefix(codecs.BOM_UTF8).lstrip()
     if not beginning.startswith(b'['):
         yield from read_lines(file, column, start)
@@ -305,7 +315,10 @@ def read_json(file, column, start):
 
 
 def text_of(row, column):
-    """Return the text in a column of a decoded line, '' for null; raise ValueError for no text."""
+    """Return the text in a column of a decoded row, '' for null; raise ValueError if there is none.
+
+    Half a surrogate pair, which JSON may hold, becomes U+FFFD.
+    """
     if not isinstance(row, dict):
         raise ValueError(f'it is {type(row).__name__}, not an object')
     if column not in row:
@@ -319,9 +332,9 @@ def text_of(row, column):
 
 
 def reason_of(error):
-    """Return what is wrong with a line, for a message; the line itself is named by the caller."""
+    """Return what is wrong with a line, for a message in which the caller names the line."""
     if isinstance(error, json.JSONDecodeError):
-        message = error.msg.removesuffix(' at')  # some of them end so
+        message = error.msg.removesuffix(' at')  # as in 'Invalid control character at'
         return f'{message} at character {error.pos + 1}'
     if isinstance(error, RecursionError):
         return 'it is nested too deeply'
@@ -329,7 +342,7 @@ def reason_of(error):
 
 
 def read_text(file, column, start):
-    """Yield (mark, text, problem) of a .txt file, which is one document with \n as line end."""
+    """Yield (mark, text, problem) of a .txt file: one document, whose line ends become \\n."""
     if start.row > 0:
         return
     with open_file(file) as raw:
@@ -355,16 +368,16 @@ READERS = {
 
 # ---- Tokens --------------------------------------------------------------------------------------
 def tokenize(file, tokenizer, column='text', row=0, offset=0, skip_bad=False):
-    """Yield (mark, tokens as an array of uint32), in order: of what read_chunks yields.
+    """Yield (mark, tokens as an array of uint32) for each chunk of read_chunks, in order.
 
-    Every document follows an end-of-text token.
+    An end-of-text token stands in front of every document. Raises what read_chunks raises.
     """
     def encode(chunk):
         mark, texts = chunk
         return mark, tokenizer.encode_documents(texts)
 
     chunks = read_chunks(file, column, row=row, offset=offset, skip_bad=skip_bad)
-    # Threads are enough: tiktoken releases Python's lock while it works.
+    # Threads are enough, because tiktoken releases Python's global lock while it works.
     with concurrent.futures.ThreadPoolExecutor(n_cores()) as pool:
         try:
             yield from in_order(pool, encode, chunks)
@@ -377,26 +390,26 @@ def tokenize(file, tokenizer, column='text', row=0, offset=0, skip_bad=False):
 # ---- All cores -----------------------------------------------------------------------------------
 def n_cores():
     """Return how many cores this process may use, but at most 61."""
-    if hasattr(os, 'sched_getaffinity'):  # Linux: we may have been given a few of many
+    if hasattr(os, 'sched_getaffinity'):  # Linux may have given us only some of its cores
         n = len(os.sched_getaffinity(0))
     else:
         n = os.cpu_count()
-    return min(61, n)  # Windows allows a pool no more
+    return min(61, n)  # the most that a pool of processes may have on Windows
 
 
 def start_pool():
-    """Return a pool of processes, for work that holds Python's lock.
+    """Return a pool of processes, for work that holds Python's global lock.
 
     A script may start one only under `if __name__ == '__main__':`, because each process imports the
-    script. Use it in a `with`: a pool that is closed by Python's exit can end in "Bad file
-    descriptor" (mended by python/cpython#125492).
+    script. Use it in a `with`: a pool that is still open when Python exits can end in "Bad file
+    descriptor" (fixed by python/cpython#125492).
     """
     context = multiprocessing.get_context('spawn')
     return concurrent.futures.ProcessPoolExecutor(n_cores(), context, initializer=start_process)
 
 
 def start_process():
-    """Let the parent handle Ctrl-C, and exit when it does. Each process of the pool begins so."""
+    """Set up a process of the pool: leave Ctrl-C to the parent, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -407,11 +420,12 @@ def exit_with_parent():
 
 
 def map_on_all_cores(function, chunks):
-    """Yield function(chunk) for each chunk, in order: by a pool of processes if there are many.
+    """Yield function(chunk) for each chunk, in order, by a pool of processes if there are many.
 
-    For train_bpe, whose chunks are of a million characters, in a script that start_pool may be
-    called in.
+    This is for train_bpe, whose chunks have about a million characters. A script may call it where
+    it may call start_pool.
     """
+    # Starting the processes takes longer than working through a few chunks here.
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, FEW_CHUNKS))
     if len(first) < FEW_CHUNKS or n_cores() == 1:
@@ -424,8 +438,8 @@ def map_on_all_cores(function, chunks):
 def in_order(pool, function, chunks):
     """Yield function(chunk) for each chunk, in order, computed by a pool.
 
-    Only a few chunks are in memory at a time, so `chunks` may be a stream without end. A UserError
-    of it is raised after the results of what came before.
+    Only a few chunks are in memory at a time, so `chunks` may be an endless stream. If it raises a
+    UserError, that is raised here after the results of the chunks before it.
     Raises UserError if a process of the pool is killed.
     """
     pending = collections.deque()

@@ -1,4 +1,4 @@
-"""A corpus is made once, of what was there at the start, however often it is interrupted."""
+"""A corpus is made once, from the files there at first, no matter how often it is interrupted."""
 import hashlib
 import io
 import json
@@ -25,7 +25,7 @@ FINEWEB = 'prepare/fineweb/prepare.py'
 
 
 class Tokenizer:
-    """One that a test needs only the numbers of."""
+    """Stand in for a tokenizer where a test makes the tokens itself."""
     spec = {'kind': 'gpt2'}
     n_vocab = 70001
     eot = 70000
@@ -35,6 +35,7 @@ class Tokenizer:
 
 
 def lines(texts):
+    """Return the contents of a .jsonl of these texts."""
     return ''.join(json.dumps({'text': text}) + '\n' for text in texts)
 
 
@@ -54,7 +55,10 @@ def as_stream(texts):
 
 
 def chunks_of(arrays, chunk=100, log=None):
-    """Return a to_tokens that hands out `chunk` tokens at a time and logs where it began."""
+    """Return a to_tokens that yields `chunk` tokens at a time, and logs (file, row) of its start.
+
+    arrays: {file: its tokens}. A row is a token.
+    """
     def to_tokens(file, row, offset):
         if log is not None:
             log.append((file, row))
@@ -66,6 +70,7 @@ def chunks_of(arrays, chunk=100, log=None):
 
 
 def stream_in(folder):
+    """Return all tokens of a data set, val.bin before train.bin."""
     return np.concatenate([np.fromfile(folder / 'val.bin', '<u4'),
                            np.fromfile(folder / 'train.bin', '<u4')])
 
@@ -84,7 +89,7 @@ def test_a_file_that_arrives_between_two_workers_is_neither_lost_nor_doubled(tmp
         _, err = run(FINEWEB, *command, *args, cwd=tmp_path, status=2)
         assert 'unfinished run with other settings or files' in err.splitlines()[-1]
 
-    # What a worker was writing when another request began is not taken for that one's.
+    # Without the new file, the first request goes on, and has nothing of the new file.
     (src / 'a.jsonl').unlink()
     run(FINEWEB, *command, '--worker=1/2', cwd=tmp_path)
     run(FINEWEB, *command, cwd=tmp_path)
@@ -92,13 +97,13 @@ def test_a_file_that_arrives_between_two_workers_is_neither_lost_nor_doubled(tmp
 
 
 def test_pieces_of_other_settings_are_never_joined(tmp_path):
-    """Also if they come when the other run has looked already."""
+    """Not even if they appear after the other run has checked what is there."""
     old = {'b': np.arange(500, dtype=np.uint32), 'd': np.arange(500, 900, dtype=np.uint32)}
     new = {'a': np.arange(1000, 1300, dtype=np.uint32)} | old
     folder = str(tmp_path / 'set')
 
     def disturbed(file, row, offset):
-        if file == 'a':  # we are at work: now the worker that began earlier, over b and d, ends
+        if file == 'a':  # while we read a, an earlier worker on b and d finishes its pieces
             parts = os.path.join(folder, 'parts')
             meta = corpus.new_meta(Tokenizer(), source={'files': list(old)})
             with corpus.Pieces(parts, meta, '0of1', start=corpus.Position()) as pieces:
@@ -108,7 +113,7 @@ def test_pieces_of_other_settings_are_never_joined(tmp_path):
     assert np.array_equal(stream_in(tmp_path / 'set'), np.concatenate([*new.values()]))
 
 
-def test_any_workers_that_were_stopped_anywhere_and_a_join_among_them_give_the_same(
+def test_any_mix_of_workers_and_joins_stopped_anywhere_gives_the_same_tokens(
         tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, 'COMMIT_TOKENS', 300)
     rng = random.Random(5)
@@ -155,7 +160,7 @@ def test_what_workers_made_is_not_made_again(tmp_path):
     assert sorted(log) == [(name, 0) for name in arrays]
 
 
-def test_a_worker_that_is_overtaken_ends_well(tmp_path):
+def test_a_worker_whose_set_another_run_finishes_returns_its_meta(tmp_path):
     arrays = {str(i): np.arange(200, dtype=np.uint32) for i in range(4)}
     folder = tmp_path / 'set'
 
@@ -183,7 +188,7 @@ def test_a_single_file_goes_on_near_where_it_was(tmp_path, monkeypatch):
             yield mark, tokens
     with pytest.raises(KeyboardInterrupt):
         corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], killed, val_tokens=10)
-    assert max(sizes) < 1.1 * 4 * 60_000  # bytes on the disk, of the result
+    assert max(sizes) < 1.1 * 4 * 60_000  # it takes no more room than the result, 4 bytes a token
 
     log = []
     corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], chunks_of(arrays, log=log),
@@ -194,7 +199,7 @@ def test_a_single_file_goes_on_near_where_it_was(tmp_path, monkeypatch):
 
 
 def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
-    """Attempt n stops at its n-th sync, rename or removal, in turn before and after it."""
+    """Attempt n is killed at its n-th sync, rename or removal, before it if n is odd."""
     monkeypatch.setattr(corpus, 'COMMIT_TOKENS', 150)
     arrays = {name: np.arange(n, n + 400, dtype=np.uint32) for n, name in enumerate('abc')}
     folder = tmp_path / 'set'
@@ -208,7 +213,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
         def call(*args, **options):
             nonlocal writes
             writes += 1
-            if writes == attempt and attempt % 2:
+            if writes == attempt and attempt % 2 == 1:
                 raise Killed
             function(*args, **options)
             if writes == attempt:
@@ -220,7 +225,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
         writes = 0
         attempt += 1
         try:
-            if attempt < 20:  # a worker leaves pieces for those that join
+            if attempt < 20:  # at first, a worker leaves pieces for the run that joins
                 corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
                                     val_tokens=100, worker='1/2')
             corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
@@ -262,7 +267,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
 
 
 def test_many_files_cost_no_rewriting(tmp_path):
-    """The state grows by a line now and then, however many files there are."""
+    """Progress is a line from time to time, however many files there are."""
     arrays = {str(i): np.arange(20, dtype=np.uint32) for i in range(3000)}
     written = []
     real_dump = json.dump

@@ -1,4 +1,4 @@
-"""What documents are read from: files as they come, hostile lines among them."""
+"""Documents are read from files of many kinds, whatever their lines hold; downloads are whole."""
 import bz2
 import dataclasses
 import gzip
@@ -37,14 +37,17 @@ TEXTS = ['He said "hi"\nand left.', 'plain text, two lines\nhere', 'naïve 漢�
 
 
 def rows_of(texts):
+    """Return the rows of a .jsonl of these texts."""
     return [{'text': text} for text in texts]
 
 
 def lines(rows):
+    """Return the contents of a .jsonl of these rows."""
     return ''.join(json.dumps(row) + '\n' for row in rows)
 
 
 def parquet(path, texts, row_group_size=5):
+    """Write a .parquet of texts, or of a pyarrow.Table."""
     table = texts if isinstance(texts, pyarrow.Table) else pyarrow.table({'text': texts})
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size, compression='none',
                                 use_dictionary=False)
@@ -59,7 +62,7 @@ def read(path, column='text', **options):
 
 
 def prepared(folder, *args, **options):
-    """Return the text of a set that is prepared in a folder, and what was said."""
+    """Prepare a data set in a folder; return (its text, what was printed)."""
     out, err = run(FINEWEB, *args, '--val_tokens=4', cwd=folder, **options)
     data = Dataset(str(folder / 'data' / 'fineweb'))
     ids = np.concatenate([data.tokens('val'), data.tokens('train')]).tolist()
@@ -85,7 +88,7 @@ def test_a_line_that_holds_no_text_is_named_and_what_came_before_is_kept(tmp_pat
     log = next(tmp_path.glob('data/fineweb/parts/*.jsonl')).read_text().splitlines()
     assert json.loads(log[-1])['position'][:2] == [0, 70]
 
-    # The same command, but for skip_bad, goes on from there.
+    # The same command with skip_bad goes on from there.
     text, said = prepared(tmp_path, '--source=mixed.jsonl', '--skip_bad=True')
     assert text == as_stream(TEXTS * 20)
     assert '1 rows that hold no text were left out' in said
@@ -120,7 +123,8 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, says):
     ({'meta': {'a': 1}}, {'meta': {'a': 1, 'b': 2}}), ({'type': 'a', 'message': 'b'}, {}),
 ])
 def test_other_columns_may_hold_what_they_like(tmp_path, early, late):
-    # A reader that takes ten megabytes at a time finds the later rows in another stretch.
+    # Over ten megabytes: a reader that takes ten at a time, and guesses the columns' types from the
+    # first, would fail at the later row.
     texts = ['word ' * 200_000] * 11 + ['end']
     rows = [{'text': text} | early for text in texts]
     rows[-1] = {'text': 'end'} | late
@@ -128,7 +132,7 @@ def test_other_columns_may_hold_what_they_like(tmp_path, early, late):
     assert read(tmp_path / 'a.jsonl') == texts
 
 
-def test_text_may_be_null_for_long_and_look_like_anything(tmp_path):
+def test_text_may_be_null_for_many_rows_and_look_like_anything(tmp_path):
     texts = [None] * 30 + ['2024-01-01', '5', 'null', '', 'true']
     rows = [{'text': text, 'rest': 'x' * 400_000} for text in texts]
     (tmp_path / 'a.jsonl').write_text(lines(rows))
@@ -154,7 +158,7 @@ HOSTILE = st.one_of(
 
 
 def expected_of(line):
-    """Return the document in a line, '' for none, or None if the line is broken."""
+    """Return the document in a line of bytes, '' if it has none, or None if the line is broken."""
     if not line.strip(b' \t\r\n\x0b\x0c'):
         return ''
     try:
@@ -191,7 +195,7 @@ def test_documents_are_those_of_json_loads_or_the_line_is_named(tmp_path_factory
     ('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress),
     ('.zst', lambda data: pyarrow.Codec('zstd').compress(data, asbytes=True)),
 ])
-def test_packed_files_are_read_and_their_share_is_no_guess(tmp_path, monkeypatch, ending, pack):
+def test_compressed_files_are_read_and_their_share_is_known(tmp_path, monkeypatch, ending, pack):
     monkeypatch.setattr(documents, 'CHUNK_CHARS', 1)
     monkeypatch.setattr(documents, 'BUFFER', 2**10)
     rng = np.random.default_rng(0)
@@ -205,7 +209,7 @@ def test_packed_files_are_read_and_their_share_is_no_guess(tmp_path, monkeypatch
     assert read(path, row=halfway.row, offset=halfway.offset) == texts[len(marks) // 2 + 1:]
 
 
-def test_byte_order_marks_are_not_text(tmp_path):
+def test_byte_order_marks_are_not_text_and_line_ends_are_newlines(tmp_path):
     (tmp_path / 'a.txt').write_bytes('\ufeffFirst word\r\nand\rmore'.encode())
     (tmp_path / 'a.jsonl').write_bytes('\ufeff{"text": "first"}\n{"text": "second"}'.encode())
     assert read(tmp_path / 'a.txt') == ['First word\nand\nmore']
@@ -267,7 +271,7 @@ def test_reading_goes_on_from_any_mark(tmp_path, monkeypatch, ending):
 
 # ---- The machine ---------------------------------------------------------------------------------
 def test_local_files_are_read_without_a_network_or_a_home(tmp_path):
-    """A server that never answers, and a HOME that cannot be written, delay and disturb nothing."""
+    """A network that is down and a HOME that cannot be written to change nothing."""
     (tmp_path / 'a.jsonl').write_text(lines(rows_of(TEXTS)))
     home = tmp_path / 'home'
     home.write_text('a file, so that no folder can be made in it')
@@ -286,8 +290,8 @@ def test_local_files_are_read_without_a_network_or_a_home(tmp_path):
 
 
 def peak_of_reading(path):
-    """Return the megabytes that a process needs to read a file."""
-    # Not getrusage's figure, which begins with the memory of the process that starts this one.
+    """Return the most memory, in MiB, that a process takes to read a file."""
+    # Not by getrusage, whose figure begins with the memory of the process that started this one.
     code = ('import sys; from prepare.documents import read_chunks\n'
             'for chunk in read_chunks(sys.argv[1], "text"): pass\n'
             'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
@@ -324,7 +328,7 @@ def test_an_error_of_the_hub_keeps_what_came_before(tmp_path):
         '    for mark, texts in documents.read_chunks(sys.argv[1], "text"):\n'
         '        n += len(texts)\n'
         'except UserError as e: print(n, mark.row, e)\n')
-    # The footer and the first blocks come, then nothing does.
+    # The footer and the first blocks arrive, then nothing does.
     hub.trouble = ['ok'] * 6 + [404] * 200
     done = subprocess.run(
         [sys.executable, '-c', code, 'hf://datasets/owner/name/a.parquet'], text=True,
@@ -339,7 +343,7 @@ def test_an_error_of_the_hub_keeps_what_came_before(tmp_path):
 
 # ---- Tokens and small sets -----------------------------------------------------------------------
 def test_a_million_white_characters_are_encoded_beside_text_that_looks_like_a_control_token():
-    """tiktoken's own pattern gives up at a million of them in a row."""
+    """tiktoken, with its own pattern, gives up at a million of them in a row."""
     need_gpt2()
     tokenizer = folio.tokenizer.load('gpt2')
     long = 'a <|endoftext|>\n' + '\n' * 1_100_000 + 'x  y\n'
@@ -351,7 +355,7 @@ def test_a_million_white_characters_are_encoded_beside_text_that_looks_like_a_co
 
 @settings(deadline=None)
 @given(st.text(alphabet=' \n\t\u00a0\u3000ab1!<|cut>endoftx\u0301漢'))
-def test_stretches_are_encoded_as_the_whole(text):
+def test_a_text_encoded_in_stretches_has_the_tokens_of_the_whole(text):
     need_gpt2()
     tokenizer = folio.tokenizer.load('gpt2')
     assert tokenizer.encode_stretches(text) == tokenizer.encode(text)
@@ -367,7 +371,7 @@ def test_half_a_surrogate_pair_does_not_stop_a_bpe(tmp_path):
     assert 'Go \ufffd.' in text
 
 
-def test_latest_is_no_test_split_and_two_files_for_one_are_refused(tmp_path):
+def test_latest_is_not_a_test_split_and_two_files_for_one_split_are_refused(tmp_path):
     for name in ('latest', 'test', 'wiki.train', 'valid'):
         (tmp_path / f'{name}.txt').write_text(f'{name} ' * 100)
     args = ['prepare/wikitext2/prepare.py', '--source=.', '--vocab_size=260']
@@ -415,7 +419,7 @@ class Server:
                 self.send_header('Content-Length', str(len(body)))
                 self.end_headers()
                 self.wfile.write(body[:server.cut])
-                if server.cut:  # from now on all of another file
+                if server.cut:  # from now on the server has the file `next`, and sends it whole
                     server.cut = None
                     server.content = server.next
 
@@ -439,7 +443,7 @@ def test_a_file_that_changes_on_the_server_is_not_joined_to_half_of_the_old_one(
     assert os.listdir(tmp_path) == ['a.txt']
 
 
-def test_a_file_that_comes_packed_unasked_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_comes_compressed_unasked_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     server = Server(heeds_if_range=True, encoding='gzip')
     server.cut = None
@@ -451,7 +455,7 @@ def test_a_file_that_comes_packed_unasked_is_refused(tmp_path, monkeypatch):
 
 # ---- Beside the data -----------------------------------------------------------------------------
 def greedy(model, ids, n):
-    """Return the n likeliest tokens after some."""
+    """Return the n tokens with which greedy decoding continues ids."""
     ids = list(ids)
     for _ in range(n):
         with torch.no_grad():
@@ -480,11 +484,12 @@ def test_a_prompt_follows_the_end_of_text_token_if_documents_did(tmp_path, is_ru
     if tokenizer.eot in new:
         new = new[:new.index(tokenizer.eot)]
     expected = tokenizer.decode_bytes(new).decode('utf-8', 'replace')
-    # A character that is not whole yet is not shown.
+    # sample.py does not show a character that is not complete yet.
     assert out.strip('\n\ufffd') == f'one two{expected}'.strip('\n\ufffd')
 
 
-def test_an_answer_that_was_cut_is_left_out_and_not_paid_for_again(tmp_path, monkeypatch, capsys):
+def test_an_answer_cut_at_the_limit_is_left_out_and_not_paid_for_again(
+        tmp_path, monkeypatch, capsys):
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

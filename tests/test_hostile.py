@@ -1,6 +1,10 @@
 """Files from strangers: whatever is in them, reading them ends in one line, and runs nothing.
 
-    python tests/test_hostile.py 300000  # so many mutated files, and what became of them
+    python tests/test_hostile.py 300000  # mutate and read this many files, and count what happens
+
+The tests begin with a whole file of each format, mutate it in many ways, and read it as a script
+would. It may be accepted or refused by a UserError, but must not raise anything else, hang, fill
+the memory, or run a command.
 """
 import collections
 import contextlib
@@ -50,6 +54,7 @@ CONFIG = {'dataset': 'book', 'seed': 1, 'dtype': 'float32', 'eval_iters': 2, 'ba
 
 
 def small_checkpoint(arch='gpt2'):
+    """Return the dictionary of a whole checkpoint of folio."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8, arch=arch))
     return {'format': 1, 'model': model.state_dict(), 'model_args': dict(vars(model.config)),
@@ -58,6 +63,7 @@ def small_checkpoint(arch='gpt2'):
 
 
 def of_nanogpt():
+    """Return the dictionary of a whole checkpoint as nanoGPT writes it."""
     checkpoint = small_checkpoint()
     args = checkpoint['model_args'] | {'vocab_size': 64}
     args = {name: args[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias',
@@ -100,7 +106,7 @@ def as_pt(checkpoint):
 
 
 def hugging_face_files(arch):
-    """Return {name: bytes} of an exported folder whose weights are in the files of an index."""
+    """Return {name: bytes} of an exported folder whose weights are in two files and an index."""
     from safetensors.torch import save
     checkpoint = small_checkpoint(arch)
     config = GPTConfig(**checkpoint['model_args'])
@@ -214,7 +220,7 @@ FORMATS = {
 
 
 def contents(value, name):
-    """Return the bytes of a file: of a value that is written as JSON, lines of it, or by torch."""
+    """Return the bytes of a file that holds a value: JSON, lines of JSON, or what torch writes."""
     if isinstance(value, bytes):
         return value
     if name.endswith('.pt'):
@@ -224,7 +230,7 @@ def contents(value, name):
 
 # ---- Mutations -----------------------------------------------------------------------------------
 class Planted:
-    """What would run a command if it were unpickled."""
+    """Run a command when it is unpickled, unless the reader refuses."""
 
     def __reduce__(self):
         return os.system, ('true planted',)
@@ -241,6 +247,7 @@ TENSORS = [torch.zeros(()), torch.zeros(1).expand(10**9), torch.zeros(1, 1).expa
 
 
 def nested(depth):
+    """Return an empty tuple in a tuple in a tuple …: to hash a deep one overflows the stack."""
     value = ()
     for _ in range(depth):
         value = (value,)
@@ -248,7 +255,10 @@ def nested(depth):
 
 
 def mutate_value(value, draw, more=()):
-    """Change one place in a tree of dictionaries and lists."""
+    """Return a tree of dictionaries and lists with a change in one place.
+
+    draw: a random.Random. more: further values to put there, besides VALUES.
+    """
     value = copy.copy(value)
     is_tree = isinstance(value, (dict, list)) and len(value) > 0
     if not is_tree or draw.random() < 0.1:
@@ -267,7 +277,7 @@ def mutate_value(value, draw, more=()):
 
 
 def mutate_bytes(data, draw):
-    """Change, cut, repeat or fill in some bytes."""
+    """Return data with some bytes changed, cut, repeated or inserted."""
     data = bytearray(data)
     for _ in range(draw.choice([1, 1, 2, 8])):
         place = draw.randrange(len(data) + 1)
@@ -291,7 +301,10 @@ def mutate_bytes(data, draw):
 
 
 def mutate_pickle(data, draw):
-    """Change the pickle within a .pt, and write the sums of the changed one."""
+    """Return a .pt with a change in its pickle.
+
+    Its checksums are those of the changed pickle, or every change would be refused for them alone.
+    """
     archive = zipfile.ZipFile(io.BytesIO(data))
     file = io.BytesIO()
     compression = draw.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])
@@ -307,7 +320,10 @@ def mutate_pickle(data, draw):
 
 
 def mutate(value, whole, name, draw):
-    """Return the bytes of a file that is like the whole one, but for some change."""
+    """Return the bytes of a mutated file.
+
+    value: what is in the whole file, whole: its bytes, name: its name, which says how to mutate it.
+    """
     if draw.random() < 0.02:
         return draw.choice(TEXTS)
     if name.endswith('.pt'):
@@ -333,7 +349,7 @@ def mutate(value, whole, name, draw):
 
 
 def mutate_header(data, draw):
-    """Change the header of a .safetensors file, which is JSON behind its length."""
+    """Return a .safetensors file with a change in its header, which is its length and then JSON."""
     n = int.from_bytes(data[:8], 'little')
     header = as_json(mutate_value(json.loads(data[8:8 + n]), draw))
     return len(header).to_bytes(8, 'little') + header + data[8 + n:]
@@ -342,20 +358,21 @@ def mutate_header(data, draw):
 # ---- The campaign --------------------------------------------------------------------------------
 EVENTS = {'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'socket.connect',
           'os.remove', 'os.rename', 'shutil.rmtree'}
-executed = []  # those of EVENTS that happened while a file was read
+executed = []  # (event, arguments) of those that happened while a file was read
 is_reading = False
 
 
 def watch(event, arguments):
+    """Note the events that a file must not cause. Python calls this for each of its own events."""
     if is_reading and event in EVENTS:
         executed.append((event, arguments))
 
 
-sys.addaudithook(watch)
+sys.addaudithook(watch)  # for good: Python can remove no such hook, hence is_reading
 
 
 class Hang(BaseException):
-    """The file is still being read after SECONDS."""
+    """The file is still being read after SECONDS. Not an Exception, which readers may catch."""
 
 
 def on_alarm(number, frame):
@@ -363,7 +380,7 @@ def on_alarm(number, frame):
 
 
 def attempt(read, folder):
-    """Return what became of a file: accepted, refused, hang or traceback, and a text about it."""
+    """Read a file; return (accepted, refused, hang or traceback; a text about it)."""
     global is_reading
     is_reading = True
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -382,7 +399,7 @@ def attempt(read, folder):
 
 
 def campaign(name, n, seed):
-    """Return (Counter of what became of n mutated files of a format, texts about the bad ones)."""
+    """Return (Counter of the outcomes of n mutated files of a format, texts about the bad ones)."""
     read, values, mutated = FORMATS[name]
     whole = {file: contents(value, file) for file, value in values.items()}
     draw = random.Random(f'{name} {seed}')
@@ -406,19 +423,19 @@ def campaign(name, n, seed):
 
 
 def peak_memory():
-    """Return the most memory that this process has had so far, in bytes."""
+    """Return the most memory that this process has taken so far, in bytes."""
     resource = pytest.importorskip('resource')  # Windows lacks it
     unit = 1 if sys.platform == 'darwin' else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-@pytest.mark.filterwarnings('ignore')  # of torch, about what it then refuses
+@pytest.mark.filterwarnings('ignore')  # torch warns of some files before it refuses them
 @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='Windows has no such alarm')
 @pytest.mark.parametrize('name', FORMATS)
 def test_a_file_from_a_stranger_ends_in_one_line(name):
     executed.clear()
     memory = peak_memory()
-    n = 800 if name.endswith('checkpoint') else 1500  # those take longer
+    n = 800 if name.endswith('checkpoint') else 1500  # checkpoints take longer
     counts, bad = campaign(name, n, seed=1)
     assert not bad, bad[0]
     assert not executed
@@ -428,7 +445,10 @@ def test_a_file_from_a_stranger_ends_in_one_line(name):
 
 # ---- Small files that took all memory, hung or crashed -------------------------------------------
 def refused(read, folder, **files):
-    """Return the one line with which files are refused, soon and without much memory."""
+    """Write files, and return the one line with which they are refused, soon and in little memory.
+
+    files: contents by name, in which __ stands for a dot.
+    """
     for name, value in files.items():
         name = name.replace('__', '.')
         (folder / name).write_bytes(contents(value, name))
@@ -533,7 +553,7 @@ def test_tokens_are_of_two_types_and_no_other(tmp_path, dtype):
     assert 'its dtype is' in refused(read_data, tmp_path, meta__json=described, **files)
     del described['splits']
     assert 'its dtype is' in refused(read_data, tmp_path, meta__json=described, **files)
-    # prepare reads the same file
+    # The prepare scripts read the same file.
     assert 'its dtype is' in refused(read_progress, tmp_path, meta__json=described)
 
 
@@ -607,7 +627,7 @@ def test_a_checkpoint_names_data_under_data_only(tmp_path, monkeypatch):
     monkeypatch.setattr(folio.checkpoint, 'Dataset', opened.append)
     for name in (str(tmp_path / 'outside'), '../outside', '../data/../outside'):
         checkpoint = of_nanogpt() | {'config': {'dataset': name}}
-        with contextlib.suppress(UserError):  # 64 tokens are not GPT-2's, if that can be had at all
+        with contextlib.suppress(UserError):  # GPT-2's does not fit 64 tokens, or cannot be had
             folio.checkpoint.tokenizer_of(checkpoint)
     assert not opened
 
@@ -624,7 +644,7 @@ def test_what_a_file_says_is_shown_as_one_line_that_no_terminal_obeys(tmp_path, 
     assert err.endswith('\n') and err[:-1].isprintable() and 'a\\n\\x1b]52' in err
 
 
-def test_what_a_log_says_is_no_html_in_the_report():
+def test_what_a_log_says_is_not_html_in_the_report():
     hostile = 'x\n\n<img src=http://evil.example/t.png> | y\x1b[2J'
     shown = report.table(['run'], [[hostile]]) + report.plain(hostile) + report.fenced(hostile)
     outside = re.sub('(?s)~~~+text.*~~~+', '', shown)
