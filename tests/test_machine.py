@@ -35,3 +35,7 @@ def test_blocks_that_are_computed_again_keep_their_inputs_and_one_block_its_acti
     _, recomputed = expected('adamw', batch_size=4, recomputes=True)
     n_numbers = 4 * 32 * 32  # of the stream: tokens times channels
     assert kept - recomputed == n_numbers * (144 * 2 - (4 * 2 + 3 * 144))
+
+
+def test_a_processor_has_a_name():
+    assert Machine('cpu', 'float32').name

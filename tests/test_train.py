@@ -211,6 +211,10 @@ def test_the_log_has_a_line_for_each_log_interval(longer):
     assert [entry['iter'] for entry in steps] == list(range(0, 60, 5))
     assert all(entry['tokens'] == (entry['iter'] + 1) * 4 * 32 for entry in steps)
     assert all(entry['tokens'] == entry['iter'] * 4 * 32 for entry in evaluations(longer))
+    for before, entry in zip(steps, steps[1:]):
+        seconds = entry['train_seconds'] - before['train_seconds']
+        n_tokens = entry['tokens'] - before['tokens']
+        assert entry['tokens_per_second'] == pytest.approx(n_tokens / seconds)
 
 
 def test_the_learning_rate_rises_and_falls(longer):
