@@ -211,6 +211,7 @@ if init_from == 'resume':
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
     train_seconds = checkpoint.get('train_seconds', 0.0)
+    print0(f'going on at step {first_iter}, from {ckpt_path}')
     if first_iter > max_iters:
         raise UserError(f'{ckpt_path} is at step {first_iter} already; to go on, give a higher '
                         '--max_iters')
@@ -595,7 +596,7 @@ for iter_num in range(first_iter, max_iters + 1):
         logged_seconds = seconds
         log_step(iter_num, loss, norm.item(), step_seconds, to_go)
     elif is_tenth:
-        print0(f'ten steps done: {to_go} to go')
+        print0(f'iter {iter_num}: {to_go} to go')
 
 # ---- The end -------------------------------------------------------------------------------------
 if stopping:

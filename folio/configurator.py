@@ -59,7 +59,8 @@ def configure(namespace, argv=None):
             continue
         key, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
-            raise UserError(f'{arg}: a setting is written --key=value (--help lists them), '
+            form = f'--{key}=value' if key in defaults else '--key=value'
+            raise UserError(f'{arg}: a setting is written {form} (--help lists them), '
                             'a config file name.py')
         value = parse(text, defaults.get(key, ''))
         overrides[key] = checked(key, value, defaults, 'on the command line')

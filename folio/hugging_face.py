@@ -224,7 +224,8 @@ def download_openai(name):
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # it would print a line for each of its own attempts
     repository = f'openai-community/{name}'
-    with hub_errors(f'could not download {name}'):
+    remedy = 'check the network, or give --init_from=a folder that has its files'
+    with hub_errors(f'could not download {name}', remedy):
         was_cached = try_to_load_from_cache(repository, 'model.safetensors')
         path = download_model(repository)
     # The hub's cache keeps a file under its SHA-256, with a link to it under its name.
