@@ -233,9 +233,9 @@ def compare_learning(s, files):
             print(f'{name} is left out: pip install {name}')
             del learners[name]
 
-    # Each takes all cores that it may use: under `taskset -c 0` they are compared on one.
-    calls = [functools.partial(folio.tokenizer.train_bpe, corpus, BPE_SIZE,
-                               documents.map_on_all_cores)]
+    # Ours counts in this process: those of a pool would import this script, and torch with it. The
+    # others take all cores that they may use; `taskset -c 0` in front compares them on one.
+    calls = [functools.partial(folio.tokenizer.train_bpe, corpus, BPE_SIZE)]
     for learn in learners.values():
         calls.append(functools.partial(learn, corpus))
     our_seconds, *their_seconds = time_in_turn(no_wait, s.rounds, *calls)
