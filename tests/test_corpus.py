@@ -238,6 +238,7 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
     assert sorted(os.listdir(folder)) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     need_gpt2()
     (tmp_path / 'a.jsonl').write_text(lines(texts_of('a', n=1500)))
@@ -320,6 +321,7 @@ def parquet_bytes(texts):
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_the_commit_of_the_first_run_is_read_by_all_that_follow(tmp_path, monkeypatch):
     need_gpt2()
     texts = texts_of('a')

@@ -93,8 +93,8 @@ def test_two_processes_give_the_losses_of_one(book, one_process):
     assert_close(losses(book), one_process(*options), options)
 
 
-@pytest.mark.parametrize('options', [
-    pytest.param(SINGLE, marks=pytest.mark.slow), ACCUMULATED], ids=['single', 'accumulated'])
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [SINGLE, ACCUMULATED], ids=['single', 'accumulated'])
 def test_two_processes_with_adamw_give_the_losses_of_one(book, one_process, options):
     torchrun(*options, cwd=book)
     assert_close(losses(book), one_process(*options), options)

@@ -301,6 +301,7 @@ def peak_of_reading(path):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.slow
 @pytest.mark.parametrize('row_group_size', [200, 10**6], ids=['many groups', 'one group'])
 def test_memory_does_not_grow_with_a_parquet_file(tmp_path, row_group_size):
     rng = np.random.default_rng(0)

@@ -435,7 +435,7 @@ def peak_memory():
 def test_a_file_from_a_stranger_ends_in_one_line(name):
     executed.clear()
     memory = peak_memory()
-    n = 800 if name.endswith('checkpoint') else 1500  # checkpoints take longer
+    n = 500 if name.endswith('checkpoint') else 1000  # checkpoints take longer
     counts, bad = campaign(name, n, seed=1)
     assert not bad, bad[0]
     assert not executed

@@ -28,7 +28,7 @@ def refused(script, *args, cwd, **options):
     pytest.param('hellaswag.py', marks=pytest.mark.slow)])
 def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     _, err = run_process(script, '--dataset', cwd=tmp_path, status=2)
-    assert '--dataset: a setting is written --dataset=value' in the_line(err)
+    assert '--dataset: a setting is written --' in the_line(err)
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_a_restart_by_torchrun_goes_on(book):
     assert not (book / 'out' / 'previous-1').exists()
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_does_not_go_on_with_an_older_run(book):
     """Its first start died before the older run was moved away."""
     run('train.py', *FAST, cwd=book)
@@ -393,6 +394,7 @@ def test_no_more_than_usual_is_no_spike():
     assert not is_spike(float('inf'), norms)  # an overflow of float16, whose scaler sees to it
 
 
+@pytest.mark.slow
 def test_spikes_are_skipped_in_float16_too(book):
     """Its first gradients overflow, as the scale begins too high, and measure nothing."""
     plant = '''
@@ -661,7 +663,8 @@ def follow_advice(printed, cwd, *more):
     return done.stdout
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [
+    signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_prints_a_command_that_goes_on(book, number):
     process = start(
         *FAST, '--max_iters=100000', '--eval_interval=100000', '--init_from=auto', cwd=book
