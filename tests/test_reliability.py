@@ -247,6 +247,7 @@ def test_the_working_folder_may_be_the_out_dir(book):
     assert load(book, 'ckpt.pt')['iter_num'] == 5
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on(book):
     run('train.py', *FAST, '--max_iters=5', cwd=book)
     restart = os.environ | {'TORCHELASTIC_RESTART_COUNT': '1'}
@@ -679,6 +680,7 @@ def test_a_signal_saves_and_prints_a_command_that_goes_on(book, number):
     assert f'iter {step}:' in out and f'iter {step - 1}:' not in out
 
 
+@pytest.mark.slow
 def test_nohup_outlives_its_terminal(book):
     process = subprocess.Popen(
         ['nohup', sys.executable, str(ROOT / 'train.py'), *FAST, '--max_iters=100'],
