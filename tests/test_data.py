@@ -60,10 +60,10 @@ def test_targets_are_the_next_tokens_and_masked_ones_are_left_out():
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
 @pytest.mark.parametrize('world_size', [1, 2])
-@pytest.mark.parametrize('n_windows, n_targets', [(0, 98), (5, 40)])
-def test_evaluation_counts_each_token_once_whatever_the_batch(batch_size, world_size, n_windows,
-                                                              n_targets):
-    tokens = np.arange(99, dtype='<u2')
+@pytest.mark.parametrize('n_tokens, n_windows, n_targets', [(99, 0, 98), (99, 5, 40), (98, 0, 97)])
+def test_evaluation_counts_each_token_once_whatever_the_batch(batch_size, world_size, n_tokens,
+                                                              n_windows, n_targets):
+    tokens = np.arange(n_tokens, dtype='<u2')
     found = []
     for rank in range(world_size):
         for idx_BT, targets_BT in eval_batches(tokens, None, 8, batch_size=batch_size,
