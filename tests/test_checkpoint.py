@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from folio import checkpoint
+from folio import checkpoint, hugging_face
 from folio.configurator import UserError
 from model import GPT, GPTConfig
 
@@ -329,3 +329,16 @@ def test_modern_has_the_shape_of_nanochat(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits,
                                    atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('change, unsupported', [
+    ({}, []),
+    ({'rope_parameters': None, 'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}},
+     ['rope_parameters']),
+    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e5}}, ['rope_parameters']),
+])
+def test_rotary_embeddings_of_another_kind_are_not_supported(change, unsupported):
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8, arch='modern')
+    hf, _ = hugging_face.to_hugging_face(config, GPT(config).state_dict(), eot=None)
+    model_args = dataclasses.asdict(config)
+    assert hugging_face.unsupported_settings(hf | change, 'nanochat', model_args) == unsupported
