@@ -88,7 +88,7 @@ fsdp = False  # divide parameters and optimizer among the processes, for models 
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
 compile = 'auto'  # True, False; auto: on a GPU
-activation_checkpointing = False  # compute activations twice: less memory, a third more time
+activation_checkpointing = False  # less memory: compute activations twice, a third more work
 deterministic = False  # on a GPU: slower kernels that give the same bits each time
 config = configure(globals())
 

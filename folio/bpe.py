@@ -3,9 +3,9 @@ Learn a byte-level BPE, in plain Python: count the pieces of a text, then make m
     python -c "from folio import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2}, n_merges=3))"
 
 learn_merges_slowly is the algorithm to read, learn_merges the one to use: its merges are the same.
-31,743 merges from 30 MB of textbooks take 4.0 s on one core, half of that to count, and 3.5 s on
-two, if processes share the counting: see count_pieces. Hugging Face's tokenizers takes 3.9 s on two
-and a third more than ours on one (an Intel Xeon, medians of three, 2026-11-25).
+31,743 merges from 30 MB of textbooks take 4.0 s in one process, half of that to count, and 3.5 s if
+processes share the counting, which count_pieces allows. Hugging Face's tokenizers takes 3.9 s (two
+cores of an Intel Xeon, medians of three, 2026-11-25).
 """
 import collections
 import functools

@@ -59,7 +59,7 @@ def recompute_blocks(model):
     """Make a model keep only the inputs of its blocks for the backward pass; return the model.
 
     It is changed in place. The backward pass computes the rest of each block again (Chen et al.
-    2016): the same numbers, in a third more time and much less memory.
+    2016): the same numbers, with a third more arithmetic and much less memory.
     """
     for block in model.transformer.h:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -365,3 +365,15 @@ def test_openwebtext_is_the_sets_own_parquet_files(tmp_path):
         env=os.environ | hub.environment(tmp_path / 'hub'))
     hub.server.shutdown()
     assert decoded(tmp_path, 'openwebtext') == as_stream(texts)
+
+
+def test_a_large_vocabulary_and_an_empty_file_do_not_upset_the_count(tmp_path):
+    arrays = {
+        'a': np.array([70000, 1, 2, 69999] * 50, np.uint32),
+        'b': np.array([70000, 5] * 30, np.uint32),
+        'empty': np.array([], np.uint32),
+    }
+    folder = tmp_path / 'set'
+    corpus.write_corpus(str(folder), Tokenizer(), ['a', 'empty', 'b', 'empty'], chunks_of(arrays),
+                        val_tokens=10)
+    assert np.array_equal(stream_in(folder), np.concatenate([arrays['a'], arrays['b']]))

@@ -16,8 +16,6 @@ from conftest import ROOT, run, shared
 from folio.data import Dataset
 from hub import Hub
 from folio.lock import only_one
-from prepare.corpus import write_corpus
-from prepare.documents import Mark
 
 HARD = ['plain', ' \n\n  spaces \t\n', '<|endoftext|>', 'a<|endoftext|>b', '<|endoftext|',
         '🙂‍↔️ naïve Ünïcode 漢字',
@@ -141,31 +139,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     small = peak_memory(tmp_path, n_texts=150)
     large = peak_memory(tmp_path, n_texts=600)
     assert large - small < 60, (small, large)
-
-
-def test_a_large_vocabulary_and_an_empty_file_do_not_upset_the_count(tmp_path):
-    class Tokenizer:
-        spec = {'kind': 'gpt2'}
-        n_vocab = 70001
-        eot = 70000
-
-        def decode_bytes(self, ids):
-            return b'abc'
-    arrays = {
-        'a': np.array([70000, 1, 2, 69999] * 50, np.uint32),
-        'b': np.array([70000, 5] * 30, np.uint32),
-        'empty': np.array([], np.uint32),
-    }
-
-    def to_tokens(name, row, offset):
-        yield Mark(row=1, share=1.0), arrays[name]
-
-    folder = tmp_path / 'set'
-    files = ['a', 'empty', 'b', 'empty']
-    write_corpus(str(folder), Tokenizer(), files, to_tokens, val_tokens=10)
-    tokens = np.concatenate([np.fromfile(folder / 'val.bin', '<u4'),
-                             np.fromfile(folder / 'train.bin', '<u4')])
-    assert np.array_equal(tokens, np.concatenate([arrays['a'], arrays['b']]))
 
 
 @pytest.mark.parametrize('ending', ['parquet', 'jsonl', 'txt', 'jsonl.gz'])
