@@ -108,9 +108,9 @@ def median_seconds(function, times, wait):
 
 
 # ---- What is measured ----------------------------------------------------------------------------
-def one_process(s):
+def one_process(s, trains=False):
     """Return the Machine of the settings. Raises UserError under torchrun."""
-    machine = Machine(s.device, s.dtype)
+    machine = Machine(s.device, s.dtype, trains)
     if machine.world_size > 1:
         raise UserError('speed is measured in one process, without torchrun; for several, train.py '
                         'logs their tokens/s')
@@ -313,7 +313,7 @@ def main():
     s = read_settings(globals(), ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch'))
     if s.quantize not in ('', 'int8'):
         raise UserError(f'quantize is {s.quantize!r}; it may be int8')
-    machine = one_process(s)
+    machine = one_process(s, trains=True)
     model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)
     if s.activation_checkpointing:
@@ -324,7 +324,8 @@ def main():
         quantize_model(s, machine, model, tokens)
     else:
         measure_training(s, machine, model, tokens)
-    measure_text(s, machine, model, tokens)
+    # What train.py trains in bfloat16 on a CPU, sample.py uses in float32.
+    measure_text(s, one_process(s), model, tokens)
     if s.json:
         write_metrics(s.json, machine)
 

@@ -86,7 +86,7 @@ min_lr = 6e-5  # where the learning rate ends
 backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
 fsdp = False  # divide parameters and optimizer among the processes, for models that do not fit
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where a GPU has it
+dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where that is fast
 compile = 'auto'  # True, False; auto: on a GPU
 activation_checkpointing = False  # less memory: compute activations twice, a third more work
 deterministic = False  # on a GPU: slower kernels that give the same bits each time
@@ -109,7 +109,7 @@ if wandb_log:
         raise UserError('wandb_log needs a package: pip install wandb') from None
 
 # Under torchrun this script runs once for each GPU, told apart by rank; rank 0 does the talking.
-machine = Machine(device, dtype)
+machine = Machine(device, dtype, trains=True)
 device = machine.device  # under torchrun each process has its own
 rank = machine.rank
 world_size = machine.world_size
@@ -247,13 +247,8 @@ if world_size > 1 and not fsdp:
     loss.backward()
     model.zero_grad(set_to_none=True)
 n_parameters = sum(p.numel() for p in model.parameters())
-n_tokens = (max_iters - first_iter) * tokens_per_step
-memory = machine.expected_memory(model, optimizers, batch_size, activation_checkpointing)
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens')
-print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
-       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**20:,.0f} MiB of memory '
-       f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 if eval_only:
     for split in data.splits():
@@ -265,6 +260,12 @@ if eval_only:
                            n_windows=n_windows, machine=machine)
         print0(f'{split}: ' + ', '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     sys.exit()
+
+n_tokens = (max_iters - first_iter) * tokens_per_step
+memory = machine.expected_memory(model, optimizers, batch_size, activation_checkpointing)
+print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
+       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**20:,.0f} MiB of memory '
+       f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 # Load now what later steps need, so that the run stops here if something is missing.
 if hellaswag_interval > 0:

@@ -18,9 +18,9 @@ if device == 'cpu':
     n_layer, n_head, n_embd = 4, 4, 128
     batch_size = 8
     learning_rate = 8e-3
-    max_iters = lr_decay_iters = 400
-    warmup_iters, cooldown_iters = 20, 280
-    eval_interval, log_interval = 100, 20
+    max_iters = lr_decay_iters = 560
+    warmup_iters, cooldown_iters = 20, 392
+    eval_interval, log_interval = 140, 20
 else:
     n_layer, n_head, n_embd = 6, 6, 384
     dropout = 0.2

@@ -4,6 +4,7 @@
 out_dir = 'out/book_nanogpt'
 dataset = 'book'
 device = 'cpu'
+dtype = 'float32'  # as nanoGPT does on a CPU
 compile = False
 eval_interval = 250
 eval_iters = 0  # the whole validation split

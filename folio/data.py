@@ -232,7 +232,7 @@ def prepare_command(name):
         for folder in ('prepare', 'extras'):
             if os.path.isfile(os.path.join(ROOT, folder, script, 'prepare.py')):
                 return f'python {folder}/{script}/prepare.py'
-    return f'python prepare/book/prepare.py --dataset={name}'
+    return f'python prepare/book/prepare.py --book=my.txt --dataset={name}'
 
 
 def similar_data_set(name):

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from folio.configurator import UserError
+from folio.machine import CPU_HAS_BFLOAT16
 from model import GPT, LOGIT_CAP, CausalSelfAttention, can_see
 
 
@@ -269,7 +270,6 @@ def float32_product(a, b):
 
 # ---- Weights of 8 bits ---------------------------------------------------------------------------
 FEW_ROWS = 4  # rows of input; int8_product reads all weights once for every four of them
-MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 class Int8Linear(nn.Module):
@@ -291,7 +291,7 @@ class Int8Linear(nn.Module):
         weight_NC = (weight_NC / scale_N1.float()).round()
         self.register_buffer('weight', weight_NC.to(torch.int8))
         self.register_buffer('scale', scale_N1[:, 0])
-        wide = torch.bfloat16 if MULTIPLIES_BFLOAT16 else torch.float32
+        wide = torch.bfloat16 if CPU_HAS_BFLOAT16 else torch.float32
         # Integers up to 127 are exact in either format.
         self.register_buffer('wide_weight', weight_NC.to(wide))
         self.bias = layer.bias

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from folio.configurator import UserError
+from folio.machine import CPU_HAS_BFLOAT16
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'trapezoid')
-CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
@@ -200,7 +200,7 @@ def orthogonalize(G, steps=5):
 
 def product_dtype(G):
     """Return bfloat16 for a device that multiplies in it, float32 for one that emulates it."""
-    has_bf16 = G.is_cpu and CPU_HAS_BF16
+    has_bf16 = G.is_cpu and CPU_HAS_BFLOAT16
     if G.is_cuda:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32

@@ -159,7 +159,7 @@ def test_a_damaged_data_set_is_refused_with_the_prepare_command(tmp_path, file, 
 
 
 @pytest.mark.parametrize('name, says', [
-    ('novel', 'prepare/book/prepare.py --dataset=novel'),
+    ('novel', 'prepare/book/prepare.py --book=my.txt --dataset=novel'),
     ('fineweb', 'python prepare/fineweb/prepare.py'),
     ('fineweb_small', 'python prepare/fineweb/prepare.py'),
     ('fineweeb', 'did you mean --dataset=fineweb?'),

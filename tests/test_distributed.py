@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT, TINY, run
 from folio import checkpoint
-from folio.optim import CPU_HAS_BF16
+from folio.machine import CPU_HAS_BFLOAT16
 
 SHORT = ['--log_interval=1', '--max_iters=12', '--eval_interval=6']
 SINGLE = ['--gradient_accumulation_steps=2', '--batch_size=4', *SHORT]
@@ -62,7 +62,7 @@ def assert_close(ours, theirs, options):
     # Muon's products may be in bfloat16, where a last digit of the gradient can turn one of the
     # update.
     tolerance = 1e-5
-    if CPU_HAS_BF16 and '--optimizer=muon' in options:
+    if CPU_HAS_BFLOAT16 and '--optimizer=muon' in options:
         tolerance = 2e-4
     assert [step for step, _, _ in ours] == [step for step, _, _ in theirs]
     for (step, *a), (_, *b) in zip(ours, theirs):

@@ -1,4 +1,7 @@
-"""The machine a script runs on: what training will take of its memory."""
+"""The machine a script runs on: its number format, and what training will take of its memory."""
+import pytest
+
+from folio import machine as folio_machine
 from folio.machine import Machine
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
@@ -39,3 +42,13 @@ def test_blocks_that_are_computed_again_keep_their_inputs_and_one_block_its_acti
 
 def test_a_processor_has_a_name():
     assert Machine('cpu', 'float32').name
+
+
+# ---- The number format ---------------------------------------------------------------------------
+@pytest.mark.parametrize('has_it, trains, expected', [
+    (True, True, 'bfloat16'), (True, False, 'float32'), (False, True, 'float32')])
+def test_on_a_cpu_auto_is_bfloat16_only_to_train_and_only_where_it_is_fast(
+        has_it, trains, expected, monkeypatch):
+    monkeypatch.setattr(folio_machine, 'CPU_HAS_BFLOAT16', has_it)
+    assert Machine('cpu', 'auto', trains).dtype == expected
+    assert Machine('cpu', 'float32', trains).dtype == 'float32'

@@ -36,7 +36,7 @@ def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     ('--n_lyer=2', 'did you mean n_layer?'),
     ('--n_layer=two', 'takes int'),
     ('config/no.py', 'no config file'),
-    ('--dataset=novel', 'prepare/book/prepare.py --dataset=novel'),
+    ('--dataset=novel', 'prepare/book/prepare.py --book=my.txt --dataset=novel'),
     ('--init_from=resume', 'no checkpoint out/ckpt.pt'),
     ('--init_from=missing.pt', 'no checkpoint missing.pt'),
     ('--init_from=missing', 'not a Hugging Face folder'),
@@ -202,6 +202,7 @@ def test_gutenberg_needs_a_number(tmp_path):
     ('--repetition_penalty=0', 'above 0'),
     ('--out_dir=empty', 'no checkpoint empty/ckpt.pt'),
     ('--quantize=int4', 'int8'),
+    ('--lookup=True', '--strategy=greedy'),
     ('--temprature=1', 'did you mean temperature'),
 ])
 def test_prompts_and_settings_that_cannot_be_sampled(trained_once, arg, says):
