@@ -14,6 +14,7 @@ from folio.machine import CPU_HAS_BFLOAT16
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'trapezoid')
+LARGE = 2**16  # numbers in a matrix that a CPU orthogonalises faster alone than in a batch
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
@@ -121,7 +122,11 @@ class Muon(torch.optim.Optimizer):
             for p, n in zip(group['params'], group['n_matrices']):
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
-                self.step_alike(params, height, width, group)
+                n_together = len(params)
+                if params[0].is_cpu and height * width > LARGE and n_processes() == 1:
+                    n_together = 1  # on a CPU a batch of large matrices is only a large copy
+                for first in range(0, len(params), n_together):
+                    self.step_alike(params[first:first + n_together], height, width, group)
 
     def step_alike(self, params, height, width, group):
         """Step parameters whose matrices, stacked by rows, all have the shape (height, width)."""
@@ -152,14 +157,18 @@ class Muon(torch.optim.Optimizer):
         return state['momentum']
 
 
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def orthogonalize_shared(matrices):
     """Return each of a batch of matrices (b, m, n) orthogonalised.
 
     Each process does its share of the batch, and all get the results of all.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    world_size = n_processes()
     if world_size == 1:
-        if matrices.is_cpu and matrices[0].numel() > 2**16:
+        if matrices.is_cpu and matrices[0].numel() > LARGE:
             # On a CPU large matrices are faster one by one than as a batch.
             return torch.stack([orthogonalize(matrix) for matrix in matrices])
         return orthogonalize(matrices)
