@@ -313,6 +313,8 @@ def main():
     s = read_settings(globals(), ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch'))
     if s.quantize not in ('', 'int8'):
         raise UserError(f'quantize is {s.quantize!r}; it may be int8')
+    if s.quantize:
+        fast.ask_for_huge_pages()
     machine = one_process(s, trains=True)
     model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)

@@ -14,6 +14,8 @@ import torch
 from folio.configurator import UserError
 
 STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
+# After how many tokens that occurred before, how many are drafted; see generate_by_lookup
+DRAFTS = {3: 8, 2: 3, 1: 1}
 
 
 def send(tensor, device):
@@ -70,7 +72,8 @@ class KVCache:
             dtype = k_BHTD.dtype
             if torch.is_autocast_enabled(self.device.type):
                 dtype = torch.get_autocast_dtype(self.device.type)
-            self.kv = k_BHTD.new_zeros(self.shape, dtype=dtype)
+            # Uninitialised, so that slots take no memory before they are used
+            self.kv = k_BHTD.new_empty(self.shape, dtype=dtype)
         keys_BHSD, values_BHSD = self.kv[layer]
         keys_BHSD[:, :, self.begin:self.length] = k_BHTD
         values_BHSD[:, :, self.begin:self.length] = v_BHTD
@@ -100,6 +103,8 @@ class StaticKVCache:
         # One tensor for each layer's keys and one for its values: a compiled write into a part of a
         # larger tensor would copy all of it.
         self.kv = [[part.clone() for part in layer] for layer in cache.kv]
+        for part in sum(self.kv, []):
+            part[:, :, cache.length:] = 0  # hidden, but a NaN in there would still show
         for part in [self.length, *sum(self.kv, [])]:
             # CUDA graphs may then write into it in place, instead of into a copy.
             torch._dynamo.mark_static_address(part, guard=False)
@@ -128,9 +133,10 @@ def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=
     generator: a torch.Generator for the noise; None: torch's own. Raises UserError for a value
     outside its range.
     """
-    logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
+    check_sampling(strategy, temperature, top_k, top_p, min_p)
     if strategy == 'greedy' or temperature == 0:
         return logits_BV.argmax(dim=-1)
+    logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
     # If each p_i is divided by exponential noise, token i has the largest quotient with probability
     # p_i. Unlike torch.multinomial, this never makes the CPU wait for the GPU.
     noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
@@ -280,6 +286,66 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
         model.train(was_training)
 
 
+@torch.no_grad()
+def generate_by_lookup(model, prompt, max_new_tokens):
+    """Continue a prompt, a list of token ids, greedily: yield one (1,) tensor per token.
+
+    The text is that of generate with strategy='greedy', sooner where it repeats itself, as code and
+    lists do. What followed when the last tokens occurred before is taken as a draft. The model
+    reads all of it in one pass, and as much of it stays as the model would have written itself
+    (prompt lookup, Saxena 2023). Raises UserError for an empty prompt.
+    """
+    if not prompt:
+        raise UserError('a prompt must have at least one token')
+    limit = model.config.block_size
+    tokens = []
+    went_on = {}  # {tokens: where the text went on after them, the last time}
+
+    def add(token):
+        """Append a token; return a draft of what follows, a list of token ids."""
+        tokens.append(token)
+        draft = []
+        for n_last, n_draft in DRAFTS.items():
+            last = tuple(tokens[-n_last:])
+            begin = went_on.get(last)
+            if not draft and begin is not None:
+                draft = tokens[begin:begin + n_draft]
+                # If these are the last tokens of all, the text may go on repeating them.
+                draft = (draft * n_draft)[:n_draft]
+            went_on[last] = len(tokens)
+        return draft
+
+    for token in prompt:
+        draft = add(token)
+    n_total = len(prompt) + max_new_tokens
+    start = 0  # the model sees tokens[start:]
+    cache = None
+    was_training = model.training
+    model.eval()
+    try:
+        while len(tokens) < n_total:
+            if cache is None or len(tokens) - start > limit:
+                start = truncated_start(start, len(tokens), limit)
+                cache = KVCache(model, batch_size=1)
+                draft = []  # a pass that reads the whole text computes no other logits
+            room = min(start + limit, n_total - 1) - len(tokens)
+            draft = draft[:room]
+            unread = tokens[start + cache.length:]
+            idx_BT = send(torch.tensor([unread + draft]), cache.device)
+            logits_BTV, _ = model.forward(idx_BT, all_logits=len(draft) > 0, cache=cache)
+            # What the model writes after the text, and after each token of the draft
+            likeliest = logits_BTV[0].argmax(dim=-1).tolist()
+            n_right = 0
+            while n_right < len(draft) and draft[n_right] == likeliest[n_right]:
+                n_right += 1
+            cache.length -= len(draft) - n_right  # the rest of the draft will be overwritten
+            for token in likeliest[:n_right + 1]:
+                draft = add(token)
+                yield torch.tensor([token])
+    finally:
+        model.train(was_training)
+
+
 def truncated_start(start, end, limit):
     """Return where a row's text begins: at start, or later if start … end exceeds the context."""
     if end - start <= limit:
@@ -297,19 +363,24 @@ def read(model, history_BN, starts, use_cache):
     return logits_BTV[:, -1], cache if use_cache else None
 
 
-def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **options):
+def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, lookup=False, **options):
     """Continue each prompt: yield the new texts so far, a list of B strings, per step.
 
     A row ends at the end-of-text token, or once find_end(row, text) returns a position, at which
     its text is cut; None means not yet. A character of several tokens appears with the last of
-    them. prompts, options: those of generate.
+    them. prompts, options: those of generate. lookup: for a single prompt, use generate_by_lookup,
+    which is greedy whatever the options say.
     """
     stop = set() if tokenizer.eot is None else {tokenizer.eot}
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
     texts = [''] * len(prompts)
     unfinished = set(range(len(prompts)))
     # Not by generate's `stop`, which would wait for a GPU once more in each step.
-    for next_B in generate(model, prompts, max_new_tokens, **options):
+    steps = generate(model, prompts, max_new_tokens, **options)
+    if lookup:
+        (prompt,) = prompts
+        steps = generate_by_lookup(model, prompt, max_new_tokens)
+    for next_B in steps:
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:
                 continue

@@ -65,6 +65,11 @@ def test_8_bit_weights_write_too(trained_once):
     assert len(sample(trained_once, '--quantize=int8', '--start=a')) == 1 + 40 + 1
 
 
+def test_lookup_writes_the_greedy_text(trained_once):
+    args = ['--strategy=greedy', '--start=The The ']
+    assert sample(trained_once, *args, '--lookup=True') == sample(trained_once, *args)
+
+
 @pytest.fixture(scope='module')
 def stopped(trained_once):
     """(three characters that the greedy text has, the text before they come)."""
