@@ -30,7 +30,7 @@ from folio.configurator import (UserError, configure, model_settings, require_at
 from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
 from folio.machine import Machine, default_device, recompute_blocks
 from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
-                         make_optimizers)
+                         make_optimizers, momentum_at)
 from model import GPT, GPTConfig
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults --------------
@@ -70,6 +70,7 @@ flash = True  # fused attention; False: the same written out
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the peak
 muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
+momentum_warmup_iters = 0  # muon: steps over which its momentum rises from 0.85 to 0.95
 max_iters = 600000  # steps
 weight_decay = 1e-1  # of matrices, never of biases and norms
 beta1 = 0.9
@@ -95,8 +96,9 @@ config = configure(globals())
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'gradient_accumulation_steps', 'batch_size', 'block_size',
                  'eval_interval', 'log_interval')
-require_at_least(0, config, 'max_iters', 'eval_iters', 'warmup_iters', 'cooldown_iters', 'patience',
-                 'sample_interval', 'hellaswag_interval', 'min_lr', 'grad_clip')
+require_at_least(0, config, 'max_iters', 'eval_iters', 'warmup_iters', 'cooldown_iters',
+                 'momentum_warmup_iters', 'patience', 'sample_interval', 'hellaswag_interval',
+                 'min_lr', 'grad_clip')
 require_choice(config, 'compile', ('auto', True, False))
 require_choice(config, 'schedule', SCHEDULES)
 if schedule == 'trapezoid' and decay_lr and cooldown_iters == 0:
@@ -538,6 +540,8 @@ for iter_num in range(first_iter, max_iters + 1):
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale
+            if 'momentum' in group:
+                group['momentum'] = momentum_at(iter_num, momentum_warmup_iters)
     # Seed dropout by the step and the process, so that a resumed run draws the same.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
     loss_sum = torch.zeros((), device=device)

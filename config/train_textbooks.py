@@ -20,6 +20,7 @@ weight_decay = 0.01
 warmup_iters = 20
 max_iters = lr_decay_iters = 500
 cooldown_iters = 350
+momentum_warmup_iters = 100
 eval_interval = 100
 eval_iters = 0  # the whole validation split
 log_interval = 10

@@ -1,5 +1,5 @@
 """
-Make the optimizers, AdamW and Muon, find divergence, and compute the learning rate of each step.
+Make the optimizers, AdamW and Muon, find divergence, and compute each step's learning rate.
     python -c "from folio.optim import *; print(learning_rate_at(5, 100, 1.0, 0.0, warmup=10))"
 """
 import math
@@ -242,7 +242,7 @@ def is_spike(norm, norms):
     return norm > statistics.fmean(norms) + 6 * statistics.pstdev(norms)
 
 
-# ---- The learning rate ---------------------------------------------------------------------------
+# ---- Schedules -----------------------------------------------------------------------------------
 def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0):
     """Return the learning rate of a step: a linear warm-up, then from peak down to floor.
 
@@ -264,3 +264,16 @@ def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cool
         return floor + (peak - floor) * min(1.0, share)
     progress = (step - warmup) / (steps - warmup)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def momentum_at(step, warmup):
+    """Return Muon's momentum of a step: from 0.85 up to 0.95 over the first `warmup` steps.
+
+    Early gradients change fast, and an average over the last twenty of them lags behind.
+
+    >>> [round(momentum_at(step, warmup=4), 3) for step in range(6)]
+    [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
+    """
+    if step >= warmup:
+        return 0.95
+    return 0.85 + 0.1 * step / warmup

@@ -437,6 +437,7 @@ def test_masked_losses_do_not_depend_on_how_a_step_is_cut(book):
         run(
             'train.py',
             *FAST,
+            '--dtype=float32',
             f'--batch_size={size}',
             f'--gradient_accumulation_steps={count}',
             f'--out_dir=cut{size}',

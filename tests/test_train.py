@@ -50,7 +50,7 @@ VARIANTS = {
     'dropout': ['--dropout=0.2'],
     'bfloat16': ['--dropout=0.2', '--dtype=bfloat16', '--arch=modern'],
     'accumulation-muon': ['--gradient_accumulation_steps=3', '--batch_size=2', '--optimizer=muon',
-                          '--arch=modern', '--dropout=0.1'],
+                          '--arch=modern', '--dropout=0.1', '--momentum_warmup_iters=20'],
     'float16-scaler': ['--dtype=float16', '--schedule=trapezoid', '--cooldown_iters=10'],
 }
 
@@ -132,6 +132,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(book, number):
                  '--init_from=auto', cwd=book)
     assert f'iter {step}:' in out
     assert f'iter {step - 1}:' not in out
+
+
+def test_the_momentum_of_muon_rises_as_the_setting_says(book):
+    run('train.py', *TINY, '--optimizer=muon', '--momentum_warmup_iters=4', '--max_iters=3',
+        cwd=book)
+    _, muon = newest(book)['optimizer']
+    assert muon['param_groups'][0]['momentum'] == pytest.approx(0.9)  # of step 2, the last one
 
 
 def test_auto_begins_where_there_is_nothing_to_resume(book):
