@@ -170,7 +170,8 @@ def measure_training(s, machine, model, tokens):
     """Show the speed of a training step, its memory, and how fast its data can be had."""
     optimizers = make_optimizers(
         model, s.optimizer, learning_rate=s.learning_rate, muon_learning_rate=s.muon_learning_rate,
-        weight_decay=s.weight_decay, betas=(s.beta1, s.beta2))
+        weight_decay=s.weight_decay, betas=(s.beta1, s.beta2),
+        muon_weight_decay=s.muon_weight_decay)
     step_tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
 
     def batch(step, micro_step):

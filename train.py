@@ -70,6 +70,7 @@ flash = True  # fused attention; False: the same written out
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the peak
 muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
+muon_weight_decay = 1e-1  # instead of weight_decay, of the matrices that Muon steps
 momentum_warmup_iters = 0  # muon: steps over which its momentum rises from 0.85 to 0.95
 max_iters = 600000  # steps
 weight_decay = 1e-1  # of matrices, never of biases and norms
@@ -192,7 +193,7 @@ else:
     model.to(device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
-    weight_decay=weight_decay, betas=(beta1, beta2))
+    weight_decay=weight_decay, betas=(beta1, beta2), muon_weight_decay=muon_weight_decay)
 # Gradients in float16 underflow unless the loss is scaled up. With other formats this is a no-op.
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == 'float16')
 

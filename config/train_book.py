@@ -11,7 +11,7 @@ eval_iters = 0  # the whole validation split
 gradient_accumulation_steps = 1
 min_lr = 0.0
 block_size = 256
-weight_decay = 0.01
+weight_decay = muon_weight_decay = 0.01
 beta1 = 0.8
 
 if device == 'cpu':

@@ -18,15 +18,20 @@ LARGE = 2**16  # numbers in a matrix that a CPU orthogonalises faster alone than
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
-def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
+def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas,
+                    muon_weight_decay=None):
     """Return a list of optimizers that together step every parameter once.
 
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
     the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay.
-    Each group carries its highest learning rate as 'peak_lr'. Raises UserError for a value outside
-    its range.
+    muon_weight_decay: None: as weight_decay. Each group carries its highest learning rate as
+    'peak_lr'. Raises UserError for a value outside its range.
     """
+    if muon_weight_decay is None:
+        muon_weight_decay = weight_decay
     check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas)
+    if muon_weight_decay < 0:
+        raise UserError(f'muon_weight_decay is {muon_weight_decay}; it must be at least 0')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_muon = {}
     if kind == 'muon':
@@ -42,7 +47,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
         # c_attn holds three matrices, query, key and value, stacked one above the other.
         n_matrices = [3 if name.endswith('c_attn.weight') else 1 for name in by_muon]
         optimizers.append(Muon(list(by_muon.values()), n_matrices, lr=muon_learning_rate,
-                               weight_decay=weight_decay))
+                               weight_decay=muon_weight_decay))
 
     stepped = []
     for optimizer in optimizers:

@@ -63,11 +63,19 @@ def test_muon_steps_the_matrices_of_the_blocks_and_no_other():
     assert adamw.param_groups[0]['lr'] == 0.1
 
 
+def test_muon_may_have_a_weight_decay_of_its_own():
+    model = GPT(GPTConfig(**SMALL, arch='modern'))
+    adamw, muon = optimizers_of(model, 'muon', muon_weight_decay=0.3)
+    assert muon.param_groups[0]['weight_decay'] == 0.3
+    assert adamw.param_groups[0]['weight_decay'] == 0.1
+
+
 @pytest.mark.parametrize('kind, options, says', [
     ('sgd', {}, 'adamw, muon'),
     ('adamw', {'learning_rate': 0.0}, 'learning_rate'),
     ('muon', {'muon_learning_rate': 0.0}, 'muon_learning_rate'),
     ('adamw', {'weight_decay': -1.0}, 'weight_decay'),
+    ('muon', {'muon_weight_decay': -1.0}, 'muon_weight_decay'),
     ('adamw', {'betas': (0.9, 1.0)}, 'beta2'),
 ])
 def test_a_value_out_of_its_range_is_refused(kind, options, says):
