@@ -316,7 +316,7 @@ def main():
         raise UserError(f'quantize is {s.quantize!r}; it may be int8')
     if s.quantize:
         fast.ask_for_huge_pages()
-    machine = one_process(s, trains=True)
+    machine = one_process(s, trains=not s.quantize)
     model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)
     if s.activation_checkpointing:
@@ -327,8 +327,11 @@ def main():
         quantize_model(s, machine, model, tokens)
     else:
         measure_training(s, machine, model, tokens)
-    # What train.py trains in bfloat16 on a CPU, sample.py uses in float32.
-    measure_text(s, one_process(s), model, tokens)
+    # On a CPU train.py may train in bfloat16, but sample.py writes in float32.
+    text_machine = one_process(s)
+    if text_machine.dtype != machine.dtype:
+        print(f'text in {text_machine.dtype}:')
+    measure_text(s, text_machine, model, tokens)
     if s.json:
         write_metrics(s.json, machine)
 

@@ -32,13 +32,13 @@ top_k = 200  # top_k: draw from this many tokens
 top_p = 0.9  # nucleus: draw from the fewest tokens whose probabilities sum to this
 min_p = 0.0  # rule out tokens less likely than this times the likeliest
 repetition_penalty = 1.0  # above 1: what was said gets less likely
-lookup = False  # greedy, one sample: the same text, sooner where it repeats itself, as code does
+lookup = False  # greedy, one sample: sooner where the text repeats itself, as code does
 stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
 seed = 1337
 quantize = ''  # int8: weights of 8 bits, faster on a CPU, at a small loss of precision
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
+dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
 compile = False  # a small model then writes faster, after the half minute that compiling takes
 config = configure(globals())
 
@@ -50,9 +50,11 @@ if quantize:
 machine = Machine(device, dtype)
 if quantize and (machine.type, machine.dtype) != ('cpu', 'float32'):
     raise UserError('quantize=int8 is for CPUs: give --device=cpu --dtype=float32')
-if lookup and (strategy != 'greedy' or num_samples > 1 or repetition_penalty != 1 or compile):
-    raise UserError('lookup is for a single greedy text: give --strategy=greedy, and leave out '
-                    'num_samples, repetition_penalty and compile')
+if lookup and strategy != 'greedy':
+    raise UserError('lookup writes greedily: give --strategy=greedy as well')
+if lookup and (num_samples > 1 or repetition_penalty != 1 or compile):
+    raise UserError('lookup is for one text: leave out --num_samples, --repetition_penalty and '
+                    '--compile')
 with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the text
     compile = compile and machine.can_compile()
 

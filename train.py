@@ -70,10 +70,10 @@ flash = True  # fused attention; False: the same written out
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the peak
 muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
-muon_weight_decay = 1e-1  # instead of weight_decay, of the matrices that Muon steps
 momentum_warmup_iters = 0  # muon: steps over which its momentum rises from 0.85 to 0.95
 max_iters = 600000  # steps
 weight_decay = 1e-1  # of matrices, never of biases and norms
+muon_weight_decay = 1e-1  # of the matrices that Muon steps, in place of weight_decay
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
@@ -541,7 +541,7 @@ for iter_num in range(first_iter, max_iters + 1):
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale
-            if 'momentum' in group:
+            if 'momentum' in group:  # Muon's; AdamW's groups have betas
                 group['momentum'] = momentum_at(iter_num, momentum_warmup_iters)
     # Seed dropout by the step and the process, so that a resumed run draws the same.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)

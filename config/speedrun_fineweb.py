@@ -1,11 +1,11 @@
 # FineWeb-Edu with what learns fastest here: modern, Muon, trapezoid; 1.7 B tokens instead of 10 B.
 #     python prepare/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/speedrun_fineweb.py
-# The aim is a loss of 3.28, which modded-nanogpt reaches on FineWeb with as many tokens; FineWeb-Edu
-# is another text, so the losses will not be the same. For the loss of config/train_fineweb.py give
-# it more steps: --max_iters, --lr_decay_iters and --cooldown_iters in proportion.
-# Not measured yet. The learning rates are guesses from smaller runs. What we tried one by one, and
-# why Muon's momentum warms up, is in docs/notes.md.
+# The aim is a loss of 3.28. modded-nanogpt reaches it with as many tokens, but on FineWeb; this is
+# FineWeb-Edu, another text, so the two losses cannot be compared. For the loss of
+# config/train_fineweb.py give it more steps: --max_iters, --lr_decay_iters and --cooldown_iters in
+# proportion. Not measured yet. The learning rates are guesses from smaller runs; docs/notes.md says
+# what else was tried, one by one.
 # Meant for GPUs of 80 GB. On smaller ones: --fit_batch=True
 out_dir = 'out/fineweb_speedrun'
 dataset = 'fineweb'
@@ -21,6 +21,7 @@ momentum_warmup_iters = 300
 min_lr = 0.0
 beta1 = 0.8
 weight_decay = 0.01
+muon_weight_decay = 0.1
 warmup_iters = 100
 max_iters = lr_decay_iters = 3250  # 1.7 B tokens
 cooldown_iters = 1950

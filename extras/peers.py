@@ -201,7 +201,7 @@ def compare_decoding(s, machine, config):
 def compare_muon(s, machine, config):
     """Yield the row of Muon's step for the matrices of the blocks, against torch's.
 
-    Ours takes matrices of one shape together, torch's one after another.
+    On a GPU ours takes matrices of one shape together; torch's goes one after another.
     """
     model = GPT(config).to(machine.device)
     _, ours = make_optimizers(model, 'muon', learning_rate=1e-3, muon_learning_rate=0.02,

@@ -14,8 +14,8 @@ import torch
 from folio.configurator import UserError
 
 STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
-# After how many tokens that occurred before, how many are drafted; see generate_by_lookup
-DRAFTS = {3: 8, 2: 3, 1: 1}
+# {last tokens that occurred before: tokens to draft after them}; the longest match is tried first
+DRAFT_LENGTHS = {3: 8, 2: 3, 1: 1}
 
 
 def send(tensor, device):
@@ -72,7 +72,7 @@ class KVCache:
             dtype = k_BHTD.dtype
             if torch.is_autocast_enabled(self.device.type):
                 dtype = torch.get_autocast_dtype(self.device.type)
-            # Uninitialised, so that slots take no memory before they are used
+            # Not zeros: on a CPU, slots that are never written to then take no memory.
             self.kv = k_BHTD.new_empty(self.shape, dtype=dtype)
         keys_BHSD, values_BHSD = self.kv[layer]
         keys_BHSD[:, :, self.begin:self.length] = k_BHTD
@@ -104,7 +104,7 @@ class StaticKVCache:
         # larger tensor would copy all of it.
         self.kv = [[part.clone() for part in layer] for layer in cache.kv]
         for part in sum(self.kv, []):
-            part[:, :, cache.length:] = 0  # hidden, but a NaN in there would still show
+            part[:, :, cache.length:] = 0  # hidden by the mask, but 0 times NaN is NaN
         for part in [self.length, *sum(self.kv, [])]:
             # CUDA graphs may then write into it in place, instead of into a copy.
             torch._dynamo.mark_static_address(part, guard=False)
@@ -288,12 +288,14 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
 
 @torch.no_grad()
 def generate_by_lookup(model, prompt, max_new_tokens):
-    """Continue a prompt, a list of token ids, greedily: yield one (1,) tensor per token.
+    """Continue a prompt, a list of token ids, greedily: yield one (1,) tensor on the CPU per token.
 
     The text is that of generate with strategy='greedy', sooner where it repeats itself, as code and
-    lists do. What followed when the last tokens occurred before is taken as a draft. The model
-    reads all of it in one pass, and as much of it stays as the model would have written itself
-    (prompt lookup, Saxena 2023). Raises UserError for an empty prompt.
+    lists do. What followed the last time that the last tokens occurred is a draft. The model reads
+    all of it in one pass; what it would have written itself stays, and one token more (prompt
+    lookup, Saxena 2023). A pass over several tokens rounds differently: where two tokens are nearly
+    equally likely, 8-bit weights or bfloat16 may take the other. Raises UserError for an empty
+    prompt.
     """
     if not prompt:
         raise UserError('a prompt must have at least one token')
@@ -301,22 +303,22 @@ def generate_by_lookup(model, prompt, max_new_tokens):
     tokens = []
     went_on = {}  # {tokens: where the text went on after them, the last time}
 
-    def add(token):
+    def append_and_draft(token):
         """Append a token; return a draft of what follows, a list of token ids."""
         tokens.append(token)
         draft = []
-        for n_last, n_draft in DRAFTS.items():
+        for n_last, n_draft in DRAFT_LENGTHS.items():
             last = tuple(tokens[-n_last:])
             begin = went_on.get(last)
             if not draft and begin is not None:
                 draft = tokens[begin:begin + n_draft]
-                # If these are the last tokens of all, the text may go on repeating them.
+                # Where fewer tokens follow, guess that these repeat.
                 draft = (draft * n_draft)[:n_draft]
             went_on[last] = len(tokens)
         return draft
 
     for token in prompt:
-        draft = add(token)
+        draft = append_and_draft(token)
     n_total = len(prompt) + max_new_tokens
     start = 0  # the model sees tokens[start:]
     cache = None
@@ -327,20 +329,20 @@ def generate_by_lookup(model, prompt, max_new_tokens):
             if cache is None or len(tokens) - start > limit:
                 start = truncated_start(start, len(tokens), limit)
                 cache = KVCache(model, batch_size=1)
-                draft = []  # a pass that reads the whole text computes no other logits
+                draft = []  # with one, this long pass would compute logits for every token
             room = min(start + limit, n_total - 1) - len(tokens)
             draft = draft[:room]
             unread = tokens[start + cache.length:]
             idx_BT = send(torch.tensor([unread + draft]), cache.device)
             logits_BTV, _ = model.forward(idx_BT, all_logits=len(draft) > 0, cache=cache)
-            # What the model writes after the text, and after each token of the draft
+            # The likeliest token after the text, then after each token of the draft
             likeliest = logits_BTV[0].argmax(dim=-1).tolist()
             n_right = 0
             while n_right < len(draft) and draft[n_right] == likeliest[n_right]:
                 n_right += 1
             cache.length -= len(draft) - n_right  # the rest of the draft will be overwritten
             for token in likeliest[:n_right + 1]:
-                draft = add(token)
+                draft = append_and_draft(token)
                 yield torch.tensor([token])
     finally:
         model.train(was_training)
@@ -375,11 +377,12 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, lookup
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
     texts = [''] * len(prompts)
     unfinished = set(range(len(prompts)))
-    # Not by generate's `stop`, which would wait for a GPU once more in each step.
-    steps = generate(model, prompts, max_new_tokens, **options)
     if lookup:
-        (prompt,) = prompts
-        steps = generate_by_lookup(model, prompt, max_new_tokens)
+        assert len(prompts) == 1, 'lookup continues a single prompt'
+        steps = generate_by_lookup(model, prompts[0], max_new_tokens)
+    else:
+        # Not by generate's `stop`, which would wait for a GPU once more in each step.
+        steps = generate(model, prompts, max_new_tokens, **options)
     for next_B in steps:
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:

@@ -89,10 +89,10 @@ class Machine:
     """
 
     def __init__(self, device, dtype, trains=False):
-        """Find out about the machine. Raises UserError.
+        """Decide device and number format. Raises UserError.
 
-        device: cpu, cuda, cuda:1, mps …; dtype: one of DTYPES, or auto; trains: whether a model
-        will be trained, which matters to auto.
+        device: cpu, cuda, cuda:1, mps …; dtype: one of DTYPES, or auto; trains: whether it is to
+        train a model, for which auto may choose bfloat16 on a CPU.
         """
         self.rank = int(os.environ.get('RANK', '0'))
         self.world_size = int(os.environ.get('WORLD_SIZE', '1'))
@@ -122,10 +122,11 @@ class Machine:
         torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
 
     def default_dtype(self, trains):
-        """Return bfloat16 on GPUs that have it, float16 on others, float32 elsewhere.
+        """Return what 'auto' stands for.
 
-        To train, bfloat16 on CPUs that have it, too: the book's recipe takes 0.7 of the time, to
-        the same loss (docs/notes.md). A model that is trained is used in float32 there.
+        On a GPU: bfloat16 where it has it, else float16. On a CPU: float32, but to train, bfloat16
+        where the processor multiplies it. The book's recipe then takes 0.7 of the time, to the same
+        loss (docs/notes.md). Elsewhere: float32.
         """
         if self.type == 'cpu' and trains and CPU_HAS_BFLOAT16:
             return 'bfloat16'

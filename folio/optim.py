@@ -14,7 +14,7 @@ from folio.machine import CPU_HAS_BFLOAT16
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'trapezoid')
-LARGE = 2**16  # numbers in a matrix that a CPU orthogonalises faster alone than in a batch
+LARGE = 2**16  # a CPU orthogonalises matrices of more numbers than this faster one by one
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
@@ -29,9 +29,8 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     """
     if muon_weight_decay is None:
         muon_weight_decay = weight_decay
-    check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas)
-    if muon_weight_decay < 0:
-        raise UserError(f'muon_weight_decay is {muon_weight_decay}; it must be at least 0')
+    check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas,
+                          muon_weight_decay)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_muon = {}
     if kind == 'muon':
@@ -58,12 +57,15 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     return optimizers
 
 
-def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas):
+def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas,
+                          muon_weight_decay):
     """Raise UserError for a value outside its range."""
     if kind not in OPTIMIZERS:
         raise UserError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
     if weight_decay < 0:
         raise UserError(f'weight_decay is {weight_decay}; it must be at least 0')
+    if muon_weight_decay < 0:
+        raise UserError(f'muon_weight_decay is {muon_weight_decay}; it must be at least 0')
     for beta in betas:
         if not 0 <= beta < 1:
             raise UserError(f'beta1 and beta2 are {betas}; each must be at least 0 and below 1')
@@ -113,6 +115,7 @@ class Muon(torch.optim.Optimizer):
 
     The update of an (m, n) matrix is scaled by sqrt(max(1, m / n)). Matrices of the same shape are
     orthogonalised as one batch, whichever parameters they are in, and each process does a share.
+    Only a single process on a CPU does large ones one by one.
     """
 
     def __init__(self, params, n_matrices, lr, weight_decay=0.0, momentum=0.95):
@@ -127,11 +130,12 @@ class Muon(torch.optim.Optimizer):
             for p, n in zip(group['params'], group['n_matrices']):
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
-                n_together = len(params)
-                if params[0].is_cpu and height * width > LARGE and n_processes() == 1:
-                    n_together = 1  # on a CPU a batch of large matrices is only a large copy
-                for first in range(0, len(params), n_together):
-                    self.step_alike(params[first:first + n_together], height, width, group)
+                batches = [params]
+                if params[0].is_cpu and height * width > LARGE and world_size() == 1:
+                    # They will be orthogonalised one by one, and a batch would only be a copy.
+                    batches = [[p] for p in params]
+                for batch in batches:
+                    self.step_alike(batch, height, width, group)
 
     def step_alike(self, params, height, width, group):
         """Step parameters whose matrices, stacked by rows, all have the shape (height, width)."""
@@ -162,7 +166,8 @@ class Muon(torch.optim.Optimizer):
         return state['momentum']
 
 
-def n_processes():
+def world_size():
+    """Return the number of torchrun's processes; 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -171,19 +176,19 @@ def orthogonalize_shared(matrices):
 
     Each process does its share of the batch, and all get the results of all.
     """
-    world_size = n_processes()
-    if world_size == 1:
+    n_processes = world_size()
+    if n_processes == 1:
         if matrices.is_cpu and matrices[0].numel() > LARGE:
             # On a CPU large matrices are faster one by one than as a batch.
             return torch.stack([orthogonalize(matrix) for matrix in matrices])
         return orthogonalize(matrices)
-    n_each = math.ceil(len(matrices) / world_size)
+    n_each = math.ceil(len(matrices) / n_processes)
     mine = matrices[dist.get_rank() * n_each:][:n_each]
     # all_gather wants shares of equal size, so the last ones are filled up with zeros.
     share = matrices.new_zeros(n_each, *matrices.shape[1:])
     share[:len(mine)] = mine
     share = orthogonalize(share)
-    shares = [torch.empty_like(share) for _ in range(world_size)]
+    shares = [torch.empty_like(share) for _ in range(n_processes)]
     dist.all_gather(shares, share)
     return torch.cat(shares)[:len(matrices)]
 
@@ -274,7 +279,8 @@ def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cool
 def momentum_at(step, warmup):
     """Return Muon's momentum of a step: from 0.85 up to 0.95 over the first `warmup` steps.
 
-    Early gradients change fast, and an average over the last twenty of them lags behind.
+    Early gradients change fast, and an average that reaches back far lags behind. The values are
+    those of modded-nanogpt.
 
     >>> [round(momentum_at(step, warmup=4), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
