@@ -479,7 +479,8 @@ def examine(run, picture, temperature_list):
     if checkpoint is None:
         return []
     try:
-        machine = Machine(device, run.config.get('dtype', 'auto'))
+        # In the format it was trained in, so that the figures are those of train.py --eval_only
+        machine = Machine(device, run.config.get('dtype', 'auto'), trains=True)
         model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
         if run.data and 'test' in run.data.splits():
             run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, run
 from folio import checkpoint
 from folio.machine import CPU_HAS_BFLOAT16
 
-SHORT = ['--log_interval=1', '--max_iters=12', '--eval_interval=6']
+SHORT = ['--dtype=float32', '--log_interval=1', '--max_iters=12', '--eval_interval=6']
 SINGLE = ['--gradient_accumulation_steps=2', '--batch_size=4', *SHORT]
 ACCUMULATED = ['--gradient_accumulation_steps=4', '--batch_size=2', *SHORT]
 MUON = ['--arch=modern', '--optimizer=muon']
