@@ -271,7 +271,8 @@ def measure_text(s, machine, model, tokens):
         if i > 0:
             prefill_seconds.append(first)
             decode_seconds.append(time.perf_counter() - start - first)
-    comment = f'{s.decode_batch} x {length} tokens of prompt'
+    comment = f'{s.decode_batch} x {length} tokens of prompt, {machine.dtype}'
+    metrics['dtype of prefill and decoding'] = machine.dtype
     prefill = s.decode_batch * length / statistics.median(prefill_seconds)
     show('prefill', prefill, 'tokens/s', comment)
     if s.new_tokens > 1:
@@ -328,10 +329,7 @@ def main():
     else:
         measure_training(s, machine, model, tokens)
     # On a CPU train.py may train in bfloat16, but sample.py writes in float32.
-    text_machine = one_process(s)
-    if text_machine.dtype != machine.dtype:
-        print(f'text in {text_machine.dtype}:')
-    measure_text(s, text_machine, model, tokens)
+    measure_text(s, one_process(s), model, tokens)
     if s.json:
         write_metrics(s.json, machine)
 

@@ -45,6 +45,7 @@ config = configure(globals())
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'num_samples', 'max_new_tokens')
 require_choice(config, 'quantize', ('', 'int8'))
+engine.check_sampling(strategy, temperature, top_k, top_p, min_p)
 if quantize:
     fast.ask_for_huge_pages()
 machine = Machine(device, dtype)

@@ -29,8 +29,8 @@ from folio.configurator import (UserError, configure, model_settings, require_at
                                 require_choice, user_errors)
 from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
 from folio.machine import Machine, default_device, recompute_blocks
-from folio.optim import (SCHEDULES, first_not_finite, is_spike, learning_rate_at, load_states,
-                         make_optimizers, momentum_at)
+from folio.optim import (SCHEDULES, Muon, first_not_finite, is_spike, learning_rate_at,
+                         load_states, make_optimizers, momentum_at)
 from model import GPT, GPTConfig
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults --------------
@@ -541,8 +541,9 @@ for iter_num in range(first_iter, max_iters + 1):
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = group['peak_lr'] * lr_scale
-            if 'momentum' in group:  # Muon's; AdamW's groups have betas
-                group['momentum'] = momentum_at(iter_num, momentum_warmup_iters)
+            if isinstance(o, Muon):
+                group['momentum'] = momentum_at(iter_num, momentum_warmup_iters,
+                                                peak=o.defaults['momentum'])
     # Seed dropout by the step and the process, so that a resumed run draws the same.
     torch.manual_seed(((seed * 1_000_003 + iter_num) * world_size + rank) % 2**63)
     loss_sum = torch.zeros((), device=device)

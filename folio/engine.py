@@ -133,9 +133,9 @@ def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=
     generator: a torch.Generator for the noise; None: torch's own. Raises UserError for a value
     outside its range.
     """
-    check_sampling(strategy, temperature, top_k, top_p, min_p)
     if strategy == 'greedy' or temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        check_sampling(strategy, temperature, top_k, top_p, min_p)
+        return logits_BV.argmax(dim=-1)  # without the logits that rule all others out
     logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
     # If each p_i is divided by exponential noise, token i has the largest quotient with probability
     # p_i. Unlike torch.multinomial, this never makes the CPU wait for the GPU.

@@ -337,7 +337,7 @@ def ask_for_huge_pages():
     """Have torch ask Linux for pages of 2 MB. Call it before the first tensor: torch looks once.
 
     Decoding with 8-bit weights is then 1.13 times as fast (GPT-2 124M, docs/benchmarks.md). Do not
-    call it to train: in bfloat16 that falls to 0.85 of the speed (docs/notes.md).
+    call it to train: in bfloat16 that falls to 0.86 of the speed (docs/notes.md).
     """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 

@@ -131,9 +131,8 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
                 batches = [params]
-                if params[0].is_cpu and height * width > LARGE and world_size() == 1:
-                    # They will be orthogonalised one by one, and a batch would only be a copy.
-                    batches = [[p] for p in params]
+                if goes_one_by_one(params[0], height * width):
+                    batches = [[p] for p in params]  # a batch of them would only be a copy
                 for batch in batches:
                     self.step_alike(batch, height, width, group)
 
@@ -171,16 +170,20 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def goes_one_by_one(tensor, numbers):
+    """Return whether matrices of so many numbers are faster one by one than as a batch, here."""
+    return tensor.is_cpu and numbers > LARGE and world_size() == 1
+
+
 def orthogonalize_shared(matrices):
     """Return each of a batch of matrices (b, m, n) orthogonalised.
 
     Each process does its share of the batch, and all get the results of all.
     """
     n_processes = world_size()
+    if goes_one_by_one(matrices, matrices[0].numel()):
+        return torch.stack([orthogonalize(matrix) for matrix in matrices])
     if n_processes == 1:
-        if matrices.is_cpu and matrices[0].numel() > LARGE:
-            # On a CPU large matrices are faster one by one than as a batch.
-            return torch.stack([orthogonalize(matrix) for matrix in matrices])
         return orthogonalize(matrices)
     n_each = math.ceil(len(matrices) / n_processes)
     mine = matrices[dist.get_rank() * n_each:][:n_each]
@@ -276,15 +279,15 @@ def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cool
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def momentum_at(step, warmup):
-    """Return Muon's momentum of a step: from 0.85 up to 0.95 over the first `warmup` steps.
+def momentum_at(step, warmup, peak):
+    """Return Muon's momentum of a step: up to peak, from 0.1 below, over the first `warmup` steps.
 
-    Early gradients change fast, and an average that reaches back far lags behind. The values are
-    those of modded-nanogpt.
+    Early gradients change fast, and an average that reaches back far lags behind. modded-nanogpt
+    rises from 0.85 to 0.95.
 
-    >>> [round(momentum_at(step, warmup=4), 3) for step in range(6)]
+    >>> [round(momentum_at(step, warmup=4, peak=0.95), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
     """
     if step >= warmup:
-        return 0.95
-    return 0.85 + 0.1 * step / warmup
+        return peak
+    return peak - 0.1 * (1 - step / warmup)

@@ -28,7 +28,9 @@ def refused(script, *args, cwd, **options):
     pytest.param('hellaswag.py', marks=pytest.mark.slow)])
 def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     _, err = run_process(script, '--dataset', cwd=tmp_path, status=2)
-    assert '--dataset: a setting is written --' in the_line(err)
+    line = the_line(err)
+    assert '--dataset: a setting is written --' in line
+    assert '=value (--help lists them)' in line
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -203,6 +205,7 @@ def test_gutenberg_needs_a_number(tmp_path):
     ('--out_dir=empty', 'no checkpoint empty/ckpt.pt'),
     ('--quantize=int4', 'int8'),
     ('--lookup=True', '--strategy=greedy'),
+    ('--min_p=2', 'min_p'),
     ('--temprature=1', 'did you mean temperature'),
 ])
 def test_prompts_and_settings_that_cannot_be_sampled(trained_once, arg, says):

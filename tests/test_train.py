@@ -164,6 +164,7 @@ def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(boo
     out, _ = run('train.py', *TINY, *options, '--eval_only=True', '--init_from=resume', cwd=book)
     assert (f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, '
             f'bits_per_byte {last["bits_per_byte"]:.4f}') in out
+    assert 'steps of' not in out  # it takes none
 
 
 def test_patience_stops_a_run_that_no_longer_improves(book):
