@@ -218,6 +218,8 @@ if init_from == 'resume':
     if first_iter > max_iters:
         raise UserError(f'{ckpt_path} is at step {first_iter} already; to go on, give a higher '
                         '--max_iters')
+    if first_iter == max_iters and not eval_only:
+        print0('all its steps are done; to go on, give a higher --max_iters')
     if checkpoint['optimizer']:
         load_states(optimizers, checkpoint['optimizer'])
     else:

@@ -146,6 +146,15 @@ def test_auto_begins_where_there_is_nothing_to_resume(book):
     assert 'iter 0:' in out
 
 
+def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(book):
+    run('train.py', *TINY, '--max_iters=2', cwd=book)
+    before = newest(book)
+    out, _ = run('train.py', *TINY, '--max_iters=2', '--init_from=resume', cwd=book)
+    assert 'all its steps are done; to go on, give a higher --max_iters' in out
+    assert 'done at step 2' in out
+    assert_same_weights(newest(book), before)
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 def test_evaluation_does_not_depend_on_the_batch_size(trained_once):
     losses = set()
