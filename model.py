@@ -121,14 +121,17 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, H, C // H).transpose(1, 2)
         v = v.view(B, T, H, C // H).transpose(1, 2)
         if self.config.arch == 'modern':
-            # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
-            q = rms_norm(rotate(q, *cos_sin))
-            k = rms_norm(rotate(k, *cos_sin))
+            q = self.rotate_and_norm(q, *cos_sin)
+            k = self.rotate_and_norm(k, *cos_sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now of all tokens so far, (B, H, S, D)
         y = self.attend(q, k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
+
+    def rotate_and_norm(self, x_BHTD, cos, sin):
+        # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
+        return rms_norm(rotate(x_BHTD, cos, sin))
 
     def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
         """Return softmax(q k' / sqrt(D)) v, (B, H, T, D).

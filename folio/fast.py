@@ -4,7 +4,9 @@ Compute the same numbers sooner: faster layers and loss for a model, and weights
 
 Each trick is a class with the parameters of the one it replaces and another forward:
     OneDNNLinear        matrix products by oneDNN, on x86 CPUs
-    BlockwiseAttention  attention in a window, at the cost of the window instead of the context
+    FastRMSNorm         norms in bfloat16 on a CPU, in few operations
+    FastAttention       attention in a window, at the cost of the window instead of the context;
+                        in bfloat16 on a CPU written out, which its gradient there is faster for
     ChunkedLossGPT      the head's loss in chunks, so that the logits are never all in memory
 
 fast.quantize(model) is for inference on a CPU. Its Int8Linear has weights of 8 bits, so here the
@@ -36,6 +38,7 @@ def is_intel():
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ('x86_64', 'AMD64')
 IS_INTEL = is_intel()
 SMALL_PRODUCT = 2**19  # multiplications; MKL finishes fewer before oneDNN has begun
+SHORT_CONTEXT = 256  # tokens; see FastAttention
 SMALLEST_BLOCK = 64  # queries; smaller blocks waste time on many tiny products
 CHUNK = 2**25  # logits at a time on a CPU, whose caches are small; eight times as many on a GPU
 
@@ -45,7 +48,8 @@ def accelerate(model):
 
     With targets the model then returns (None, loss): the logits are never all there.
     """
-    faster = {nn.Linear: OneDNNLinear, CausalSelfAttention: BlockwiseAttention, GPT: ChunkedLossGPT}
+    faster = {nn.Linear: OneDNNLinear, nn.RMSNorm: FastRMSNorm, CausalSelfAttention: FastAttention,
+              GPT: ChunkedLossGPT}
     for module in model.modules():
         if type(module) in faster:
             module.__class__ = faster[type(module)]  # the same parameters, another forward
@@ -104,12 +108,85 @@ def linear_backward(ctx, dy):
 onednn_linear.register_autograd(linear_backward, setup_context=save_for_backward)
 
 
-# ---- Attention in a window -----------------------------------------------------------------------
-class BlockwiseAttention(CausalSelfAttention):
+# ---- Training in bfloat16 on a CPU ---------------------------------------------------------------
+# torch computes a norm on a CPU by a dozen operations, and a rotation by nine. In bfloat16 most of
+# them convert to float32 and back. A compiler would fuse them into one; nothing else does.
+def trains_in_bfloat16(x):
+    """Return whether x is in bfloat16 on a CPU, and a gradient may be asked for."""
+    return x.device.type == 'cpu' and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+
+
+class FastRMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        has_weight = self.weight is not None
+        if has_weight or torch.compiler.is_compiling() or not trains_in_bfloat16(x):
+            return super().forward(x)
+        return BFloat16Norm.apply(x)
+
+
+class BFloat16Norm(torch.autograd.Function):
+    """Scale the last dimension to a mean square of 1: model.rms_norm, in bfloat16 but for sums."""
+
+    @staticmethod
+    def forward(ctx, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / x.size(-1) + 1e-6).rsqrt().bfloat16()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        # However x changes, y keeps its length, so what dy has along y makes no difference.
+        y, scale = ctx.saved_tensors
+        along = (dy * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(dy, y, along, value=-1).mul_(scale)
+
+
+def rotate_in_bfloat16(x_BHTD, cos, sin):
+    """Return what model.rotate does, (B, H, T, D): x in bfloat16; cos, sin (..., T, D/2)."""
+    cos = torch.cat((cos, cos), dim=-1).bfloat16()
+    sin = torch.cat((sin, -sin), dim=-1).bfloat16()
+    swapped = x_BHTD.roll(x_BHTD.size(-1) // 2, dims=-1)  # (a, b) becomes (b, a)
+    return torch.addcmul(x_BHTD * cos, swapped, sin)
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+class FastAttention(CausalSelfAttention):
+    def rotate_and_norm(self, x_BHTD, cos, sin):
+        if torch.compiler.is_compiling() or not trains_in_bfloat16(x_BHTD):
+            return super().rotate_and_norm(x_BHTD, cos, sin)
+        return BFloat16Norm.apply(rotate_in_bfloat16(x_BHTD, cos, sin))
+
     def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
         if mask is None and works_in_blocks(self.config, q_BHTD.size(2), k_BHSD.size(2)):
             return self.attend_in_blocks(q_BHTD, k_BHSD, v_BHSD)
+        if mask is None and self.is_faster_written_out(q_BHTD):
+            return self.attend_written_out(q_BHTD, k_BHSD, v_BHSD)
         return super().attend(q_BHTD, k_BHSD, v_BHSD, mask)
+
+    def is_faster_written_out(self, q_BHTD):
+        """Return whether this is training in bfloat16, on a CPU, on a short context.
+
+        There the gradient of torch's own attention takes up to seven times as long in bfloat16 as
+        in float32, while plain products of matrices take less. On a long context, moving all the
+        scores to memory and back costs more than that (torch 2.13, an Intel Xeon with AMX,
+        2026-11-26).
+        """
+        T = q_BHTD.size(2)
+        drops_out = self.training and self.config.dropout > 0
+        is_plain = self.config.flash and not drops_out
+        return is_plain and 1 < T <= SHORT_CONTEXT and trains_in_bfloat16(q_BHTD)
+
+    def attend_written_out(self, q_BHTD, k_BHTD, v_BHTD):
+        """Return what `attend` would of a whole text, causal and without dropout."""
+        B, H, T, D = q_BHTD.shape
+        q_BHTD = q_BHTD / math.sqrt(D)
+        q, k, v = (x_BHTD.reshape(B * H, T, D) for x_BHTD in (q_BHTD, k_BHTD, v_BHTD))
+        future_TT = q.new_full((T, T), -math.inf).triu(1)
+        scores = torch.baddbmm(future_TT, q, k.mT)
+        y = torch.bmm(scores.softmax(dim=-1), v)
+        return y.view(B, H, T, D)
 
     def attend_in_blocks(self, q_BHTD, k_BHTD, v_BHTD):
         """Return what `attend` with the window's mask would, at a cost of T * window.
@@ -149,7 +226,7 @@ class ChunkedLossGPT(GPT):
     def attention_mask(self, pos_BT, key_pos_BS, hides_keys):
         T, S = pos_BT.size(1), key_pos_BS.size(1)
         if works_in_blocks(self.config, T, S) and not hides_keys:
-            return None  # BlockwiseAttention knows the window
+            return None  # FastAttention knows the window
         return super().attention_mask(pos_BT, key_pos_BS, hides_keys)
 
     def logits_and_loss(self, x, targets_BT):

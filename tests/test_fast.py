@@ -92,6 +92,74 @@ def test_products_under_autocast_have_its_type():
         assert layer(torch.randn(200, 300)).dtype == torch.bfloat16
 
 
+# ---- Training in bfloat16 on a CPU ---------------------------------------------------------------
+def gradients(model, idx_BT, dtype):
+    """Return all gradients of a model, computed in dtype, as one vector in float32."""
+    with torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
+        loss = model(idx_BT, idx_BT.roll(-1, 1))[1]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('T', [2, 33, 200])
+def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(arch, T):
+    torch.manual_seed(0)
+    plain = GPT(dataclasses.replace(SMALL, arch=arch))
+    for p in plain.parameters():
+        nn.init.normal_(p, std=0.2)  # larger than at first, so that attention looks somewhere
+    faster = fast.accelerate(copy.deepcopy(plain))
+    idx_BT = torch.randint(50, (4, T))
+    exact = gradients(plain, idx_BT, torch.float32)
+    error = (gradients(plain, idx_BT, torch.bfloat16) - exact).norm()
+    assert (gradients(faster, idx_BT, torch.bfloat16) - exact).norm() < 1.3 * error
+
+
+def test_attention_is_written_out_where_that_is_faster_only(monkeypatch):
+    lengths = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        lengths.append(q.size(2))
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
+    model = fast.accelerate(GPT(dataclasses.replace(SMALL, n_layer=1, block_size=257)))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for T in (1, 2, 256, 257):
+            model(torch.zeros(1, T, dtype=torch.long))
+        assert lengths == [1, 257]
+        with torch.no_grad():
+            model(torch.zeros(1, 3, dtype=torch.long))
+        model.config.dropout = 0.1
+        model(torch.zeros(1, 4, dtype=torch.long))
+        assert lengths == [1, 257, 3, 4]
+        model.eval()
+        model(torch.zeros(1, 5, dtype=torch.long))
+    model(torch.zeros(1, 6, dtype=torch.long))  # in float32
+    assert lengths == [1, 257, 3, 4, 6]
+
+
+def test_the_norm_in_bfloat16_is_the_norm_and_so_is_its_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 40).bfloat16().requires_grad_()
+    dy = torch.randn(3, 50, 40).bfloat16()
+    y = fast.BFloat16Norm.apply(x)
+    dx, = torch.autograd.grad(y, x, dy)
+    exact_x = x.detach().double().requires_grad_()
+    exact_y = F.rms_norm(exact_x, (40,), eps=1e-6)
+    exact_dx, = torch.autograd.grad(exact_y, exact_x, dy.double())
+    # bfloat16 has 8 bits, and y is rounded twice, dx a few times more.
+    torch.testing.assert_close(y.double(), exact_y, rtol=2 * 2**-8, atol=0)
+    assert (dx.double() - exact_dx).norm() < 2**-7 * exact_dx.norm()
+
+
+def test_the_norm_in_bfloat16_of_zeros_is_zero():
+    x = torch.zeros(1, 8, dtype=torch.bfloat16, requires_grad=True)
+    y = fast.BFloat16Norm.apply(x)
+    y.sum().backward()
+    assert y.eq(0).all() and x.grad.isfinite().all()
+
+
 # ---- Attention in a window -----------------------------------------------------------------------
 @pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
 def test_a_window_in_blocks_equals_written_out_attention_and_so_do_its_gradients(window):
