@@ -60,8 +60,10 @@ def accelerate(model):
 # torch multiplies float32 on x86 CPUs by MKL, which leaves AVX-512 unused on AMD processors.
 # oneDNN, which every such torch carries too, uses it: on two cores of an AMD EPYC 430 GFLOP/s to
 # MKL's 190 (1,024 x 768 x 3,072; 2026-11-21).
-# On Intel's, MKL is the faster one for a row or two: all linear layers of GPT-2 124M take 19 ms for
-# one row, 29 by oneDNN (two cores of an Intel Xeon with AVX-512, 2026-11-25).
+# On Intel's, MKL uses it too. All linear layers of GPT-2 124M take, by MKL and by oneDNN, 14 and
+# 20 ms for one row, 42 and 27 for 8 rows, 177 and 164 for 256, 450 and 490 for 768; and for the
+# gradients of 1,024 rows oneDNN takes up to twice as long (two cores of an Intel Xeon with
+# AVX-512, 2026-11-26).
 class OneDNNLinear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -71,7 +73,8 @@ def linear(x, weight, bias=None):
     """Return x weight' + bias, (..., N), as F.linear: x (..., C), weight (N, C), bias (N,)."""
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     is_large = x.numel() * weight.size(0) >= SMALL_PRODUCT
-    suits_mkl = IS_INTEL and x.numel() <= 2 * x.size(-1)
+    n_rows = math.prod(x.shape[:-1])
+    suits_mkl = IS_INTEL and not 2 < n_rows <= 256
     if ONEDNN and x.device.type == 'cpu' and is_float32 and is_large and not suits_mkl:
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
