@@ -86,7 +86,8 @@ def test_small_products_take_torchs_way():
     assert 'Addmm' in str(layer(torch.randn(1, 300)).grad_fn)
 
 
-@pytest.mark.parametrize(('n_rows', 'by_onednn'), [(2, False), (3, True), (256, True), (257, False)])
+@pytest.mark.parametrize(('n_rows', 'by_onednn'),
+                         [(2, False), (3, True), (256, True), (257, False)])
 def test_on_intel_onednn_takes_products_of_a_few_rows_only(n_rows, by_onednn, monkeypatch):
     monkeypatch.setattr(fast, 'ONEDNN', True)
     monkeypatch.setattr(fast, 'IS_INTEL', True)
