@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
+NORM_EPS = 1e-6  # modern: keeps the norm of zeros from being 0 / 0
 
 
 @dataclass
@@ -77,12 +78,12 @@ def padded(vocab_size):
 # ---- Blocks --------------------------------------------------------------------------------------
 def rms_norm(x):
     """Scale the last dimension to a mean square of 1."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def make_norm(config):
     if config.arch == 'modern':
-        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+        return nn.RMSNorm(config.n_embd, eps=NORM_EPS, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -130,6 +131,7 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
     def rotate_and_norm(self, x_BHTD, cos, sin):
+        """Return queries or keys turned by their positions, each of mean square 1, (B, H, T, D)."""
         # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
         return rms_norm(rotate(x_BHTD, cos, sin))
 

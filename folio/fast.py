@@ -4,9 +4,9 @@ Compute the same numbers sooner: faster layers and loss for a model, and weights
 
 Each trick is a class with the parameters of the one it replaces and another forward:
     OneDNNLinear        matrix products by oneDNN, on x86 CPUs
-    FastRMSNorm         norms in bfloat16 on a CPU, in few operations
+    FastRMSNorm         norms for training in bfloat16 on a CPU, in few operations
     FastAttention       attention in a window, at the cost of the window instead of the context;
-                        in bfloat16 on a CPU written out, which its gradient there is faster for
+                        to train in bfloat16 on a CPU, written out, because that is faster there
     ChunkedLossGPT      the head's loss in chunks, so that the logits are never all in memory
 
 fast.quantize(model) is for inference on a CPU. Its Int8Linear has weights of 8 bits, so here the
@@ -20,10 +20,11 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from folio.configurator import UserError
 from folio.machine import CPU_HAS_BFLOAT16
-from model import GPT, LOGIT_CAP, CausalSelfAttention, can_see
+from model import GPT, LOGIT_CAP, NORM_EPS, CausalSelfAttention, can_see
 
 
 def is_intel():
@@ -60,10 +61,10 @@ def accelerate(model):
 # torch multiplies float32 on x86 CPUs by MKL, which leaves AVX-512 unused on AMD processors.
 # oneDNN, which every such torch carries too, uses it: on two cores of an AMD EPYC 430 GFLOP/s to
 # MKL's 190 (1,024 x 768 x 3,072; 2026-11-21).
-# On Intel's, MKL uses it too. All linear layers of GPT-2 124M take, by MKL and by oneDNN, 14 and
-# 20 ms for one row, 42 and 27 for 8 rows, 177 and 164 for 256, 450 and 490 for 768; and for the
-# gradients of 1,024 rows oneDNN takes up to twice as long (two cores of an Intel Xeon with
-# AVX-512, 2026-11-26).
+# On Intel's processors MKL uses AVX-512 too. There the head and six layers of GPT-2 124M take, by
+# MKL and by oneDNN, 14 and 20 ms for one row, 42 and 27 for 8 rows, 177 and 164 for 256, 450 and
+# 490 for 768; and for the gradients of 1,024 rows oneDNN takes up to twice as long (two cores of an
+# Intel Xeon with AVX-512, 2026-11-26).
 class OneDNNLinear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -74,7 +75,7 @@ def linear(x, weight, bias=None):
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     is_large = x.numel() * weight.size(0) >= SMALL_PRODUCT
     n_rows = math.prod(x.shape[:-1])
-    suits_mkl = IS_INTEL and not 2 < n_rows <= 256
+    suits_mkl = IS_INTEL and (n_rows <= 2 or n_rows > 256)
     if ONEDNN and x.device.type == 'cpu' and is_float32 and is_large and not suits_mkl:
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -112,33 +113,41 @@ onednn_linear.register_autograd(linear_backward, setup_context=save_for_backward
 
 
 # ---- Training in bfloat16 on a CPU ---------------------------------------------------------------
-# torch computes a norm on a CPU by a dozen operations, and a rotation by nine. In bfloat16 most of
-# them convert to float32 and back. A compiler would fuse them into one; nothing else does.
+# torch computes a norm and its gradient on a CPU in 21 operations, and model.rotate takes nine. In
+# bfloat16 many of them convert to float32 and back. Here they are few. A compiler fuses the plain
+# ones, so a compiled model keeps those.
 def trains_in_bfloat16(x):
     """Return whether x is in bfloat16 on a CPU, and a gradient may be asked for."""
     return x.device.type == 'cpu' and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
 
 
+def needs_few_operations(x):
+    """Return whether x trains in bfloat16 on a CPU, and no compiler will fuse its operations."""
+    return trains_in_bfloat16(x) and not torch.compiler.is_compiling()
+
+
 class FastRMSNorm(nn.RMSNorm):
     def forward(self, x):
-        has_weight = self.weight is not None
-        if has_weight or torch.compiler.is_compiling() or not trains_in_bfloat16(x):
-            return super().forward(x)
-        return BFloat16Norm.apply(x)
+        is_plain = self.weight is None and self.eps == NORM_EPS  # as model.rms_norm
+        if is_plain and needs_few_operations(x):
+            return BFloat16Norm.apply(x)
+        return super().forward(x)
 
 
 class BFloat16Norm(torch.autograd.Function):
-    """Scale the last dimension to a mean square of 1: model.rms_norm, in bfloat16 but for sums."""
+    """The autograd function of model.rms_norm for x in bfloat16: only the sums are in float32."""
 
     @staticmethod
     def forward(ctx, x):
+        # vector_norm sums squares in float32 without a copy of x in float32.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.size(-1) + 1e-6).rsqrt().bfloat16()
+        scale = (length.square() / x.size(-1) + NORM_EPS).rsqrt().bfloat16()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         # However x changes, y keeps its length, so what dy has along y makes no difference.
         y, scale = ctx.saved_tensors
@@ -147,7 +156,10 @@ class BFloat16Norm(torch.autograd.Function):
 
 
 def rotate_in_bfloat16(x_BHTD, cos, sin):
-    """Return what model.rotate does, (B, H, T, D): x in bfloat16; cos, sin (..., T, D/2)."""
+    """Return model.rotate(x, cos, sin), (B, H, T, D), computed in bfloat16.
+
+    cos, sin: (B or 1, 1, T, D/2).
+    """
     cos = torch.cat((cos, cos), dim=-1).bfloat16()
     sin = torch.cat((sin, -sin), dim=-1).bfloat16()
     swapped = x_BHTD.roll(x_BHTD.size(-1) // 2, dims=-1)  # (a, b) becomes (b, a)
@@ -157,9 +169,9 @@ def rotate_in_bfloat16(x_BHTD, cos, sin):
 # ---- Attention -----------------------------------------------------------------------------------
 class FastAttention(CausalSelfAttention):
     def rotate_and_norm(self, x_BHTD, cos, sin):
-        if torch.compiler.is_compiling() or not trains_in_bfloat16(x_BHTD):
-            return super().rotate_and_norm(x_BHTD, cos, sin)
-        return BFloat16Norm.apply(rotate_in_bfloat16(x_BHTD, cos, sin))
+        if needs_few_operations(x_BHTD):
+            return BFloat16Norm.apply(rotate_in_bfloat16(x_BHTD, cos, sin))
+        return super().rotate_and_norm(x_BHTD, cos, sin)
 
     def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
         if mask is None and works_in_blocks(self.config, q_BHTD.size(2), k_BHSD.size(2)):
@@ -171,15 +183,15 @@ class FastAttention(CausalSelfAttention):
     def is_faster_written_out(self, q_BHTD):
         """Return whether this is training in bfloat16, on a CPU, on a short context.
 
-        There the gradient of torch's own attention takes up to seven times as long in bfloat16 as
-        in float32, while plain products of matrices take less. On a long context, moving all the
-        scores to memory and back costs more than that (torch 2.13, an Intel Xeon with AMX,
-        2026-11-26).
+        There torch's own attention takes up to eight times as long as in float32, and plain matrix
+        products take less time than in float32. On a long context, moving all the scores to memory
+        and back costs more than that (torch 2.13, an Intel Xeon with AMX, 2026-11-26;
+        docs/notes.md).
         """
-        T = q_BHTD.size(2)
+        is_short = 1 < q_BHTD.size(2) <= SHORT_CONTEXT
+        # With dropout torch's attention is written out too.
         drops_out = self.training and self.config.dropout > 0
-        is_plain = self.config.flash and not drops_out
-        return is_plain and 1 < T <= SHORT_CONTEXT and trains_in_bfloat16(q_BHTD)
+        return self.config.flash and is_short and not drops_out and trains_in_bfloat16(q_BHTD)
 
     def attend_written_out(self, q_BHTD, k_BHTD, v_BHTD):
         """Return what `attend` would of a whole text, causal and without dropout."""

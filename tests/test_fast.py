@@ -17,7 +17,7 @@ from folio import engine, fast
 from folio.configurator import UserError
 from folio.fast import (Int8Linear, OneDNNLinear, float32_product, head_loss, loss_and_gradients,
                         quantize)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rotate
 
 SMALL = GPTConfig(block_size=200, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
@@ -88,7 +88,7 @@ def test_small_products_take_torchs_way():
 
 @pytest.mark.parametrize(('n_rows', 'by_onednn'),
                          [(2, False), (3, True), (256, True), (257, False)])
-def test_on_intel_onednn_takes_products_of_a_few_rows_only(n_rows, by_onednn, monkeypatch):
+def test_on_intel_onednn_takes_products_of_3_to_256_rows(n_rows, by_onednn, monkeypatch):
     monkeypatch.setattr(fast, 'ONEDNN', True)
     monkeypatch.setattr(fast, 'IS_INTEL', True)
     calls = []
@@ -125,7 +125,7 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(arch, T)
     assert (gradients(faster, idx_BT, torch.bfloat16) - exact).norm() < 1.3 * error
 
 
-def test_attention_is_written_out_where_that_is_faster_only(monkeypatch):
+def test_attention_is_written_out_only_where_that_is_faster(monkeypatch):
     lengths = []
     fused = F.scaled_dot_product_attention
 
@@ -162,6 +162,26 @@ def test_the_norm_in_bfloat16_is_the_norm_and_so_is_its_gradient():
     # bfloat16 has 8 bits, and y is rounded twice, dx a few times more.
     torch.testing.assert_close(y.double(), exact_y, rtol=2 * 2**-8, atol=0)
     assert (dx.double() - exact_dx).norm() < 2**-7 * exact_dx.norm()
+
+
+@pytest.mark.parametrize('options', [{'elementwise_affine': True}, {'eps': 1.0}], ids=str)
+def test_a_norm_with_weights_or_another_eps_keeps_them(options):
+    plain = nn.RMSNorm(8, **{'eps': 1e-6, 'elementwise_affine': False, **options}).bfloat16()
+    if plain.weight is not None:
+        nn.init.constant_(plain.weight, 3)
+    faster = copy.deepcopy(plain)
+    faster.__class__ = fast.FastRMSNorm
+    x = torch.randn(2, 8).bfloat16().requires_grad_()
+    assert torch.equal(faster(x), plain(x))
+
+
+def test_a_rotation_in_bfloat16_is_a_rotation():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 50, 16).bfloat16()
+    angle = torch.randn(2, 1, 50, 8)
+    exact = rotate(x.double(), angle.cos().double(), angle.sin().double())
+    ours = fast.rotate_in_bfloat16(x, angle.cos(), angle.sin())
+    assert (ours.double() - exact).norm() < 2**-8 * exact.norm()
 
 
 def test_the_norm_in_bfloat16_of_zeros_is_zero():
