@@ -52,7 +52,9 @@ PEAK_TFLOPS = {
 
 
 # What training keeps for the backward pass, in bytes per token, layer and channel. Fitted to nine
-# runs on a CPU (2026-11-25), whose whole memory it predicts to 12 %; not measured on a GPU.
+# runs on a CPU (2026-11-25), whose whole memory it predicts to 12 %; not measured on a GPU. A CPU
+# has since had operations of its own for bfloat16 (fast.py): there gpt2 now takes 5 to 9 % more
+# than predicted, and modern 18 to 20 % less (four runs, 2026-11-26).
 BYTES_KEPT = {('gpt2', 'float32'): 84, ('gpt2', '16 bits'): 60,
               ('modern', 'float32'): 144, ('modern', '16 bits'): 96}
 
