@@ -51,8 +51,8 @@ hellaswag_source = ''  # hellaswag: a file of items in its format
 rounds = 3  # of all work but training
 # The race: arguments of train.py
 race_ours = ('config/train_book.py --n_head=2 --block_size=64 --batch_size=16 '
-             '--learning_rate=12e-3 --muon_learning_rate=0.03 --max_iters=230 '
-             '--lr_decay_iters=230 --cooldown_iters=184 --eval_interval=230')
+             '--learning_rate=12e-3 --muon_learning_rate=0.03 --warmup_iters=10 --max_iters=210 '
+             '--lr_decay_iters=210 --cooldown_iters=168 --eval_interval=210')
 race_theirs = 'config/train_book_nanogpt.py --eval_interval=2000'
 race_loss = 1.575  # validation loss to reach
 json = ''  # write the measurements to this file as well
