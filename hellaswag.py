@@ -49,7 +49,7 @@ limit = 0  # items to score; 0: all
 batch_tokens = 0  # tokens in a pass: contexts, each with one ending; 0: as the device takes
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
+dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
 
 
 # ---- Items ---------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ memory = 512  # MiB a program may use
 processes = 0  # programs run at once; 0: one per core
 # machine
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 if the GPU has it, else float16
+dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
 
 # Where a line begins in column 0, but not with a bracket that closes what the function opened
 NEXT_STATEMENT = re.compile(r'\n(?=[^\s)\]}])')

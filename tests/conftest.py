@@ -16,6 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -138,6 +140,7 @@ def left_as_it_was():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     precision = torch.get_float32_matmul_precision()
+    threads = set(threading.enumerate())
     try:
         yield
     finally:
@@ -149,6 +152,13 @@ def left_as_it_was():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
         gc.collect()  # with its globals goes the lock on its out_dir
+        # The thread that prepares the next batch keeps the globals for as long as it is at work.
+        for _ in range(100):
+            begun = set(threading.enumerate()) - threads
+            if not any('ThreadPoolExecutor' in thread.name for thread in begun):
+                break
+            time.sleep(0.01)
+            gc.collect()
 
 
 # ---- What may be missing -------------------------------------------------------------------------
