@@ -63,8 +63,8 @@ def accelerate(model):
 # MKL's 190 (1,024 x 768 x 3,072; 2026-11-21).
 # On Intel's processors MKL uses AVX-512 too. There the head and six layers of GPT-2 124M take, by
 # MKL and by oneDNN, 14 and 20 ms for one row, 42 and 27 for 8 rows, 177 and 164 for 256, 450 and
-# 490 for 768; and for the gradients of 1,024 rows oneDNN takes up to twice as long (two cores of an
-# Intel Xeon with AVX-512, 2026-11-26).
+# 490 for 768. For the gradients of 1,024 rows oneDNN takes 1.2 to 2.6 times as long (two cores of
+# an Intel Xeon with AVX-512, 2026-11-26).
 class OneDNNLinear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
