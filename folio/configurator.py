@@ -10,6 +10,8 @@ setting is used by its bare name.
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import os
 import sys
 
 
@@ -181,9 +183,30 @@ def report(kind, error, traceback):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
     if issubclass(kind, (UserError, OSError)):
-        print(f'error: {printable(str(error)[:2000])}', file=sys.stderr)
+        line = f'error: {printable(str(error)[:2000])}'
+        if is_first_to_say(line):
+            print(line, file=sys.stderr, flush=True)
         sys.exit(2)
     sys.__excepthook__(kind, error, traceback)
+
+
+def is_first_to_say(line):
+    """Return whether no other process of this torchrun has said the same line.
+
+    torchrun gives each process a file for its errors, …/attempt_0/<local rank>/error.json: those of
+    one node and one attempt share a folder, in which the first to fail leaves a mark.
+    """
+    error_file = os.environ.get('TORCHELASTIC_ERROR_FILE', '')
+    folder = os.path.dirname(os.path.dirname(error_file))
+    mark = os.path.join(folder, f'said-{hashlib.sha256(line.encode()).hexdigest()[:16]}')
+    try:
+        if folder:
+            open(mark, 'x').close()
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # better twice than not at all
+    return True
 
 
 def printable(text):

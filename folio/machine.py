@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import platform
+import sys
 import warnings
 
 import torch
@@ -279,7 +280,11 @@ class Machine:
             backend = f'cpu:gloo,cuda:{backend}'
         else:
             backend = 'gloo'
+        # torch puts a hook around the one that says what is wrong. It would lose the line: it holds
+        # the text back until our hook returns, and that one ends the process.
+        hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        sys.excepthook = hook
         atexit.register(dist.destroy_process_group)
 
     def barrier(self):

@@ -218,6 +218,24 @@ def test_a_sharded_run_is_sampled(sharded):
     assert len(text.strip()) > 5
 
 
+# ---- A mistake -----------------------------------------------------------------------------------
+@pytest.mark.parametrize('script, args, says', [
+    ('train.py', ['--dtype=int8'], 'dtype is'),  # before the processes are connected
+    ('train.py', ['--dataset=nope'], 'no data set in data/nope'),  # after
+    pytest.param('hellaswag.py', ['--source=nope', '--device=cpu'], 'nope cannot be read',
+                 marks=pytest.mark.slow),
+], ids=['before', 'after', 'hellaswag'])
+def test_a_mistake_is_one_line_that_is_seen_once(book_once, script, args, says):
+    if script == 'train.py':
+        args = [*TINY, *SINGLE, *args]
+    done = subprocess.run(torchrun_command(str(ROOT / script), *args), cwd=book_once, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1, done.stderr
+    assert says in lines[0]
+
+
 # ---- A worker that dies --------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_weights(book):
