@@ -25,11 +25,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXTRAS = ROOT / 'tests' / 'extras'
 SHARED = ROOT.parent / 'shared' / 'data'
 sys.path.insert(0, str(ROOT))
+# A shell that starts the tests in the background has them ignore Ctrl-C, and a process that a test
+# starts would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side, and threads that spin slow each other down.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-TINY = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
+LONGEST = 900  # seconds after which a test fails: it waits for something that never comes
+# In float32, whatever the processor: what should be equal is then equal to the last few digits.
+TINY = ['--dataset=book', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
         '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1',
         '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
         '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
@@ -81,6 +86,20 @@ def pytest_collection_modifyitems(items, config):
     if left_out:
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """End a test that takes too long."""
+    def give_up(number, frame):
+        raise TimeoutError(f'the test took more than {LONGEST} s')
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(LONGEST)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 # ---- Running a script ----------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def test_a_call_without_targets_returns_the_last_position_and_no_loss(model):
     idx_BT = torch.randint(50, (2, 8))
     logits_BTV, loss = model(idx_BT)
     assert loss is None
-    assert torch.equal(logits_BTV, model(idx_BT, all_logits=True)[0][:, -1:])
+    all_logits_BTV, _ = model(idx_BT, all_logits=True)
+    torch.testing.assert_close(logits_BTV, all_logits_BTV[:, -1:])
 
 
 def test_targets_of_minus_one_do_not_count(model):

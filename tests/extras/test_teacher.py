@@ -202,7 +202,7 @@ def test_ctrl_c_keeps_what_was_under_way_too(endpoint):
     while 'stopping' not in process.stderr.readline():
         assert process.poll() is None
     endpoint.go.set()
-    assert process.stderr.read().endswith('interrupted\n') and process.wait() == 130
+    assert process.stderr.read().endswith('interrupted\n') and process.wait(30) == 130
     assert len(endpoint.asked) == 16 and sorted(on_disk()) == sorted(endpoint.asked)
 
 
