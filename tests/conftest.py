@@ -2,6 +2,7 @@
 What the tests share: a way to run the scripts as a user does, small data, small models.
     pytest -n auto             # what a contributor runs: under two minutes on two cores
     pytest -m '' -n auto       # all, with what is slow and what lies in tests/extras/
+    pytest --device=cuda       # those that a GPU can change, on a GPU
     pytest tests/test_train.py # a file or a test that is named runs whatever it is
 """
 import argparse
@@ -41,10 +42,27 @@ TINY = ['--dataset=book', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n
 
 
 # ---- Which tests run -----------------------------------------------------------------------------
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='run the tests that take it on this device')
+
+
 def pytest_configure(config):
     config.addinivalue_line('markers', "slow: runs only if it is named, or with -m ''")
+    require_device(config.option.device)
     if getattr(config.option, 'dist', None) == 'load':
         config.option.dist = 'loadfile'  # what the tests of a file share is then made once
+
+
+def require_device(device):
+    """Say in one line that a device is not there."""
+    if device == 'cpu':
+        return
+    import torch
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:  # torch raises either
+        reason = str(e).partition('\n')[0]
+        raise pytest.UsageError(f'--device={device}: {reason}') from None
 
 
 def paths_asked_for(config):
@@ -72,7 +90,15 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items, config):
-    """Leave out what is slow unless its file, or a test of it, is named."""
+    """Leave out what is slow unless its file, or a test of it, is named.
+
+    On another device than the CPU leave out what does not depend on it, and nothing else.
+    """
+    if config.option.device != 'cpu':
+        kept = [item for item in items if 'device' in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+        return
     # The notebook first: it takes minutes, in which a second process does the rest.
     items.sort(key=lambda item: 'from_start_to_end' not in item.name)
     if marks_asked_for(config):
@@ -201,6 +227,12 @@ def shared(path):
     if not (SHARED / path).exists():
         pytest.skip(f'needs ../shared/data/{path}, which is not here')
     return SHARED / path
+
+
+@pytest.fixture(scope='session')
+def device(request):
+    """The device to test: cpu, or what --device= says."""
+    return request.config.option.device
 
 
 # ---- Data and models -----------------------------------------------------------------------------
