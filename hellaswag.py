@@ -231,21 +231,20 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
     counts = []  # tokens of each
     was_training = model.training
     model.eval()
-    # With sharded parameters each forward pass needs all processes, so all must make equally many.
-    # One that has no batch left scores the last batch again, and drops the result.
+    # All processes take as many turns, so that they can be asked to stop together.
     n_turns = math.ceil(len(batches) / machine.world_size)
     for turn in tqdm(range(n_turns), desc='HellaSwag', disable=not progress or machine.rank > 0):
         if should_stop is not None and should_stop():
             model.train(was_training)
             return None, None
         i = turn * machine.world_size + machine.rank
-        batch = batches[min(i, len(batches) - 1)]
+        if i >= len(batches):
+            continue
         with machine.autocast:
-            item_choices, logp_B, lengths = score_batch(model, batch, machine.device)
-        if i < len(batches):
-            scored += item_choices
-            logps.append(logp_B)
-            counts += lengths
+            item_choices, logp_B, lengths = score_batch(model, batches[i], machine.device)
+        scored += item_choices
+        logps.append(logp_B)
+        counts += lengths
     model.train(was_training)
     sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
     if scored:

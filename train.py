@@ -86,7 +86,6 @@ cooldown_iters = 0  # trapezoid: the last steps, over which the learning rate fa
 min_lr = 6e-5  # where the learning rate ends
 # Machine
 backend = 'nccl'  # of torchrun's processes; gloo on CPUs whatever this says
-fsdp = False  # divide parameters and optimizer among the processes, for models that do not fit
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where that is fast
 compile = 'auto'  # True, False; auto: on a GPU
@@ -121,13 +120,6 @@ if gradient_accumulation_steps % world_size != 0:
     raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts those of '
                     f'all processes: make it a multiple of their number, {world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # of this process
-fsdp = fsdp and world_size > 1
-if fsdp and machine.dtype == 'float16':
-    raise UserError('float16 scales the loss by what each process sees; with fsdp give '
-                    '--dtype=bfloat16 or float32')
-if fsdp and fit_batch:
-    raise UserError('fit_batch tries a step in each process alone, which fsdp cannot; give a '
-                    '--batch_size that fits')
 machine.init_processes(backend)
 if deterministic:
     machine.make_deterministic()
@@ -136,7 +128,7 @@ if deterministic:
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
-print0(f'{machine}, compile {compile}{", sharded" if fsdp else ""}')
+print0(f'{machine}, compile {compile}')
 
 # ---- Data ----------------------------------------------------------------------------------------
 data = Dataset(dataset)
@@ -169,7 +161,7 @@ checkpoint = None
 if init_from not in ('scratch', 'resume') and not eval_only:
     folio.checkpoint.require_elsewhere(init_from, out_dir)
 if init_from != 'scratch':
-    checkpoint = folio.checkpoint.load(init_from, out_dir, mmap=fsdp)
+    checkpoint = folio.checkpoint.load(init_from, out_dir)
 if init_from == 'resume':
     folio.checkpoint.require_same_tokenizer(checkpoint, ckpt_path, data)
     folio.checkpoint.require_same_shape(checkpoint, model_args, ckpt_path)
@@ -187,10 +179,7 @@ else:
 model = fast.accelerate(model)  # the same numbers, sooner; without this line everything still works
 if activation_checkpointing:
     recompute_blocks(model)
-if fsdp:
-    machine.shard(model)  # and move each share to its device
-else:
-    model.to(device)
+model.to(device)
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2), muon_weight_decay=muon_weight_decay)
@@ -241,7 +230,7 @@ if fit_batch:
     print0(f'memory for a batch_size of {batch_size}: gradient_accumulation_steps is '
            f'{gradient_accumulation_steps}')
 ddp_model = model
-if world_size > 1 and not fsdp:
+if world_size > 1:
     ddp_model = DistributedDataParallel(model)
     # After its first backward pass DDP groups the gradients anew, which changes how their sums are
     # rounded. So make a pass that does not count: then a resumed run has the same bits as an
@@ -297,17 +286,14 @@ def save(iter_num, path, *others):
     others: further names for the same file, which is written only once.
     """
     stop_if_diverged(iter_num, all_finite and first_not_finite(model) is None)
-    # Gathering sharded tensors takes all processes; only then does rank 0 go on alone.
-    states = [model.state_dict()] + [o.state_dict() for o in optimizers]
-    states = machine.gather_full(states)
     if rank != 0:
         return
     folio.checkpoint.save(path, {
-        'model': states[0],
+        'model': model.state_dict(),
         'model_args': asdict(model.config),
         'tokenizer': data.spec,
         'template': data.meta.get('template'),  # of prompts, for sample.py --chat
-        'optimizer': states[1:],
+        'optimizer': [o.state_dict() for o in optimizers],
         'scaler': scaler.state_dict(),
         'config': config,
         'iter_num': iter_num,
@@ -356,9 +342,8 @@ def log_evaluation(iter_num, metrics):
 
 def score_hellaswag(iter_num):
     """Score the model on HellaSwag and log it; return False if a signal came before the end."""
-    with machine.unsharded(model):
-        metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
-                                     batch_tokens=hellaswag.batch_tokens, should_stop=should_stop)
+    metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
+                                 batch_tokens=hellaswag.batch_tokens, should_stop=should_stop)
     if metrics is None:
         return False
     accuracy = metrics.pop('acc_mean')
@@ -369,7 +354,7 @@ def score_hellaswag(iter_num):
 
 def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
-    with machine.autocast, machine.unsharded(model):
+    with machine.autocast:
         steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
         # Decode at the end, because looking at a token waits for the device.
         text = tokenizer.decode(torch.cat(list(steps)).tolist())
@@ -556,9 +541,7 @@ for iter_num in range(first_iter, max_iters + 1):
         targets_BT = targets_BT.to(device, non_blocking=True)
         # Average the gradients of all processes in the last micro-step only.
         sync = micro_step == micro_steps - 1
-        if fsdp:
-            model.set_requires_gradient_sync(sync)
-        elif world_size > 1:
+        if world_size > 1:
             ddp_model.require_backward_grad_sync = sync
         with machine.autocast:
             _, loss = ddp_model(idx_BT, targets_BT)
@@ -570,15 +553,14 @@ for iter_num in range(first_iter, max_iters + 1):
     # Divide the gradients by the loss's scale, so that they can be measured and clipped.
     for o in optimizers:
         scaler.unscale_(o)
-    total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    norm = total_norm.full_tensor() if fsdp else total_norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     # Looking at the norm waits for the device, so on a GPU that is left to steps that log or save.
     # Under float16 only the loss shows divergence: gradients may overflow until the scale is right.
     is_logged = iter_num % log_interval == 0
     all_finite &= loss_sum.isfinite() if machine.dtype == 'float16' else norm.isfinite()
     if is_logged or machine.type == 'cpu':
         stop_if_diverged(iter_num, all_finite)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, total_norm)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
     # Skip the step if float16 has overflowed (the scaler then scales less), or at a spike.
     skip = machine.dtype == 'float16' and not norm.isfinite()
     if skip_spikes and is_spike(norm.item(), norms):

@@ -29,20 +29,19 @@ FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
 
 
 # ---- Loading -------------------------------------------------------------------------------------
-def load(source, out_dir=None, mmap=False):
+def load(source, out_dir=None):
     """Return the dictionary of a checkpoint, its tensors on the CPU: {model, model_args, …}.
 
     source: a .pt of folio or nanoGPT, the folder of a run (its newest checkpoint), a Hugging Face
-    folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. mmap: leave a .pt's
-    tensors in the file until they are used, so that several processes share one copy in memory.
-    Raises UserError if there is no checkpoint, or if it is damaged or not what it claims to be.
+    folder, one of OpenAI's names (gpt2 …), or 'resume' for the run in out_dir. Raises UserError if
+    there is no checkpoint, or if it is damaged or not what it claims to be.
     """
     if source == 'resume':
         source = os.path.join(out_dir, 'ckpt.pt')
     elif os.path.exists(os.path.join(source, 'ckpt.pt')):
         source = os.path.join(source, 'ckpt.pt')
     if source.endswith('.pt'):
-        checkpoint = load_file(source, mmap)
+        checkpoint = load_file(source)
     else:
         from folio.hugging_face import load_hugging_face
         checkpoint = load_hugging_face(source)
@@ -56,7 +55,7 @@ def load(source, out_dir=None, mmap=False):
     return checkpoint
 
 
-def load_file(path, mmap=False):
+def load_file(path):
     """Return the dictionary in a .pt file, one of nanoGPT's upgraded to ours. Raises UserError.
 
     Only tensors and plain values are unpickled.
@@ -65,7 +64,7 @@ def load_file(path, mmap=False):
         with zipfile.ZipFile(path) as archive:
             size = os.path.getsize(path)
             check_archive(archive, size)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
             raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
                             'model_args')

@@ -335,8 +335,8 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
     """Yield the first n_windows windows of a split (0: all of it), each token a target once.
 
     All batches have the same shape: the last window and the last batch are filled up with targets
-    of -1. A rank takes every world_size-th batch, and all ranks take equally many, because a
-    sharded model needs every process for each forward pass.
+    of -1. A rank takes every world_size-th batch, and all ranks take equally many, so that they
+    can be asked to stop together.
     """
     n_all = math.ceil((len(tokens) - 1) / block_size)
     n_windows = min(n_windows, n_all) if n_windows > 0 else n_all

@@ -8,7 +8,6 @@ import functools
 import os
 import platform
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -208,8 +207,6 @@ class Machine:
             n_averages = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
             for group in optimizer.param_groups:
                 n_numbers += n_averages * sum(p.numel() for p in group['params'])
-        if hasattr(model, 'unshard'):  # fully_shard adds this method
-            n_numbers /= self.world_size
         n_tokens = batch_size * config.block_size
         precision = 'float32' if self.dtype == 'float32' else '16 bits'
         bytes_kept = BYTES_KEPT[config.arch, precision] * config.n_layer
@@ -316,56 +313,3 @@ class Machine:
         tensor = tensor.to(self.device)
         dist.all_reduce(tensor)
         return tensor.cpu()
-
-    def shard(self, model):
-        """Divide a model's parameters among the processes, block by block (Zhao et al. 2023).
-
-        Under bfloat16 a block's parameters are cast before they are gathered, which halves what is
-        sent; gradients are summed in float32. Embeddings and head are gathered in float32, in which
-        autocast reads them.
-        """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        # It warns not to change logits in place, which nothing here does.
-        warnings.filterwarnings('ignore', 'FSDP2-wrapped module')
-        mesh = dist.device_mesh.init_device_mesh(self.type, (self.world_size,))
-        policy = MixedPrecisionPolicy()
-        # On a CPU, LayerNorm does not accept gains in bfloat16 with an input in float32. The
-        # RMSNorm of modern has no gains.
-        takes_bfloat16 = self.type != 'cpu' or model.config.arch == 'modern'
-        if self.dtype == 'bfloat16' and takes_bfloat16:
-            # Leave the block's inputs to autocast, so that the residual stream keeps its format.
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
-                                          cast_forward_inputs=False)
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
-        dist.barrier()  # rank 0 is about to move an old run away, and others may still read it
-
-    @contextlib.contextmanager
-    def unsharded(self, model):
-        """Gather what a sharded model holds outside its blocks while a `with` calls model.forward.
-
-        The hook that gathers it runs in model(…) only.
-        """
-        is_sharded = hasattr(model, 'unshard')
-        if is_sharded:
-            model.unshard()
-        try:
-            yield
-        finally:
-            if is_sharded:
-                model.reshard()
-
-    def gather_full(self, state):
-        """Return nested dictionaries and lists with each sharded tensor whole, on rank 0's CPU.
-
-        Other ranks get None in place of such a tensor, but must call this too.
-        """
-        if isinstance(state, dict):
-            return {key: self.gather_full(value) for key, value in state.items()}
-        if isinstance(state, list):
-            return [self.gather_full(value) for value in state]
-        if not hasattr(state, 'full_tensor'):
-            return state
-        tensor = state.full_tensor()
-        return tensor.cpu() if self.rank == 0 else None

@@ -78,35 +78,17 @@ def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay,
 def load_states(optimizers, states):
     """Restore the states of optimizers from a checkpoint; hyper-parameters stay those of this run.
 
-    states: list of state dictionaries, their tensors whole. Raises UserError if they do not fit.
+    states: list of state dictionaries. Raises UserError if they do not fit.
     """
     if len(states) != len(optimizers):
         raise UserError('this run was trained with another optimizer; give --optimizer as it was')
     for optimizer, state in zip(optimizers, states):
-        params = [p for group in optimizer.param_groups for p in group['params']]
         param_groups = optimizer.state_dict()['param_groups']
         try:
-            learned = {}
-            for i, values in state['state'].items():
-                learned[i] = {key: shard_like(params[i], value) for key, value in values.items()}
-            optimizer.load_state_dict({'state': learned, 'param_groups': param_groups})
+            optimizer.load_state_dict({'state': state['state'], 'param_groups': param_groups})
         except Exception as e:  # a damaged or hostile state may raise anything
             raise UserError('the state of the optimizer is not one of this model '
                             f'({type(e).__name__}: {e})') from e
-
-
-def shard_like(param, value):
-    """Return this process's share of a tensor that belongs to a sharded parameter.
-
-    The value is returned as it is if the parameter is not sharded, or if their shapes differ, as
-    AdamW's step count does.
-    """
-    is_sharded = hasattr(param, 'full_tensor')
-    if not is_sharded or not isinstance(value, torch.Tensor) or value.shape != param.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements,
-                             src_data_rank=None)
 
 
 # ---- Muon ----------------------------------------------------------------------------------------
@@ -145,14 +127,10 @@ class Muon(torch.optim.Optimizer):
         updates = []
         for gradient, average in zip(gradients, averages):
             updates.append(gradient.lerp(average, group['momentum']))
-        if hasattr(params[0], 'full_tensor'):
-            # Orthogonalising a sharded matrix takes all of it.
-            updates = [update.full_tensor() for update in updates]
         matrices = torch.cat(updates).view(-1, height, width)
         orthogonal = orthogonalize_shared(matrices.to(product_dtype(matrices)))
         n_rows = [p.size(0) for p in params]
         steps = orthogonal.flatten(0, 1).to(matrices.dtype).split(n_rows)
-        steps = [shard_like(p, step) for p, step in zip(params, steps)]
         rate = group['lr'] * max(1, height / width)**0.5
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, steps, alpha=-rate)

@@ -35,8 +35,8 @@ if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
 LONGEST = 900  # seconds after which a test fails: it waits for something that never comes
 # In float32, whatever the processor: what should be equal is then equal to the last few digits.
-TINY = ['--dataset=book', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
-        '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1',
+TINY = ['--dataset=book', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2',
+        '--n_embd=32', '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1',
         '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
         '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
 

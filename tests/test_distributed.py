@@ -18,7 +18,6 @@ SHORT = ['--dtype=float32', '--log_interval=1', '--max_iters=12', '--eval_interv
 SINGLE = ['--gradient_accumulation_steps=2', '--batch_size=4', *SHORT]
 ACCUMULATED = ['--gradient_accumulation_steps=4', '--batch_size=2', *SHORT]
 MUON = ['--arch=modern', '--optimizer=muon']
-FSDP = '--fsdp=True'
 
 
 def torchrun_command(*args):
@@ -89,7 +88,6 @@ def test_two_processes_give_the_losses_of_one(book, one_process):
     options = [*ACCUMULATED, *MUON]
     output = torchrun(*options, cwd=book)
     assert '2 processes' in output
-    assert 'sharded' not in output
     assert_close(losses(book), one_process(*options), options)
 
 
@@ -98,46 +96,6 @@ def test_two_processes_give_the_losses_of_one(book, one_process):
 def test_two_processes_with_adamw_give_the_losses_of_one(book, one_process, options):
     torchrun(*options, cwd=book)
     assert_close(losses(book), one_process(*options), options)
-
-
-@pytest.mark.parametrize('options', [
-    pytest.param(SINGLE, marks=pytest.mark.slow), [*ACCUMULATED, *MUON]], ids=['adamw', 'muon'])
-def test_two_processes_that_share_the_parameters_give_the_losses_of_one(book, one_process, options):
-    output = torchrun(*options, FSDP, cwd=book)
-    assert 'sharded' in output
-    assert_close(losses(book), one_process(*options), options)
-
-
-SHARDED_TYPES = '''
-from model import GPT
-forward = GPT.forward
-def shows_types(self, *args, **options):
-    def show(block, inputs):
-        print(block.attn.c_attn.weight.dtype, self.transformer.wte.weight.dtype, inputs[0].dtype)
-    handle = self.transformer.h[0].register_forward_pre_hook(show)
-    result = forward(self, *args, **options)
-    handle.remove()
-    return result
-GPT.forward = shows_types
-'''
-
-
-@pytest.mark.slow
-def test_in_bfloat16_a_block_is_gathered_so_and_the_embedding_in_float32(book):
-    output = torchrun(*SINGLE, *MUON, '--dtype=bfloat16', '--max_iters=1', FSDP, cwd=book,
-                      script=planted(book, SHARDED_TYPES))
-    assert 'torch.bfloat16 torch.float32 torch.bfloat16' in output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('more', [[], ['--activation_checkpointing=True']], ids=['', 'recomputed'])
-def test_shared_parameters_in_bfloat16_give_about_the_losses_of_one(book, one_process, more):
-    options = [*ACCUMULATED, '--arch=modern', '--dtype=bfloat16']
-    torchrun(*options, *more, FSDP, cwd=book)
-    ours, theirs = losses(book), one_process(*options)
-    assert [step for step, _, _ in ours] == [step for step, _, _ in theirs]
-    for (step, loss, _), (_, expected, _) in zip(ours, theirs):
-        assert loss == pytest.approx(expected, abs=0.01), f'step {step}'
 
 
 @pytest.mark.slow
@@ -166,56 +124,46 @@ def test_all_processes_halve_a_batch_that_does_not_fit_in_one(book, one_process)
 
 
 @pytest.mark.slow
-def test_a_resume_may_change_the_number_of_processes_and_the_sharding(book, one_process):
-    """Four steps sharded over two processes, four on one, four on two without sharding."""
+def test_a_resume_may_change_the_number_of_processes(book, one_process):
+    """Four steps on two processes, four on one, four on two again."""
     options = [*ACCUMULATED, *MUON, '--eval_interval=4']
-    torchrun(*options, FSDP, '--max_iters=4', cwd=book)
+    torchrun(*options, '--max_iters=4', cwd=book)
     run('train.py', *TINY, *options, '--init_from=resume', '--max_iters=8', cwd=book)
     torchrun(*options, '--init_from=auto', cwd=book)
     assert_close(losses(book), one_process(*options), options)
 
 
-# ---- A run with sharded parameters ---------------------------------------------------------------
+# ---- Samples and scores --------------------------------------------------------------------------
 HELLASWAG = {'ctx': 'the name of the', 'endings': ['object', 'class that is', 'zzz', 'qqqq']}
 
 
 @pytest.fixture(scope='module')
-def sharded(book_once, tmp_path_factory):
-    """The folder of a sharded run with samples and HellaSwag."""
-    folder = tmp_path_factory.mktemp('sharded')
+def scored(book_once, tmp_path_factory):
+    """The folder of a run of two processes with samples and HellaSwag."""
+    folder = tmp_path_factory.mktemp('scored')
     os.symlink(book_once / 'data', folder / 'data')
     with open(folder / 'items.jsonl', 'w') as f:
         for i in range(30):
             f.write(json.dumps(HELLASWAG | {'label': i % 4}) + '\n')
-    torchrun(*SINGLE, FSDP, '--sample_interval=10', '--hellaswag_interval=12',
+    torchrun(*SINGLE, '--sample_interval=10', '--hellaswag_interval=12',
              '--hellaswag_source=items.jsonl', cwd=folder)
     return folder
 
 
-def test_a_sharded_checkpoint_is_an_ordinary_one(sharded):
-    saved = checkpoint.load(str(sharded / 'out'))
-    assert all(type(weight) is torch.Tensor for weight in saved['model'].values())
-
-
-def test_a_sharded_run_draws_samples_and_is_scored(sharded):
-    entries = log_of(sharded)
+def test_two_processes_draw_one_sample_and_score_once(scored):
+    entries = log_of(scored)
     assert [entry['iter'] for entry in entries if 'sample' in entry] == [10, 12]
     assert [entry['iter'] for entry in entries if 'acc' in entry] == [0, 12]
 
 
-def test_a_sharded_run_has_the_scores_of_its_checkpoint(sharded):
+def test_two_processes_log_the_scores_of_their_checkpoint(scored):
     out, _ = run('hellaswag.py', '--out_dir=out', '--source=items.jsonl', '--device=cpu',
-                 cwd=sharded)
+                 cwd=scored)
     figures = json.loads(out.splitlines()[-1])
-    logged = [entry for entry in log_of(sharded) if 'acc' in entry][-1]
+    logged = [entry for entry in log_of(scored) if 'acc' in entry][-1]
     assert figures['n'] == 30
     assert figures['acc'] == logged['acc']
     assert figures['acc_mean'] == logged['hellaswag']
-
-
-def test_a_sharded_run_is_sampled(sharded):
-    text, _ = run('sample.py', '--out_dir=out', '--max_new_tokens=20', '--device=cpu', cwd=sharded)
-    assert len(text.strip()) > 5
 
 
 # ---- A mistake -----------------------------------------------------------------------------------

@@ -73,15 +73,6 @@ def test_processes_must_divide_the_micro_steps(book_once, monkeypatch):
     assert 'a multiple of their number, 3' in line
 
 
-def test_float16_is_refused_where_parameters_are_sharded(book_once, monkeypatch):
-    for name, value in {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}.items():
-        monkeypatch.setenv(name, value)
-    line = refused('train.py', *TINY, '--gradient_accumulation_steps=2', '--fsdp=True',
-                   '--dtype=float16', cwd=book_once)
-    assert line.startswith('error: float16')
-    assert '--dtype=bfloat16' in line
-
-
 # ---- A run that is there already -----------------------------------------------------------------
 @pytest.fixture
 def kept(trained):

@@ -453,13 +453,12 @@ def test_masked_losses_do_not_depend_on_how_a_step_is_cut(book):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=['ddp', 'fsdp'])
-def test_masked_losses_of_two_processes_are_those_of_one(book, options):
+def test_masked_losses_of_two_processes_are_those_of_one(book):
     sparse_targets(book)
     fast = [*FAST, '--dtype=float32']
     run('train.py', *fast, '--batch_size=8', '--out_dir=one', cwd=book)
     process = start(
-        *fast, *options, '--batch_size=2', '--gradient_accumulation_steps=4', cwd=book, processes=2
+        *fast, '--batch_size=2', '--gradient_accumulation_steps=4', cwd=book, processes=2
     )
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
@@ -872,12 +871,9 @@ def test_what_samples_need_is_missed_before_the_first_step(tmp_path):
     [
         (3, []),
         (4, []),
-        (3, ['--fsdp=True']),
-        (4, ['--fsdp=True']),
         (2, ['--compile=True']),
-        (2, ['--compile=True', '--fsdp=True']),
     ],
-    ids=['3-ddp', '4-ddp', '3-fsdp', '4-fsdp', '2-ddp-compile', '2-fsdp-compile'],
+    ids=['3', '4', '2-compile'],
 )
 def test_a_resume_of_several_processes_is_bitwise_identical(book, processes, options):
     options = [
