@@ -2,7 +2,7 @@
 Measure how fast a config trains, loads its data and generates text.
     python bench.py config/train_fineweb.py --batch_size=32
     python bench.py config/train_book.py --profile=True
-    python bench.py --init_from=gpt2 --device=cpu --quantize=int8
+    python bench.py --init_from=gpt2 --device=cpu
 
 Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's config
 files and settings (python train.py --help lists them), and measures one process. Where the data set
@@ -19,12 +19,11 @@ import types
 import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure, model_settings, user_errors
-from folio.data import Dataset, eval_batches, train_batch
+from folio.data import Dataset, train_batch
 from folio.machine import Machine, default_device, recompute_blocks
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
@@ -34,7 +33,6 @@ steps = 20  # training steps to time
 prompt_tokens = 256  # in each prompt to continue
 new_tokens = 64  # in its continuation
 decode_batch = 1  # prompts that are continued at once
-quantize = ''  # int8: generate with 8-bit weights (on a CPU), and say what that costs in perplexity
 profile = False  # show where the time of three steps goes, and write out_dir/trace.json
 json = ''  # write the measurements to this file as well
 
@@ -281,53 +279,17 @@ def measure_text(s, machine, model, tokens):
         show('decoding', decoding, 'tokens/s', comment)
 
 
-@torch.no_grad()
-def perplexity(s, model, tokens):
-    """Return the perplexity over about the first 8,192 tokens.
-
-    It is taken from the logits, as a model with quantized weights computes no loss.
-    """
-    total = 0.0
-    count = 0
-    n_windows = math.ceil(8192 / s.block_size)
-    batches = eval_batches(tokens, None, s.block_size, batch_size=1, n_windows=n_windows)
-    for idx_BT, targets_BT in batches:
-        logits_BTV, _ = model(idx_BT, all_logits=True)
-        losses = F.cross_entropy(logits_BTV[0], targets_BT[0], ignore_index=-1, reduction='sum')
-        total += losses.item()
-        count += (targets_BT != -1).sum().item()
-    return np.exp(total / count)
-
-
-def quantize_model(s, machine, model, tokens):
-    """Make a model's weights 8-bit, in place, and show what that does to its perplexity."""
-    if machine.type != 'cpu':
-        raise UserError('quantize=int8 is for CPUs, where decoding waits for memory; '
-                        'give --device=cpu')
-    model.eval()
-    before = perplexity(s, model, tokens)
-    after = perplexity(s, fast.quantize(model), tokens)
-    show('perplexity, int8 weights', after, '', f'{before:.4f} without')
-
-
 # ---- The script ----------------------------------------------------------------------------------
 def main():
     s = read_settings(globals(), ('steps', 'prompt_tokens', 'new_tokens', 'decode_batch'))
-    if s.quantize not in ('', 'int8'):
-        raise UserError(f'quantize is {s.quantize!r}; it may be int8')
-    if s.quantize:
-        fast.ask_for_huge_pages()
-    machine = one_process(s, trains=not s.quantize)
+    machine = one_process(s, trains=True)
     model, tokens, compiled = set_up(s, machine)
     fast.accelerate(model).to(machine.device)
     if s.activation_checkpointing:
         recompute_blocks(model)
     if compiled:
         model.compile()
-    if s.quantize:
-        quantize_model(s, machine, model, tokens)
-    else:
-        measure_training(s, machine, model, tokens)
+    measure_training(s, machine, model, tokens)
     # On a CPU train.py may train in bfloat16, but sample.py writes in float32.
     measure_text(s, one_process(s), model, tokens)
     if s.json:

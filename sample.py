@@ -16,7 +16,7 @@ import sys
 
 import folio.checkpoint
 from folio import engine, fast
-from folio.configurator import UserError, configure, require_at_least, require_choice
+from folio.configurator import UserError, configure, require_at_least
 from folio.machine import Machine, default_device
 from model import GPT
 
@@ -36,7 +36,6 @@ lookup = False  # greedy, one sample: sooner where the text repeats itself, as c
 stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
 seed = 1337
-quantize = ''  # int8: weights of 8 bits, faster on a CPU, at a small loss of precision
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
 compile = False  # a small model then writes faster, after the half minute that compiling takes
@@ -44,13 +43,8 @@ config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'num_samples', 'max_new_tokens')
-require_choice(config, 'quantize', ('', 'int8'))
 engine.check_sampling(strategy, temperature, top_k, top_p, min_p)
-if quantize:
-    fast.ask_for_huge_pages()
 machine = Machine(device, dtype)
-if quantize and (machine.type, machine.dtype) != ('cpu', 'float32'):
-    raise UserError('quantize=int8 is for CPUs: give --device=cpu --dtype=float32')
 if lookup and strategy != 'greedy':
     raise UserError('lookup writes greedily: give --strategy=greedy as well')
 if lookup and (num_samples > 1 or repetition_penalty != 1 or compile):
@@ -62,8 +56,6 @@ with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the 
 # ---- Model and prompt ----------------------------------------------------------------------------
 checkpoint = folio.checkpoint.load(init_from, out_dir)
 model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
-if quantize:
-    model = fast.quantize(model)
 tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')

@@ -12,7 +12,6 @@ process of its own: the seconds until they reach a loss.
 Needs model.py, train.py, bench.py, hellaswag.py, folio/ and prepare/documents.py; transformers,
 tokenizers and rustbpe to compare with.
 """
-import copy
 import dataclasses
 import functools
 import importlib.util
@@ -158,17 +157,14 @@ def compare_training(s, machine, config, compiled, tokens):
 def compare_decoding(s, machine, config):
     """Yield the rows of greedy decoding with a cache, the prompt not counted, against transformers.
 
-    One row and eight, after 16 tokens and late in the context; on a CPU with 8-bit weights as well.
+    One row and eight, after 16 tokens and late in the context.
     """
     config = dataclasses.replace(config, block_size=1024)
     ours = fast.accelerate(GPT(config)).to(machine.device).eval()
     theirs = in_transformers(ours)
-    models = [ours]
-    if machine.type == 'cpu':
-        models.append(fast.quantize(copy.deepcopy(ours)))
 
-    def generate_ours(model, idx_BT, n_tokens):
-        return torch.stack(list(engine.generate(model, idx_BT, n_tokens, strategy='greedy')), dim=1)
+    def generate_ours(idx_BT, n_tokens):
+        return torch.stack(list(engine.generate(ours, idx_BT, n_tokens, strategy='greedy')), dim=1)
 
     def generate_theirs(idx_BT, n_tokens):
         # As many tokens as ours in any case: at least and at most n_tokens.
@@ -178,25 +174,17 @@ def compare_decoding(s, machine, config):
 
     for B, T in ((1, 16), (1, 256), (1, 900), (8, 16)):
         idx_BT = torch.randint(config.vocab_size, (B, T), device=machine.device)
-        generators = [functools.partial(generate_ours, model, idx_BT) for model in models]
-        generators.append(functools.partial(generate_theirs, idx_BT))
         # Each runs for 1 token and for 1 + n: the difference is n tokens without the prompt.
         calls = []
-        for generate in generators:
-            calls.append(functools.partial(generate, 1))
-            calls.append(functools.partial(generate, 1 + s.new_tokens))
+        for generate in (generate_ours, generate_theirs):
+            calls.append(functools.partial(generate, idx_BT, 1))
+            calls.append(functools.partial(generate, idx_BT, 1 + s.new_tokens))
         with torch.no_grad(), machine.autocast:
             times = time_in_turn(machine.synchronize, s.rounds, *calls)
         speeds = []
         for short, long in zip(times[::2], times[1::2]):
             speeds.append(B * s.new_tokens / (long - short))
-        *our_speeds, their_speed = speeds
-
-        name = f'decoding, {B} x {T} tokens'
-        yield ratio(name, our_speeds[0], their_speed, unit='tokens/s', peer='transformers')
-        if len(models) > 1:
-            yield ratio(f'{name}, int8', our_speeds[1], their_speed, unit='tokens/s',
-                        peer='transformers, float32')
+        yield ratio(f'decoding, {B} x {T} tokens', *speeds, unit='tokens/s', peer='transformers')
 
 
 def compare_muon(s, machine, config):

@@ -1,5 +1,5 @@
 """
-Compute the same numbers sooner: faster layers and loss for a model, and weights of 8 bits.
+Compute the same numbers sooner: faster layers and loss for a model.
     model = fast.accelerate(GPT(config))    # delete this call and everything still works
 
 Each trick is a class with the parameters of the one it replaces and another forward:
@@ -8,22 +8,15 @@ Each trick is a class with the parameters of the one it replaces and another for
     FastAttention       attention in a window, at the cost of the window instead of the context;
                         to train in bfloat16 on a CPU, written out, because that is faster there
     ChunkedLossGPT      the head's loss in chunks, so that the logits are never all in memory
-
-fast.quantize(model) is for inference on a CPU. Its Int8Linear has weights of 8 bits, so here the
-numbers are almost the same.
 """
 import math
-import os
 import platform
-import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from folio.configurator import UserError
-from folio.machine import CPU_HAS_BFLOAT16
 from model import GPT, LOGIT_CAP, NORM_EPS, CausalSelfAttention, can_see
 
 
@@ -359,92 +352,3 @@ def float32_product(a, b):
     if a.device.type == 'cuda' and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return linear(a, b.t()).float()
-
-
-# ---- Weights of 8 bits ---------------------------------------------------------------------------
-FEW_ROWS = 4  # rows of input; int8_product reads all weights once for every four of them
-
-
-class Int8Linear(nn.Module):
-    """Multiply by weights of 8 bits and a scale per output: a quarter of float32's bytes to read.
-
-    Input and output are rounded to bfloat16. The perplexity of config/train_book.py's model after
-    200 steps, 4.5454, becomes 4.5455 (an Intel Xeon, 2026-11-25). A product with many rows does not
-    wait for memory, so for those the 8-bit weights are kept a second time, in a format that the
-    processor multiplies: 3 bytes per weight in all, or 5 on a processor without bfloat16.
-    """
-
-    def __init__(self, layer):
-        super().__init__()
-        weight_NC = layer.weight.detach()
-        scale_N1 = weight_NC.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        # Round the scale before the weights are divided by it. They will be multiplied by the same
-        # number, so its rounding adds no error.
-        scale_N1 = scale_N1.bfloat16()
-        weight_NC = (weight_NC / scale_N1.float()).round()
-        self.register_buffer('weight', weight_NC.to(torch.int8))
-        self.register_buffer('scale', scale_N1[:, 0])
-        wide = torch.bfloat16 if CPU_HAS_BFLOAT16 else torch.float32
-        # Integers up to 127 are exact in either format.
-        self.register_buffer('wide_weight', weight_NC.to(wide))
-        self.bias = layer.bias
-
-    def forward(self, x):
-        x_RC = x.flatten(0, -2)
-        # The operator takes 16 numbers of a row at a time, and no fewer.
-        if len(x_RC) <= FEW_ROWS and x_RC.size(1) % 16 == 0:
-            y_RN = int8_product(x_RC.bfloat16(), self.weight, self.scale).float()
-        else:
-            y_RN = linear(x_RC.to(self.wide_weight.dtype), self.wide_weight).float()
-            y_RN *= self.scale.float()
-        if self.bias is not None:
-            y_RN += self.bias
-        return y_RN.view(*x.shape[:-1], -1)
-
-
-def int8_product(x_RC, weight_NC, scale_N):
-    """Return x (scale weight)', (R, N): x (R, C) and scale (N,) in bfloat16, weight (N, C) in int8.
-
-    The operator's name begins with an underscore: it may disappear from torch, and then `quantize`
-    refuses. What Int8Linear does for many rows could replace it, at half the speed for one row.
-    """
-    return torch._weight_int8pack_mm(x_RC, weight_NC, scale_N)
-
-
-def int8_product_works():
-    """Return whether this torch has int8_product, and it is right, and fast on this processor."""
-    # Elsewhere it works number by number, at a tenth of the speed, and by its source code on
-    # Windows too.
-    has_kernel = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
-    x = torch.ones(2, 64, dtype=torch.bfloat16)
-    weight = torch.full((3, 64), 127, dtype=torch.int8)
-    try:
-        y = int8_product(x, weight, 2 * x[0, :3])
-    except (AttributeError, TypeError, RuntimeError):  # it is gone, or takes other arguments
-        return False
-    return has_kernel and sys.platform != 'win32' and y.eq(2 * 64 * 127).all().item()
-
-
-def ask_for_huge_pages():
-    """Have torch ask Linux for pages of 2 MB. Call it before the first tensor: torch looks once.
-
-    Decoding with 8-bit weights is then 1.13 times as fast (GPT-2 124M, docs/benchmarks.md). Do not
-    call it to train: in bfloat16 that falls to 0.86 of the speed (docs/notes.md).
-    """
-    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
-
-
-def quantize(model):
-    """Replace each linear layer of a model on the CPU by an Int8Linear, in place; return the model.
-
-    This is for inference only. Embeddings stay as they are. Raises UserError where this torch or
-    this processor has no fast product with 8-bit weights.
-    """
-    if not int8_product_works():
-        raise UserError('int8 weights need an x86 CPU with AVX2, and a torch with '
-                        '_weight_int8pack_mm, such as 2.13; leave out --quantize')
-    for module in list(model.modules()):
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Int8Linear(layer))
-    return model

@@ -1,7 +1,6 @@
 """bench.py's table: what it measures, and which mistakes it explains."""
 import json
 import platform
-import re
 
 import pytest
 
@@ -88,14 +87,6 @@ def test_a_profile_is_shown_and_written(profiled):
     assert json.loads((folder / 'out' / 'trace.json').read_text())['traceEvents']
 
 
-def test_int8_weights_cost_little_perplexity(book_once):
-    out, _ = run('bench.py', *QUICK, '--quantize=int8', cwd=book_once)
-    found = re.search(r'perplexity, int8 weights +(.*?) +(.*) without', out)
-    with_int8, without = map(float, found.groups())
-    assert with_int8 == pytest.approx(without, rel=0.01)
-    assert '\ndecoding ' in out
-
-
 # ---- Settings ------------------------------------------------------------------------------------
 def test_settings_of_a_script_are_read_without_running_it(tmp_path):
     (tmp_path / 'script.py').write_text('''"""A script."""
@@ -118,7 +109,6 @@ n_steps = 3
 @pytest.mark.parametrize('arg, says', [
     ('--btach_size=3', 'unknown setting btach_size on the command line: did you mean batch_size?'),
     ('--steps=0', 'at least 1'),
-    ('--quantize=int4', 'int8'),
     ('--json=no/such/folder.json', 'no such folder'),
 ])
 def test_a_mistake_gets_one_line(book_once, arg, says):

@@ -13,10 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from folio import engine, fast
-from folio.configurator import UserError
-from folio.fast import (Int8Linear, OneDNNLinear, float32_product, head_loss, loss_and_gradients,
-                        quantize)
+from folio import fast
+from folio.fast import (OneDNNLinear, float32_product, head_loss, loss_and_gradients)
 from model import GPT, GPTConfig, rotate
 
 SMALL = GPTConfig(block_size=200, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -344,73 +342,3 @@ def test_gradients_under_float16_stay_finite_however_many_tokens_there_are():
     total.div(n).backward()
     assert weight.grad.isfinite().all()
     assert weight.grad[0, 0].item() == pytest.approx(-5 * 63 / 64, rel=1e-3)
-
-
-# ---- Weights of 8 bits ---------------------------------------------------------------------------
-@pytest.mark.parametrize('n_rows', [1, 5, 64])
-@pytest.mark.parametrize('width', [320, 300])  # 300: no multiple of 16
-def test_int8_products_lose_what_weights_of_8_bits_and_bfloat16_lose(n_rows, width):
-    torch.manual_seed(0)
-    layer = nn.Linear(width, 203)
-    x = torch.randn(2, n_rows, width) * torch.tensor([1e-3, 1.0]).view(2, 1, 1)
-    x[0, 0, 0] = 30.0  # an outlier
-    x[1, -1] = 0.0  # a row of zeros
-    quantized = Int8Linear(layer)
-    rounded = quantized.weight.double() * quantized.scale.double()[:, None]
-    assert (rounded - layer.weight).abs().max() <= 0.501 * quantized.scale.max()
-    y = quantized(x)
-    exact = F.linear(x.double(), rounded, layer.bias.double())
-    assert y.shape == exact.shape
-    assert y.dtype == torch.float32
-    # bfloat16 has 8 bits: each number is off by at most 2^-9 of itself.
-    most = F.linear(x.abs().double(), rounded.abs(), layer.bias.abs().double())
-    assert ((y - exact).abs() <= 3 * 2**-9 * most).all()
-
-
-@pytest.fixture(params=['gpt2', 'modern'])
-def quantized(request):
-    """(a model of 8-bit weights, a batch, the logits it had before)."""
-    torch.manual_seed(0)
-    model = GPT(dataclasses.replace(SMALL, arch=request.param)).eval()
-    nn.init.normal_(model.lm_head.weight, std=0.3)
-    idx_BT = torch.randint(50, (4, 32))
-    with torch.no_grad():
-        before = model(idx_BT, all_logits=True)[0]
-        return quantize(model), idx_BT, before
-
-
-def test_a_quantized_model_has_no_linear_layer_left(quantized):
-    model, _, _ = quantized
-    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 9
-    assert not any(isinstance(m, nn.Linear) for m in model.modules())
-
-
-@torch.no_grad()
-def test_a_quantized_model_has_nearly_the_same_logits(quantized):
-    model, idx_BT, before = quantized
-    after = model(idx_BT, all_logits=True)[0]
-    assert 0 < (after - before).std() < 0.02 * before.std()
-
-
-def test_a_quantized_model_generates(quantized):
-    model, idx_BT, _ = quantized
-    tokens = torch.stack(list(engine.generate(model, idx_BT[:, :4], 20, strategy='greedy')), dim=1)
-    assert tokens.shape == (4, 20)
-
-
-def refuse(x, weight, scale):
-    raise RuntimeError('called otherwise')
-
-
-@pytest.mark.parametrize('operator', [None, refuse, lambda x, weight, scale: x[:, :3]],
-                         ids=['gone', 'another', 'wrong'])
-def test_a_torch_whose_int8_product_is_another_is_refused(operator, monkeypatch):
-    monkeypatch.setattr(torch, '_weight_int8pack_mm', operator)
-    with pytest.raises(UserError, match='--quantize'):
-        quantize(nn.Linear(4, 4))
-
-
-def test_a_processor_that_multiplies_by_int8_number_by_number_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'DEFAULT')
-    with pytest.raises(UserError, match='AVX2'):
-        quantize(nn.Linear(4, 4))

@@ -61,10 +61,6 @@ def test_an_over_long_prompt_is_cut_with_a_notice(trained_once):
     assert err.startswith('notice: ')
 
 
-def test_8_bit_weights_write_too(trained_once):
-    assert len(sample(trained_once, '--quantize=int8', '--start=a')) == 1 + 40 + 1
-
-
 def test_lookup_writes_the_greedy_text(trained_once):
     args = ['--strategy=greedy', '--start=The The ']
     assert sample(trained_once, *args, '--lookup=True') == sample(trained_once, *args)
