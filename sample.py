@@ -32,7 +32,6 @@ top_k = 200  # top_k: draw from this many tokens
 top_p = 0.9  # nucleus: draw from the fewest tokens whose probabilities sum to this
 min_p = 0.0  # rule out tokens less likely than this times the likeliest
 repetition_penalty = 1.0  # above 1: what was said gets less likely
-lookup = False  # greedy, one sample: sooner where the text repeats itself, as code does
 stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
 seed = 1337
@@ -45,11 +44,6 @@ config = configure(globals())
 require_at_least(1, config, 'num_samples', 'max_new_tokens')
 engine.check_sampling(strategy, temperature, top_k, top_p, min_p)
 machine = Machine(device, dtype)
-if lookup and strategy != 'greedy':
-    raise UserError('lookup writes greedily: give --strategy=greedy as well')
-if lookup and (num_samples > 1 or repetition_penalty != 1 or compile):
-    raise UserError('lookup is for one text: leave out --num_samples, --repetition_penalty and '
-                    '--compile')
 with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the text
     compile = compile and machine.can_compile()
 
@@ -86,8 +80,8 @@ def find_stop(row, text):
 def write(prompts, seed):
     """Yield the texts so far that continue prompts of token ids, a list of strings, each step."""
     return engine.stream_text(
-        model, tokenizer, prompts, max_new_tokens, find_end=find_stop, lookup=lookup,
-        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        model, tokenizer, prompts, max_new_tokens, find_end=find_stop, strategy=strategy,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, compile=compile)
 
 

@@ -14,8 +14,6 @@ import torch
 from folio.configurator import UserError
 
 STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
-# {last tokens that occurred before: tokens to draft after them}; the longest match is tried first
-DRAFT_LENGTHS = {3: 8, 2: 3, 1: 1}
 
 
 def send(tensor, device):
@@ -286,68 +284,6 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
         model.train(was_training)
 
 
-@torch.no_grad()
-def generate_by_lookup(model, prompt, max_new_tokens):
-    """Continue a prompt, a list of token ids, greedily: yield one (1,) tensor on the CPU per token.
-
-    The text is that of generate with strategy='greedy', sooner where it repeats itself, as code and
-    lists do. What followed the last time that the last tokens occurred is a draft. The model reads
-    all of it in one pass; what it would have written itself stays, and one token more (prompt
-    lookup, Saxena 2023). A pass over several tokens rounds differently: where two tokens are nearly
-    equally likely, 8-bit weights or bfloat16 may take the other. Raises UserError for an empty
-    prompt.
-    """
-    if not prompt:
-        raise UserError('a prompt must have at least one token')
-    limit = model.config.block_size
-    tokens = []
-    went_on = {}  # {tokens: where the text went on after them, the last time}
-
-    def append_and_draft(token):
-        """Append a token; return a draft of what follows, a list of token ids."""
-        tokens.append(token)
-        draft = []
-        for n_last, n_draft in DRAFT_LENGTHS.items():
-            last = tuple(tokens[-n_last:])
-            begin = went_on.get(last)
-            if not draft and begin is not None:
-                draft = tokens[begin:begin + n_draft]
-                # Where fewer tokens follow, guess that these repeat.
-                draft = (draft * n_draft)[:n_draft]
-            went_on[last] = len(tokens)
-        return draft
-
-    for token in prompt:
-        draft = append_and_draft(token)
-    n_total = len(prompt) + max_new_tokens
-    start = 0  # the model sees tokens[start:]
-    cache = None
-    was_training = model.training
-    model.eval()
-    try:
-        while len(tokens) < n_total:
-            if cache is None or len(tokens) - start > limit:
-                start = truncated_start(start, len(tokens), limit)
-                cache = KVCache(model, batch_size=1)
-                draft = []  # with one, this long pass would compute logits for every token
-            room = min(start + limit, n_total - 1) - len(tokens)
-            draft = draft[:room]
-            unread = tokens[start + cache.length:]
-            idx_BT = send(torch.tensor([unread + draft]), cache.device)
-            logits_BTV, _ = model.forward(idx_BT, all_logits=len(draft) > 0, cache=cache)
-            # The likeliest token after the text, then after each token of the draft
-            likeliest = logits_BTV[0].argmax(dim=-1).tolist()
-            n_right = 0
-            while n_right < len(draft) and draft[n_right] == likeliest[n_right]:
-                n_right += 1
-            cache.length -= len(draft) - n_right  # the rest of the draft will be overwritten
-            for token in likeliest[:n_right + 1]:
-                draft = append_and_draft(token)
-                yield torch.tensor([token])
-    finally:
-        model.train(was_training)
-
-
 def truncated_start(start, end, limit):
     """Return where a row's text begins: at start, or later if start … end exceeds the context."""
     if end - start <= limit:
@@ -365,25 +301,19 @@ def read(model, history_BN, starts, use_cache):
     return logits_BTV[:, -1], cache if use_cache else None
 
 
-def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, lookup=False, **options):
+def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **options):
     """Continue each prompt: yield the new texts so far, a list of B strings, per step.
 
     A row ends at the end-of-text token, or once find_end(row, text) returns a position, at which
     its text is cut; None means not yet. A character of several tokens appears with the last of
-    them. prompts, options: those of generate. lookup: for a single prompt, use generate_by_lookup,
-    which is greedy whatever the options say.
+    them. prompts, options: those of generate.
     """
     stop = set() if tokenizer.eot is None else {tokenizer.eot}
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
     texts = [''] * len(prompts)
     unfinished = set(range(len(prompts)))
-    if lookup:
-        assert len(prompts) == 1, 'lookup continues a single prompt'
-        steps = generate_by_lookup(model, prompts[0], max_new_tokens)
-    else:
-        # Not by generate's `stop`, which would wait for a GPU once more in each step.
-        steps = generate(model, prompts, max_new_tokens, **options)
-    for next_B in steps:
+    # Not by generate's `stop`, which would wait for a GPU once more in each step.
+    for next_B in generate(model, prompts, max_new_tokens, **options):
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:
                 continue

@@ -262,54 +262,6 @@ def test_a_model_that_was_training_goes_on_training(model):
     assert model.training
 
 
-# ---- Prompt lookup -------------------------------------------------------------------------------
-def lookup_and_greedy(arch, block_size, prompt, monkeypatch):
-    """Return (tokens by lookup, tokens by generate, lengths of what lookup read in each pass)."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=20, n_layer=2, n_head=2, n_embd=16,
-                          arch=arch))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)  # large enough for logits that are far apart
-    greedy = tokens(model, [prompt], 150, strategy='greedy')
-    lengths = []
-    forward = model.forward
-
-    def counted(idx_BT, **options):
-        lengths.append(idx_BT.size(1))
-        return forward(idx_BT, **options)
-
-    monkeypatch.setattr(model, 'forward', counted)
-    return torch.stack(list(engine.generate_by_lookup(model, prompt, 150))), greedy, lengths
-
-
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_lookup_writes_the_greedy_text_in_fewer_passes(arch, monkeypatch):
-    prompt = [3, 1, 4] * 4
-    found, greedy, lengths = lookup_and_greedy(arch, 256, prompt, monkeypatch)
-    assert torch.equal(found, greedy)
-    n_right = 150 - len(lengths)  # tokens that no pass of their own was for
-    n_drafted = sum(lengths) - len(prompt) - (len(lengths) - 1)
-    assert 50 < n_right < n_drafted  # some drafts were wrong
-
-
-@pytest.mark.parametrize('prompt', [[1], list(range(20)) * 3], ids=len)
-def test_lookup_goes_on_past_a_full_context_as_generate_does(prompt, monkeypatch):
-    found, greedy, lengths = lookup_and_greedy('gpt2', 48, prompt, monkeypatch)
-    assert torch.equal(found, greedy)
-    assert len(lengths) < 100
-
-
-def test_lookup_refuses_a_prompt_without_a_token(model):
-    with pytest.raises(UserError, match='at least one token'):
-        next(engine.generate_by_lookup(model, [], 1))
-
-
-def test_lookup_leaves_a_model_training(model):
-    model.train()
-    list(engine.generate_by_lookup(model, [1], 2))
-    assert model.training
-
-
 # ---- Text as it comes ----------------------------------------------------------------------------
 BYTES = folio.tokenizer.train_bpe([], 257)  # a token for each byte, and the end-of-text token
 

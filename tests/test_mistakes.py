@@ -194,7 +194,6 @@ def test_gutenberg_needs_a_number(tmp_path):
     ('--num_samples=0', 'num_samples'),
     ('--repetition_penalty=0', 'above 0'),
     ('--out_dir=empty', 'no checkpoint empty/ckpt.pt'),
-    ('--lookup=True', '--strategy=greedy'),
     ('--min_p=2', 'min_p'),
     ('--temprature=1', 'did you mean temperature'),
 ])

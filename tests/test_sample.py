@@ -61,11 +61,6 @@ def test_an_over_long_prompt_is_cut_with_a_notice(trained_once):
     assert err.startswith('notice: ')
 
 
-def test_lookup_writes_the_greedy_text(trained_once):
-    args = ['--strategy=greedy', '--start=The The ']
-    assert sample(trained_once, *args, '--lookup=True') == sample(trained_once, *args)
-
-
 @pytest.fixture(scope='module')
 def stopped(trained_once):
     """(three characters that the greedy text has, the text before they come)."""
