@@ -22,6 +22,8 @@ longer than the model's context loses its beginning. The harness's own task clea
 
 Needs model.py and folio/.
 """
+import collections
+import itertools
 import json
 import math
 import os
@@ -43,13 +45,17 @@ from model import GPT
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a folder
 out_dir = 'out'  # the run to score
 source = ''  # a file in HellaSwag's format; empty: its validation split, downloaded once
-url = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
-sha256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'  # of url; empty: any
 limit = 0  # items to score; 0: all
-batch_tokens = 0  # tokens in a pass: contexts, each with one ending; 0: as the device takes
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
+
+URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
+SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'
+BATCH_SIZE = 64  # endings in a pass
+
+# One of the four texts of an item, as token ids: context and ending are tuples.
+Row = collections.namedtuple('Row', 'item choice context ending')
 
 
 # ---- Items ---------------------------------------------------------------------------------------
@@ -63,7 +69,7 @@ def load(source='', machine=None):
     if not source:
         path = os.path.join('data', 'downloads', 'hellaswag_val.jsonl')
         if machine is None or machine.rank == 0:
-            download([url], path, sha256=sha256 or None)
+            download([URL], path, sha256=SHA256)
     if machine is not None:
         machine.barrier()
     items = []
@@ -101,134 +107,78 @@ def read_item(line, where):
                         f'({type(e).__name__}: {e})') from None
 
 
-def render(item, tokenizer, block_size):
-    """Return an item's four (context ids, ending ids). Raises UserError.
+def render(items, tokenizer, block_size):
+    """Return the rows of all items, four of each. Raises UserError.
 
     A long text is cut to its last block_size + 1 tokens: the model reads all but the very last one,
     which is only predicted.
     """
-    try:
-        context = tokenizer.encode(item['ctx'])
-        endings = [tokenizer.encode(' ' + ending) for ending in item['endings']]
-    except UserError as e:
-        raise UserError(f'{item["where"]}: {e}') from None
     rows = []
-    for ending in endings:
-        ids = (context + ending)[-(block_size + 1):]
-        n = min(len(ending), block_size)
-        rows.append((ids[:-n], ids[-n:]))
+    for i, item in enumerate(items):
+        try:
+            context = tokenizer.encode(item['ctx'])
+            endings = [tokenizer.encode(' ' + ending) for ending in item['endings']]
+        except UserError as e:
+            raise UserError(f'{item["where"]}: {e}') from None
+        for choice, ending in enumerate(endings):
+            ids = (context + ending)[-(block_size + 1):]
+            n = min(len(ending), block_size)
+            rows.append(Row(i, choice, context=tuple(ids[:-n]), ending=tuple(ids[-n:])))
     return rows
 
 
 # ---- Scores --------------------------------------------------------------------------------------
-def make_batches(items, tokenizer, block_size, batch_tokens):
-    """Return batches: lists of (context ids, [(item, choice, ending ids), …]).
+def make_batches(rows):
+    """Return lists of at most BATCH_SIZE rows whose contexts have the same length."""
+    def context_length(row):
+        return len(row.context)
 
-    A batch holds endings of about the same length, with the contexts that they continue.
-    """
-    # An item's four endings usually continue the same context. But where the text is too long, the
-    # context is cut, and how much of it is left depends on the length of the ending.
-    groups = {}  # {(item, context): endings}
-    for i, item in enumerate(items):
-        for choice, (context, ending) in enumerate(render(item, tokenizer, block_size)):
-            groups.setdefault((i, tuple(context)), []).append((i, choice, ending))
-
-    def longest_ending(group):
-        _, endings = group
-        return max(len(ending) for _, _, ending in endings)
-
-    # Sort by the length of the endings and not of the contexts: there are four times as many of
-    # them to be padded.
     batches = []
-    current = []
-    longest_context = 0  # in the current batch
-    for group in sorted(groups.items(), key=longest_ending):
-        (_, context), endings = group
-        longest_context = max(longest_context, len(context))
-        row_tokens = longest_context + longest_ending(group)
-        takes_too_much = row_tokens * (len(current) + 1) > batch_tokens
-        exceeds_context = row_tokens > block_size + 1  # + 1: the last token is only predicted
-        if current and (takes_too_much or exceeds_context):
-            batches.append(current)
-            current = []
-            longest_context = len(context)
-        current.append((list(context), endings))
-    batches.append(current)
+    for _, alike in itertools.groupby(sorted(rows, key=context_length), key=context_length):
+        alike = list(alike)
+        for first in range(0, len(alike), BATCH_SIZE):
+            batches.append(alike[first:first + BATCH_SIZE])
     return batches
 
 
-def tokens_a_pass(machine):
-    """Return how many tokens to take in a pass, the same number in every process.
-
-    That is 2,048 on a CPU, and on a GPU 2,048 per 8 GiB of memory: enough to keep it busy, and few
-    enough for their keys, values and logits to fit, for models up to the size of GPT-2 XL. (This
-    was computed, not measured: a token takes 0.9 MB with GPT-2, and 2.2 MB with GPT-2 XL.)
-    """
-    if machine.type != 'cuda':
-        return 2048
-    memory = torch.cuda.get_device_properties(machine.device).total_memory
-    mean = machine.sum(memory)[0] / machine.world_size
-    return 2048 * max(1, int(mean / 2**33))
-
-
-def pad(rows, side, value=0):
-    """Return lists of ids as one tensor (B, T), the shorter ones filled up on one side."""
-    rows = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value,
-                                           padding_side=side)
-
-
 def score_batch(model, batch, device):
-    """Return ([(item, choice), …], their log-probabilities (B,), list of their numbers of tokens).
+    """Return the log-probability of each row's ending, in nats, (rows,); it waits for no GPU.
 
-    Each context is read once, into a cache, for all of its endings. Nothing here waits for a GPU.
+    Each context is read once, into a cache, for all of its endings.
     """
-    # The last token of a context predicts the first one of an ending, so it is read together with
-    # the ending. Of a context of one token nothing is left to read before that; it gets a dummy
-    # token, which counts as padding.
-    contexts = [context[:-1] or [0] for context, _ in batch]
-    longest = max(len(context) for context in contexts)
-    padding = [longest - (len(context) - 1) for context, _ in batch]
-    owners = []  # for each ending, the row of its context
-    item_choices = []
-    inputs = []
-    targets = []
-    for owner, (context, endings) in enumerate(batch):
-        for item, choice, ending in endings:
-            owners.append(owner)
-            item_choices.append((item, choice))
-            inputs.append(context[-1:] + ending[:-1])
-            targets.append(ending)
+    contexts = list(dict.fromkeys(row.context for row in batch))
+    owners = [contexts.index(row.context) for row in batch]
+    # Padding behind an ending changes nothing in front of it: attention is causal.
+    longest = max(len(row.ending) for row in batch)
+    inputs_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    targets_BT = torch.full((len(batch), longest), -1)
+    for b, row in enumerate(batch):
+        T = len(row.ending)
+        # The last token of the context predicts the first one of the ending.
+        inputs_BT[b, :T] = torch.tensor(row.context[-1:] + row.ending[:-1])
+        targets_BT[b, :T] = torch.tensor(row.ending)
 
-    longest_ending = max(len(ending) for ending in targets)
-    cache = KVCache(model, len(batch), padding, size=longest + longest_ending)
-    contexts_BT = send(pad(contexts, 'left'), device)
-    inputs_BT = send(pad(inputs, 'right'), device)
-    targets_BT = send(pad(targets, 'right', value=-1), device)
-    model.forward(contexts_BT, cache=cache)
-    logits_BTV, _ = model.forward(inputs_BT, all_logits=True, cache=cache.rows(owners))
-    losses = []
-    # A few endings at a time: for all at once, cross_entropy takes as much memory again as the
-    # logits.
-    for logits_bTV, targets_bT in zip(logits_BTV.split(16), targets_BT.split(16)):
-        losses_N = F.cross_entropy(logits_bTV.flatten(0, 1), targets_bT.flatten(),
-                                   ignore_index=-1, reduction='none')
-        losses.append(losses_N.view_as(targets_bT).sum(dim=1))
-    return item_choices, -torch.cat(losses), [len(target) for target in targets]
+    cache = None
+    contexts_BT = torch.tensor(contexts)[:, :-1]
+    if contexts_BT.size(1) > 0:
+        cache = KVCache(model, len(contexts), size=contexts_BT.size(1) + longest)
+        model.forward(send(contexts_BT, device), cache=cache)
+        cache = cache.rows(owners)
+    logits_BTV, _ = model.forward(send(inputs_BT, device), all_logits=True, cache=cache)
+    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), send(targets_BT, device).flatten(),
+                               ignore_index=-1, reduction='none')
+    return -losses_N.view_as(targets_BT).sum(dim=1)
 
 
 @torch.no_grad()
-def score(model, items, tokenizer, machine, batch_tokens, progress=False, should_stop=None):
-    """Return (sums, counts), both (n, 4): log-probability in nats, and tokens, of each ending.
+def score(model, rows, machine, progress=False, should_stop=None):
+    """Return (sums, counts), both (items, 4): log-probability in nats, and tokens, of each ending.
 
-    batch_tokens: tokens in a pass, of contexts and one ending for each; 0: as many as the device
-    takes. should_stop: called before each batch; once it returns True, (None, None) is returned.
+    should_stop: called before each batch; once it returns True, (None, None) is returned.
     """
-    batch_tokens = batch_tokens or tokens_a_pass(machine)
-    batches = make_batches(items, tokenizer, model.config.block_size, batch_tokens)
-    scored = []  # (item, choice) of each ending that this process has scored
+    batches = make_batches(rows)
+    mine = []  # rows that this process has scored
     logps = []  # tensors of their log-probabilities, one for each batch
-    counts = []  # tokens of each
     was_training = model.training
     model.eval()
     # All processes take as many turns, so that they can be asked to stop together.
@@ -238,22 +188,20 @@ def score(model, items, tokenizer, machine, batch_tokens, progress=False, should
             model.train(was_training)
             return None, None
         i = turn * machine.world_size + machine.rank
-        if i >= len(batches):
-            continue
-        with machine.autocast:
-            item_choices, logp_B, lengths = score_batch(model, batches[i], machine.device)
-        scored += item_choices
-        logps.append(logp_B)
-        counts += lengths
+        if i < len(batches):
+            with machine.autocast:
+                logps.append(score_batch(model, batches[i], machine.device))
+            mine += batches[i]
     model.train(was_training)
-    sums_and_counts = torch.zeros(2, len(items), 4, dtype=torch.float64)
-    if scored:
-        item_N, choice_N = torch.tensor(scored).T
-        logp_N = torch.cat(logps).cpu()  # a single copy, because each one waits for the device
-        sums_and_counts[0, item_N, choice_N] = logp_N.double()
-        sums_and_counts[1, item_N, choice_N] = torch.tensor(counts, dtype=torch.float64)
+    shape = (rows[-1].item + 1, 4)
+    sums = torch.zeros(shape, dtype=torch.float64)
+    counts = torch.zeros(shape, dtype=torch.float64)
+    if mine:
+        places = ([row.item for row in mine], [row.choice for row in mine])
+        sums[places] = torch.cat(logps).cpu().double()  # one copy: each one waits for the device
+        counts[places] = torch.tensor([len(row.ending) for row in mine], dtype=torch.float64)
     # What one process has scored is zero on the others, so a sum puts all together.
-    sums, counts = machine.sum_tensor(sums_and_counts)
+    sums, counts = machine.sum_tensor(torch.stack((sums, counts)))
     return sums, counts
 
 
@@ -271,17 +219,6 @@ def accuracies(items, sums, counts):
     return result | {'n': n}
 
 
-def evaluate(model, items, tokenizer, machine, batch_tokens, should_stop=None):
-    """Return the accuracies of a model, the same on every process.
-
-    should_stop: called before each batch; once it returns True, None is returned.
-    """
-    sums, counts = score(model, items, tokenizer, machine, batch_tokens, should_stop=should_stop)
-    if sums is None:
-        return None
-    return accuracies(items, sums, counts)
-
-
 # ---- The script ----------------------------------------------------------------------------------
 def main():
     machine = Machine(device, dtype)
@@ -292,7 +229,8 @@ def main():
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    sums, counts = score(model, items, tokenizer, machine, batch_tokens, progress=True)
+    rows = render(items, tokenizer, model.config.block_size)
+    sums, counts = score(model, rows, machine, progress=True)
     metrics = accuracies(items, sums, counts)
     shown = []
     for name in ('acc', 'acc_norm', 'acc_mean'):
@@ -309,5 +247,5 @@ def main():
 
 if __name__ == '__main__':
     config = configure(globals())
-    require_at_least(0, config, 'limit', 'batch_tokens')
+    require_at_least(0, config, 'limit')
     main()

@@ -262,13 +262,14 @@ print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_toke
        f'{"for each process" if world_size > 1 else "beside what torch takes"}')
 
 # Load now what later steps need, so that the run stops here if something is missing.
-if hellaswag_interval > 0:
-    import hellaswag
-    hellaswag_items = hellaswag.load(hellaswag_source, machine)
 if hellaswag_interval > 0 or sample_interval > 0:
     import folio.tokenizer
     from folio import engine
     tokenizer = folio.tokenizer.load(data.spec)
+if hellaswag_interval > 0:
+    import hellaswag
+    hellaswag_items = hellaswag.load(hellaswag_source, machine)
+    hellaswag_rows = hellaswag.render(hellaswag_items, tokenizer, block_size)
 
 
 # ---- Checkpoints, log, signals -------------------------------------------------------------------
@@ -342,10 +343,10 @@ def log_evaluation(iter_num, metrics):
 
 def score_hellaswag(iter_num):
     """Score the model on HellaSwag and log it; return False if a signal came before the end."""
-    metrics = hellaswag.evaluate(model, hellaswag_items, tokenizer, machine,
-                                 batch_tokens=hellaswag.batch_tokens, should_stop=should_stop)
-    if metrics is None:
+    sums, counts = hellaswag.score(model, hellaswag_rows, machine, should_stop=should_stop)
+    if sums is None:
         return False
+    metrics = hellaswag.accuracies(hellaswag_items, sums, counts)
     accuracy = metrics.pop('acc_mean')
     print0(f'step {iter_num}: HellaSwag {accuracy:.4f} ± {metrics["acc_mean_stderr"]:.4f}')
     log({'iter': iter_num, 'hellaswag': accuracy, **metrics})

@@ -310,17 +310,16 @@ def compare_hellaswag(s, machine, config):
     ours = fast.accelerate(GPT(config)).to(machine.device).eval()
     theirs = in_transformers(ours)
     gpt2 = folio.tokenizer.load('gpt2')
+    rows = hellaswag.render(items, gpt2, config.block_size)
     scores = {}  # the log-probability of each ending, (items, 4)
 
     def score_ours():
-        scores['ours'], _ = hellaswag.score(ours, items, gpt2, machine,
-                                            batch_tokens=hellaswag.batch_tokens)
+        scores['ours'], _ = hellaswag.score(ours, rows, machine)
 
     def score_theirs():
         scores['theirs'] = torch.zeros(len(items), 4, dtype=torch.float64)
-        for i, item in enumerate(items):
-            rows = hellaswag.render(item, gpt2, config.block_size)
-            scores['theirs'][i] = score_rows(theirs, rows, machine)
+        for i in range(len(items)):
+            scores['theirs'][i] = score_rows(theirs, rows[4 * i:4 * i + 4], machine)
 
     our_seconds, their_seconds = time_in_turn(machine.synchronize, s.rounds, score_ours,
                                               score_theirs)
@@ -335,9 +334,9 @@ def compare_hellaswag(s, machine, config):
 def score_rows(model, rows, machine):
     """Return the log-probability of each ending, (4,), by a model of transformers.
 
-    rows: (context ids, ending ids) for each of the four.
+    rows: the four of an item, as hellaswag.render gives them.
     """
-    ids = [torch.tensor(context + ending) for context, ending in rows]
+    ids = [torch.tensor(row.context + row.ending) for row in rows]
     idx_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(machine.device)
     with machine.autocast:
         logits_BTV = model(idx_BT[:, :-1], use_cache=False).logits
@@ -345,9 +344,10 @@ def score_rows(model, rows, machine):
     loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction='none')
     loss_BT = loss_N.view(len(rows), -1)
     scores = torch.zeros(len(rows), dtype=torch.float64)
-    for choice, (context, ending) in enumerate(rows):
-        first = len(context) - 1  # the last token of the context predicts the first of the ending
-        scores[choice] = -loss_BT[choice, first:first + len(ending)].sum()
+    for row, loss_T in zip(rows, loss_BT):
+        # The last token of the context predicts the first one of the ending.
+        first = len(row.context) - 1
+        scores[row.choice] = -loss_T[first:first + len(row.ending)].sum()
     return scores
 
 

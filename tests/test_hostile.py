@@ -169,8 +169,7 @@ def read_problems(folder):
 
 def read_items(folder):
     tokenizer = folio.tokenizer.load(BPE)
-    for item in hellaswag.load(str(folder / 'a.jsonl')):
-        hellaswag.render(item, tokenizer, 8)
+    hellaswag.render(hellaswag.load(str(folder / 'a.jsonl')), tokenizer, 8)
 
 
 def read_progress(folder):

@@ -831,12 +831,12 @@ def test_a_checkpoint_is_saved_before_the_model_is_looked_at(tmp_path, what):
     plant = {
         'hellaswag': '''
 import hellaswag
-plain = hellaswag.evaluate
+plain = hellaswag.score
 calls = []
 def crash(*args, **options):
     calls.append(1)
     return plain(*args, **options) if len(calls) == 1 else os._exit(9)
-hellaswag.evaluate = crash
+hellaswag.score = crash
 ''',
         'sample': '''
 from folio import engine
