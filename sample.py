@@ -30,8 +30,6 @@ strategy = 'top_k'  # greedy, sample, top_k or nucleus
 temperature = 0.8  # below 1: less random; 0: greedy
 top_k = 200  # top_k: draw from this many tokens
 top_p = 0.9  # nucleus: draw from the fewest tokens whose probabilities sum to this
-min_p = 0.0  # rule out tokens less likely than this times the likeliest
-repetition_penalty = 1.0  # above 1: what was said gets less likely
 stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
 seed = 1337
@@ -42,7 +40,7 @@ config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'num_samples', 'max_new_tokens')
-engine.check_sampling(strategy, temperature, top_k, top_p, min_p)
+engine.check_sampling(strategy, temperature, top_k, top_p)
 machine = Machine(device, dtype)
 with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the text
     compile = compile and machine.can_compile()
@@ -81,8 +79,7 @@ def write(prompts, seed):
     """Yield the texts so far that continue prompts of token ids, a list of strings, each step."""
     return engine.stream_text(
         model, tokenizer, prompts, max_new_tokens, find_end=find_stop, strategy=strategy,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, compile=compile)
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, compile=compile)
 
 
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line feed

@@ -124,54 +124,52 @@ class StaticKVCache:
 
 
 # ---- Drawing a token -----------------------------------------------------------------------------
-def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0,
-               generator=None):
+def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, generator=None):
     """Return a token for each row, (B,), drawn by the rules of next_token_logits.
 
     generator: a torch.Generator for the noise; None: torch's own. Raises UserError for a value
     outside its range.
     """
     if strategy == 'greedy' or temperature == 0:
-        check_sampling(strategy, temperature, top_k, top_p, min_p)
+        check_sampling(strategy, temperature, top_k, top_p)
         return logits_BV.argmax(dim=-1)  # without the logits that rule all others out
-    logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p, min_p)
+    logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p)
     # If each p_i is divided by exponential noise, token i has the largest quotient with probability
     # p_i. Unlike torch.multinomial, this never makes the CPU wait for the GPU.
     noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
     return (logits_BV.softmax(dim=-1) / noise_BV).argmax(dim=-1)
 
 
-def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, min_p=0.0):
+def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9):
     """Return the logits (B, V) whose softmax to draw from: -inf where a token is ruled out.
 
     strategy: 'greedy' keeps the likeliest token, 'sample' all, 'top_k' the top_k likeliest (Fan et
     al. 2018), 'nucleus' the fewest whose probabilities sum to top_p (Holtzman et al. 2019).
-    temperature: logits are divided by it; 0 is greedy. min_p, with any strategy: rule out tokens
-    less likely than min_p times the likeliest. Raises UserError for a value outside its range.
+    temperature: logits are divided by it; 0 is greedy. Raises UserError for a value outside its
+    range.
 
     >>> next_token_logits(torch.tensor([[1., 2., 3.]]), 'top_k', top_k=2)
     tensor([[-inf, 2., 3.]])
     """
-    check_sampling(strategy, temperature, top_k, top_p, min_p)
+    check_sampling(strategy, temperature, top_k, top_p)
     if strategy == 'greedy' or temperature == 0:
         likeliest_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits_BV, -math.inf).scatter(1, likeliest_B1, 0.0)
     logits_BV = logits_BV / temperature
-    p_BV = logits_BV.softmax(dim=-1)
-    ruled_out_BV = p_BV < min_p * p_BV.amax(dim=-1, keepdim=True)
+    ruled_out_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
     if strategy == 'top_k':
         kept_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).indices
-        ruled_out_BV |= torch.ones_like(ruled_out_BV).scatter(1, kept_BK, False)
+        ruled_out_BV = torch.ones_like(ruled_out_BV).scatter(1, kept_BK, False)
     elif strategy == 'nucleus':
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         p_BV = sorted_BV.softmax(dim=-1)
         # Rule out a token if those before it already sum to top_p.
         sum_before_BV = p_BV.cumsum(dim=-1) - p_BV
-        ruled_out_BV |= torch.zeros_like(ruled_out_BV).scatter(1, order_BV, sum_before_BV >= top_p)
+        ruled_out_BV = ruled_out_BV.scatter(1, order_BV, sum_before_BV >= top_p)
     return logits_BV.masked_fill(ruled_out_BV, -math.inf)
 
 
-def check_sampling(strategy, temperature, top_k, top_p, min_p):
+def check_sampling(strategy, temperature, top_k, top_p):
     """Raise UserError for a value outside its range."""
     if strategy not in STRATEGIES:
         raise UserError(f'strategy is {strategy!r}; choose from {", ".join(STRATEGIES)}')
@@ -181,20 +179,6 @@ def check_sampling(strategy, temperature, top_k, top_p, min_p):
         raise UserError(f'top_k is {top_k}; it must be at least 1')
     if not 0 < top_p <= 1:
         raise UserError(f'top_p is {top_p}; it must be above 0 and at most 1')
-    if not 0 <= min_p <= 1:
-        raise UserError(f'min_p is {min_p}; it must be from 0 to 1')
-
-
-def penalize(logits_BV, seen_BV, penalty):
-    """Return logits in which a penalty above 1 makes tokens that were seen less likely.
-
-    Positive logits are divided by the penalty, negative ones multiplied (CTRL, Keskar et al. 2019).
-
-    >>> penalize(torch.tensor([[2., -2., 2.]]), torch.tensor([[True, True, False]]), 2.0)
-    tensor([[ 1., -4.,  2.]])
-    """
-    factor_BV = torch.where(logits_BV > 0, 1 / penalty, penalty)
-    return torch.where(seen_BV, logits_BV * factor_BV, logits_BV)
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -210,8 +194,7 @@ def generate(model, prompts, max_new_tokens, **options):
 
 @torch.no_grad()
 def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temperature=1.0,
-                         top_k=50, top_p=0.9, min_p=0.0, repetition_penalty=1.0, seed=None,
-                         stop=(), use_cache=True, compile=False):
+                         top_k=50, top_p=0.9, seed=None, stop=(), use_cache=True, compile=False):
     """Continue each prompt: yield (token ids (B,), the model's logits (B, V)) per step.
 
     The tokens are drawn by the rules of next_token_logits. When a row fills the context, it goes on
@@ -223,8 +206,6 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
     rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
     if not rows or not all(rows):
         raise UserError('a prompt must have at least one token')
-    if repetition_penalty <= 0:
-        raise UserError(f'repetition_penalty is {repetition_penalty}; it must be above 0')
     B = len(rows)
     limit = model.config.block_size
     device = model.lm_head.weight.device
@@ -242,10 +223,6 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
     history_BN = torch.zeros(B, end + max_new_tokens, dtype=torch.long, device=device)
     for b, row in enumerate(rows):
         history_BN[b, starts[b]:end] = torch.tensor(row)
-    seen_BV = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    if repetition_penalty != 1:
-        for b, row in enumerate(rows):
-            seen_BV[b, row] = True
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
     next_B = history_BN[:, end - 1]
     cache = None
@@ -266,15 +243,10 @@ def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temp
                 if compile:
                     cache.advance()
                     logits_BV = logits_BV.clone()  # a CUDA graph's next step overwrites its output
-            rated_BV = logits_BV
-            if repetition_penalty != 1:
-                rated_BV = penalize(logits_BV, seen_BV, repetition_penalty)
-            drawn_B = draw_token(rated_BV, strategy, temperature, top_k, top_p, min_p, rng)
+            drawn_B = draw_token(logits_BV, strategy, temperature, top_k, top_p, generator=rng)
             next_B = torch.where(ended_B, next_B, drawn_B)
             history_BN[:, end] = next_B
             end += 1
-            if repetition_penalty != 1:
-                seen_BV.scatter_(1, next_B[:, None], True)
             yield next_B, logits_BV
             if len(stop) > 0:
                 ended_B |= torch.isin(next_B, stop)

@@ -129,7 +129,6 @@ def compute():
     for name in sampled:
         samples.append(sample(name, '--strategy=greedy'))
         samples.append(sample(name, '--strategy=nucleus', '--num_samples=2'))
-        samples.append(sample(name, '--strategy=top_k', '--top_k=5', '--repetition_penalty=1.2'))
     scores = [hellaswag_scores(name, text) for name in sampled]
     tokenizer = json.loads(pathlib.Path('data/bpe/tokenizer.json').read_text(encoding='utf-8'))
     return {'machine': machine(), 'runs': runs, 'samples': samples, 'hellaswag': scores,

@@ -67,7 +67,6 @@ MIRRORED = [0.05, 0.15, 0.3, 0.5]
     (dict(strategy='nucleus', top_p=0.79), 2),
     (dict(strategy='nucleus', top_p=0.81), 3),
     (dict(strategy='nucleus', top_p=1.0), 4),
-    (dict(strategy='sample', min_p=0.4), 2),
 ], ids=str)
 def test_a_strategy_keeps_the_likeliest_tokens_of_each_row(options, n_kept):
     kept_BV = next_token_logits(torch.tensor([FIRST, MIRRORED]).log(), **options).isfinite()
@@ -95,17 +94,9 @@ def test_greedy_draws_no_noise():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize('logits', [[2.0, 1.9, 0.0], [-1.0, -1.1, -9.0]],
-                         ids=['positive', 'negative'])
-def test_repetition_penalty_makes_what_was_said_less_likely(logits):
-    drawn = tokens(FixedModel(logits), [[2]], 2, strategy='greedy', repetition_penalty=1.5,
-                   use_cache=False)
-    assert drawn.flatten().tolist() == [0, 1]
-
-
 @pytest.mark.parametrize('options', [
-    dict(strategy='beam'), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1),
-    dict(min_p=-0.1), dict(repetition_penalty=0.0)], ids=str)
+    dict(strategy='beam'), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0),
+    dict(top_p=1.1)], ids=str)
 def test_a_sampling_setting_out_of_its_range_is_refused(model, options):
     with pytest.raises(UserError, match=next(iter(options))):
         next(engine.generate(model, [[1]], 1, **options))
