@@ -252,14 +252,14 @@ def measure_text(s, machine, model, tokens):
     length = min(s.prompt_tokens, max(1, s.block_size - s.new_tokens))
     shape = (s.decode_batch, length)
     # Where there are too few tokens, np.resize repeats them.
-    prompts = np.resize(tokens[:math.prod(shape)], shape).astype(np.int64).tolist()
+    idx_BT = torch.from_numpy(np.resize(tokens[:math.prod(shape)], shape).astype(np.int64))
     prefill_seconds = []
     decode_seconds = []
     for i in range(4):  # the first warms up, and does not count
         machine.synchronize()
         start = time.perf_counter()
         with machine.autocast:
-            steps = engine.generate(model, prompts, s.new_tokens, strategy='greedy')
+            steps = engine.generate(model, idx_BT, s.new_tokens, strategy='greedy')
             for n, _ in enumerate(steps):
                 # The first token comes when the whole prompt has been read.
                 if n == 0:

@@ -94,15 +94,10 @@ def rotate(x_BHTD, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BHTD)
 
 
-def can_see(pos_BT, key_pos_BS, window):
-    """Return (B, T, S): whether a query sees a key, not a later one and fewer than window back.
-
-    Padding in front of a text has negative positions. No token sees it. It sees itself, because a
-    row in which nothing is visible would give NaN.
-    """
-    distance = pos_BT[:, :, None] - key_pos_BS[:, None, :]
-    is_text = key_pos_BS[:, None, :] >= 0
-    return ((distance >= 0) & (distance < window) & is_text) | (distance == 0)
+def can_see(pos_T, key_pos_S, window):
+    """Return (T, S): whether a query sees a key, not a later one and fewer than window back."""
+    distance = pos_T[:, None] - key_pos_S
+    return (distance >= 0) & (distance < window)
 
 
 class CausalSelfAttention(nn.Module):
@@ -237,16 +232,15 @@ class GPT(nn.Module):
         B, T = idx_BT.shape
         assert T <= self.config.block_size, f'{T} tokens exceed block_size {self.config.block_size}'
         if cache is None:
-            pos_BT = torch.arange(T, device=idx_BT.device)[None]
-            key_pos_BS = pos_BT
+            pos_T = torch.arange(T, device=idx_BT.device)
+            key_pos_S = pos_T
         else:
-            pos_BT, key_pos_BS = cache.positions(T)
+            pos_T, key_pos_S = cache.positions(T)
 
         x = self.transformer.wte(idx_BT)
         cos_sin = None
         if self.config.arch == 'gpt2':
-            # Padding has negative positions, for which wpe has no row.
-            x = x + self.transformer.wpe(pos_BT.clamp(min=0))
+            x = x + self.transformer.wpe(pos_T)
         else:
             x = rms_norm(x)
             # Under bfloat16 autocast all that the blocks add is bfloat16. If the stream is so too,
@@ -255,10 +249,10 @@ class GPT(nn.Module):
             if torch.is_autocast_enabled(device):
                 if torch.get_autocast_dtype(device) == torch.bfloat16:
                     x = x.bfloat16()
-            cos_sin = self.rotary_angles(pos_BT)
+            cos_sin = self.rotary_angles(pos_T)
         x = F.dropout(x, self.config.dropout, self.training)
         hides_keys = cache is not None and cache.hides_keys
-        mask = self.attention_mask(pos_BT, key_pos_BS, hides_keys)
+        mask = self.attention_mask(pos_T, key_pos_S, hides_keys)
         for block in self.transformer.h:
             x = block(x, cos_sin, mask, cache)
         # To draw the next token the last position is enough, and the head is expensive.
@@ -269,25 +263,25 @@ class GPT(nn.Module):
             return self.logits(x), None
         return self.logits_and_loss(x, targets_BT)
 
-    def rotary_angles(self, pos_BT):
-        """Return cosine and sine, each (B, 1, T, D/2), of the angles pos / 10000^(2i/D)."""
+    def rotary_angles(self, pos_T):
+        """Return cosine and sine, each (T, D/2), of the angles pos / 10000^(2i/D)."""
         D = self.config.n_embd // self.config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=pos_BT.device) / D)
-        angle = pos_BT[:, None, :, None] * frequency
+        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=pos_T.device) / D)
+        angle = pos_T[:, None] * frequency
         return angle.cos(), angle.sin()
 
-    def attention_mask(self, pos_BT, key_pos_BS, hides_keys):
-        """Return (B, 1, T, S), True where a query sees a key, or None: plain causal attention.
+    def attention_mask(self, pos_T, key_pos_S, hides_keys):
+        """Return (T, S), True where a query sees a key, or None: plain causal attention.
 
-        hides_keys: whether there are keys that no query may see, such as padding.
+        hides_keys: whether there are keys that no query may see, the empty slots of a cache.
         """
-        T, S = pos_BT.size(1), key_pos_BS.size(1)
+        T, S = len(pos_T), len(key_pos_S)
         window = self.config.window or S
         whole_text = T == S
         newest_token = T == 1
         if (whole_text or newest_token) and window >= S and not hides_keys:
             return None  # attend() hides the future by itself
-        return can_see(pos_BT, key_pos_BS, window)[:, None]
+        return can_see(pos_T, key_pos_S, window)
 
     def logits(self, x):
         """Return float32 logits of the tokens that exist, (B, T, V)."""

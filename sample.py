@@ -14,6 +14,9 @@ import contextlib
 import re
 import sys
 
+import folio  # first: it sets what torch reads when it is loaded
+import torch
+
 import folio.checkpoint
 from folio import engine, fast
 from folio.configurator import UserError, configure, require_at_least
@@ -68,18 +71,19 @@ if len(ids) > model.config.block_size:
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-def find_stop(row, text):
+def find_stop(text):
     """Return where the text that ends a sample begins; None if it has not come yet."""
     if stop and stop in text:
         return text.index(stop)
     return None
 
 
-def write(prompts, seed):
-    """Yield the texts so far that continue prompts of token ids, a list of strings, each step."""
+def write(ids, n, seed):
+    """Yield the n texts so far that continue a prompt, a list of strings, each step."""
     return engine.stream_text(
-        model, tokenizer, prompts, max_new_tokens, find_end=find_stop, strategy=strategy,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, compile=compile)
+        model, tokenizer, torch.tensor([ids] * n), max_new_tokens, find_end=find_stop,
+        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        compile=compile)
 
 
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line feed
@@ -130,7 +134,7 @@ def talk():
         room = max(1, model.config.block_size - max_new_tokens)
         while len(turns) > 1 and sum(map(len, turns)) > room:
             del turns[0]
-        answer = show(write([sum(turns, [])], seed=seed + len(turns)))
+        answer = show(write(sum(turns, []), 1, seed=seed + len(turns)))
         turns[-1] = turn + tokenizer.encode(answer)
 
 
@@ -139,9 +143,9 @@ with machine.autocast:
         talk()
     elif num_samples == 1:
         print(start, end='', flush=True)
-        show(write([ids], seed))
+        show(write(ids, 1, seed))
     else:
         texts = []
-        for texts in write([ids] * num_samples, seed):
+        for texts in write(ids, num_samples, seed):
             pass  # until all of them have ended
         print(visible('\n---------------\n'.join(start + text for text in texts)))

@@ -356,7 +356,8 @@ def score_hellaswag(iter_num):
 def write_sample(iter_num):
     """Print and log 200 tokens of text from the beginning of a document."""
     with machine.autocast:
-        steps = engine.generate(model, [[tokenizer.start]], 200, strategy='nucleus', seed=seed)
+        steps = engine.generate(model, torch.tensor([[tokenizer.start]]), 200, strategy='nucleus',
+                                seed=seed)
         # Decode at the end, because looking at a token waits for the device.
         text = tokenizer.decode(torch.cat(list(steps)).tolist())
     print0(f'---- sample at step {iter_num}\n{text}\n----')

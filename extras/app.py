@@ -155,7 +155,7 @@ def continue_prompt(choice, prompt, seed, max_new_tokens, strategy, temperature,
         notice = f'<b>notice: the model reads the last {limit:,} of {len(ids):,} tokens</b>'
     seed = random.getrandbits(63) if seed is None else seed % 2**63
     steps = engine.generate_with_logits(
-        model, [ids[-limit:]], int(max_new_tokens), strategy=strategy, temperature=temperature,
+        model, torch.tensor([ids]), int(max_new_tokens), strategy=strategy, temperature=temperature,
         top_k=int(top_k), top_p=top_p, seed=seed)
     spans = as_spans(tokenizer, steps)
 

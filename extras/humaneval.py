@@ -24,6 +24,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
@@ -48,7 +49,7 @@ limit = 0  # use only the first problems, this many; 0: all
 # how samples are drawn, as in sample.py
 num_samples = 10  # drawn for each problem
 max_new_tokens = 256  # tokens a sample
-batch_size = 100  # samples drawn at once
+batch_size = 100  # samples of a problem drawn at once, at most
 strategy = 'nucleus'  # greedy, sample, top_k or nucleus
 temperature = 0.8  # lower is better for pass@1, higher for pass@100
 top_k = 200  # top_k: draw from this many tokens
@@ -116,27 +117,27 @@ def end_of_function(prompt, completion):
     return found.end() - len(newline)
 
 
-def complete(model, tokenizer, prompts, machine, seed, **options):
-    """Return a completion of each prompt, drawn as one batch and cut where the function ends.
+def complete(model, tokenizer, prompt, n, machine, seed, **options):
+    """Return n completions of a prompt, drawn as one batch and cut where the function ends.
 
-    White space at the end of a prompt is left to the model, because a tokenizer may join it with
-    what follows. options go to engine.generate.
+    White space at the end of the prompt is left to the model, because a tokenizer may join it with
+    what follows. options: those of engine.generate.
     """
-    contexts = [prompt.rstrip() for prompt in prompts]
+    context = prompt.rstrip()
     start = [] if tokenizer.eot is None else [tokenizer.eot]
-    ids = [start + tokenizer.encode(context) or [tokenizer.start] for context in contexts]
+    ids = start + tokenizer.encode(context) or [tokenizer.start]
 
-    def find_end(row, text):
-        return end_of_function(contexts[row], text)
+    def find_end(text):
+        return end_of_function(context, text)
 
-    texts = [''] * len(prompts)
+    texts = [''] * n
     with machine.autocast:
-        for texts in engine.stream_text(model, tokenizer, ids, find_end=find_end, seed=seed,
-                                        **options):
+        for texts in engine.stream_text(model, tokenizer, torch.tensor([ids] * n),
+                                        find_end=find_end, seed=seed, **options):
             pass  # until all of them have ended
+    white_space = prompt[len(context):]
     completions = []
-    for prompt, context, text in zip(prompts, contexts, texts):
-        white_space = prompt[len(context):]
+    for text in texts:
         completion = text.removeprefix(white_space)
         completions.append(completion[:end_of_function(prompt, completion)])
     return completions
@@ -148,16 +149,18 @@ def draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed
 
     options go to engine.generate: max_new_tokens, strategy, temperature …
     """
-    ids = [task_id for task_id in tasks for _ in range(num_samples)]
     drawn = []
-    with tqdm(total=len(ids), desc='Samples', disable=not progress) as bar:
-        for i in range(0, len(ids), batch_size):
-            prompts = [tasks[task_id]['prompt'] for task_id in ids[i:i + batch_size]]
-            # In a plain sum the batches of one seed would repeat those of another
-            batch_seed = seed * 1_000_003 + i
-            drawn += complete(model, tokenizer, prompts, machine, seed=batch_seed, **options)
-            bar.update(len(prompts))
-    return [{'task_id': task_id, 'completion': text} for task_id, text in zip(ids, drawn)]
+    with tqdm(total=len(tasks) * num_samples, desc='Samples', disable=not progress) as bar:
+        for task_id, task in tasks.items():
+            for first in range(0, num_samples, batch_size):
+                n = min(batch_size, num_samples - first)
+                # In a plain sum the batches of one seed would repeat those of another
+                batch_seed = seed * 1_000_003 + len(drawn)
+                for completion in complete(model, tokenizer, task['prompt'], n, machine,
+                                           seed=batch_seed, **options):
+                    drawn.append({'task_id': task_id, 'completion': completion})
+                bar.update(n)
+    return drawn
 
 
 # ---- Execution -----------------------------------------------------------------------------------

@@ -221,44 +221,41 @@ def group_by_data(runs):
 # ---- Texts ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def write_texts(model, tokenizer, machine, strategy, temperature):
-    """Return (groups, metrics): for each prompt a list of num_samples texts, and their MEASURES.
-
-    All texts are drawn as one batch.
-    """
+    """Return (groups, metrics): for each prompt a list of num_samples texts, and their MEASURES."""
     size = model.config.block_size
-    ends = set()
-    if tokenizer.eot is not None:
-        ends.add(tokenizer.eot)
-    rows = []
+    groups = []
+    nats = 0.0
+    n_tokens = 0
     for prompt in prompts.split('|'):
         ids = tokenizer.encode(prompt) or [tokenizer.start]
         ids = ids[-max(1, size // 2):]  # at least half of the context is for the text
-        rows += [ids] * num_samples
+        # Prompt and text must fit into one context, because one forward pass over both gives the
+        # loss below. The last token is only predicted: hence + 1.
+        count = min(max_new_tokens, size + 1 - len(ids))
+        prompts_BT = torch.tensor([ids] * num_samples)
+        with machine.autocast:
+            # These 50 and 0.9 are named in STRATEGIES.
+            steps = list(engine.generate(model, prompts_BT, count, strategy=strategy,
+                                         temperature=temperature, top_k=50, top_p=0.9, seed=seed))
+        new_BT = torch.stack(steps, dim=1).cpu()
+        targets_BT = torch.cat((torch.full_like(prompts_BT, -1), new_BT), dim=1)
+        texts = []
+        for new, targets_T in zip(new_BT.tolist(), targets_BT):
+            if tokenizer.eot in new:
+                new = new[:new.index(tokenizer.eot)]
+                targets_T[len(ids) + len(new) + 1:] = -1  # what follows the end does not count
+            texts.append(tokenizer.decode(new))
+        groups.append(texts)
 
-    longest = max(len(row) for row in rows)
-    # Prompt and text must fit into one context, because one forward pass over both gives the loss
-    # below. The last token is only predicted: hence + 1.
-    count = min(max_new_tokens, size + 1 - longest)
-    idx_BT = torch.zeros(len(rows), longest + count, dtype=torch.long)
-    targets_BT = torch.full_like(idx_BT, -1)  # what was not drawn does not count
-
-    texts = []
-    with machine.autocast:
-        # These 50 and 0.9 are named in STRATEGIES.
-        steps = list(engine.generate(model, rows, count, strategy=strategy, temperature=temperature,
-                                     top_k=50, top_p=0.9, seed=seed, stop=ends))
-        for b, (start, new) in enumerate(zip(rows, torch.stack(steps, dim=1).tolist())):
-            if tokenizer.eot in new:  # a row that has ended repeats it until all have ended
-                new = new[:new.index(tokenizer.eot) + 1]
-            ids = start + new
-            idx_BT[b, :len(ids)] = torch.tensor(ids)
-            targets_BT[b, len(start):len(ids)] = torch.tensor(new)
-            texts.append(tokenizer.decode([token for token in new if token not in ends]))
-        inputs_BT = idx_BT[:, :-1].to(machine.device)
         # By the model's own probabilities, whatever strategy and temperature drew the texts.
-        _, loss = model(inputs_BT, targets_BT[:, 1:].to(machine.device))
-    groups = [texts[i:i + num_samples] for i in range(0, len(texts), num_samples)]
-    return groups, {'log-prob': -loss.item()} | ngrams.measure(groups)
+        idx_BT = torch.cat((prompts_BT, new_BT), dim=1)[:, :-1].to(machine.device)
+        targets_BT = targets_BT[:, 1:].to(machine.device)
+        with machine.autocast:
+            _, loss = model(idx_BT, targets_BT)
+        n_targets = (targets_BT != -1).sum().item()
+        nats += loss.item() * n_targets
+        n_tokens += n_targets
+    return groups, {'log-prob': -nats / n_tokens} | ngrams.measure(groups)
 
 
 # ---- Sections of the page ------------------------------------------------------------------------

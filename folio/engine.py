@@ -1,5 +1,5 @@
 """
-Generate text fast: with a cache of keys and values, rules for drawing a token, batches, streaming.
+Generate text fast: with a cache of keys and values, rules for drawing a token, streaming.
     python sample.py --out_dir=out/book --strategy=nucleus
 
 `generate` continues prompts token by token, and `stream_text` turns the tokens into text.
@@ -25,42 +25,30 @@ def send(tensor, device):
 
 # ---- The cache -----------------------------------------------------------------------------------
 class KVCache:
-    """Keep the keys and values of the tokens read so far.
+    """Keep the keys and values of the tokens read so far, as many in each row.
 
-    A forward pass calls `positions` once, then `append` in each layer. All rows have the same
-    number of tokens; the first padding[b] tokens of row b are padding, which no token sees.
+    A forward pass calls `positions` once, then `append` in each layer.
     """
+    hides_keys = False
 
-    def __init__(self, model, batch_size, padding=None, size=None):
-        """Make an empty cache.
-
-        padding: list of batch_size numbers; None: no padding. size: tokens that fit into a row;
-        None: block_size.
-        """
+    def __init__(self, model, batch_size, size=None):
+        """Make an empty cache. size: tokens that fit into a row; None: block_size."""
         config = model.config
         size = size or config.block_size
         head_size = config.n_embd // config.n_head
-        padding = padding or [0] * batch_size
         self.shape = (config.n_layer, 2, batch_size, config.n_head, size, head_size)
         self.kv = None  # allocated at the first append
         self.device = model.lm_head.weight.device
-        self.padding_B1 = send(torch.tensor(padding), self.device)[:, None]
-        self.hides_keys = max(padding) > 0
         self.length = 0  # tokens in each row, including those of the current pass
         self.begin = 0  # where the tokens of the current pass begin
 
     def positions(self, n_new):
-        """Make room for n_new tokens in each row; return their positions, (B, T), and all keys'.
-
-        Those of the keys are (B, S). Without padding all rows are alike, and B is 1.
-        """
+        """Make room for n_new tokens; return their positions, (T,), and those of all keys, (S,)."""
         self.begin = self.length
         self.length += n_new
         assert self.length <= self.shape[4], f'{self.length} tokens, but room for {self.shape[4]}'
-        key_pos_BS = torch.arange(self.length, device=self.device)[None]
-        if self.hides_keys:
-            key_pos_BS = key_pos_BS - self.padding_B1
-        return key_pos_BS[:, self.begin:], key_pos_BS
+        key_pos_S = torch.arange(self.length, device=self.device)
+        return key_pos_S[self.begin:], key_pos_S
 
     def append(self, layer, k_BHTD, v_BHTD):
         """Store a layer's new keys and values; return all of its keys and values, (B, H, S, D)."""
@@ -79,10 +67,8 @@ class KVCache:
 
     def rows(self, indices):
         """Return a cache of these rows, in this order; a row may be taken several times."""
-        indices_B = send(torch.tensor(indices), self.device)
         other = copy.copy(self)
-        other.kv = self.kv.index_select(2, indices_B)
-        other.padding_B1 = self.padding_B1[indices_B]
+        other.kv = self.kv.index_select(2, send(torch.tensor(indices), self.device))
         return other
 
 
@@ -96,7 +82,6 @@ class StaticKVCache:
 
     def __init__(self, cache):
         """Take over the contents of a KVCache."""
-        self.padding_B1 = cache.padding_B1
         self.length = torch.tensor(cache.length, device=cache.device)
         # One tensor for each layer's keys and one for its values: a compiled write into a part of a
         # larger tensor would copy all of it.
@@ -108,10 +93,9 @@ class StaticKVCache:
             torch._dynamo.mark_static_address(part, guard=False)
 
     def positions(self, n_new):
-        """Return the positions of the new tokens, (B, 1), and of all slots, (B, S)."""
+        """Return the position of the new token, (1,), and those of all slots, (S,)."""
         assert n_new == 1, 'compiled steps read one token per row'
-        slots_S = torch.arange(self.kv[0][0].size(2), device=self.length.device)
-        return self.length - self.padding_B1, slots_S - self.padding_B1
+        return self.length[None], torch.arange(self.kv[0][0].size(2), device=self.length.device)
 
     def advance(self):
         self.length += 1
@@ -182,118 +166,84 @@ def check_sampling(strategy, temperature, top_k, top_p):
 
 
 # ---- Generation ----------------------------------------------------------------------------------
-def generate(model, prompts, max_new_tokens, **options):
-    """Continue each prompt: yield one (B,) tensor of token ids per step.
+def generate(model, idx_BT, max_new_tokens, **options):
+    """Continue B prompts of the same length: yield one (B,) tensor of token ids per step.
 
-    prompts: token ids, a (B, T) tensor or lists of different lengths. options: those of
-    generate_with_logits.
+    options: those of generate_with_logits.
     """
-    for next_B, _ in generate_with_logits(model, prompts, max_new_tokens, **options):
+    for next_B, _ in generate_with_logits(model, idx_BT, max_new_tokens, **options):
         yield next_B
 
 
 @torch.no_grad()
-def generate_with_logits(model, prompts, max_new_tokens, strategy='sample', temperature=1.0,
-                         top_k=50, top_p=0.9, seed=None, stop=(), use_cache=True, compile=False):
-    """Continue each prompt: yield (token ids (B,), the model's logits (B, V)) per step.
+def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', temperature=1.0,
+                         top_k=50, top_p=0.9, seed=None, compile=False):
+    """Continue B prompts of the same length: yield (token ids (B,), the model's logits (B, V)).
 
-    The tokens are drawn by the rules of next_token_logits. When a row fills the context, it goes on
-    with the newer half of it. stop: token ids that end a row, which then repeats its last token;
-    the generator ends when all rows have ended. seed: of the draws; None: use torch's own random
-    state. compile: compile the steps of one token per row. Raises UserError for an empty prompt, or
+    Of a prompt longer than the context the model sees the end. A full context is cut to its newer
+    half. The tokens are drawn by the rules of next_token_logits. seed: of the draws; None: use
+    torch's own random state. compile: compile the steps of one token per row. Raises UserError for
     a value outside its range.
     """
-    rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
-    if not rows or not all(rows):
-        raise UserError('a prompt must have at least one token')
-    B = len(rows)
     limit = model.config.block_size
     device = model.lm_head.weight.device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     # Call model.forward, which stays eager after model.compile(): prompts come in all shapes.
     decode = model.forward
     if compile:
         mode = 'reduce-overhead' if device.type == 'cuda' else None
         decode = torch.compile(model.forward, dynamic=False, mode=mode)
-
-    # All texts end in the same column, so shorter prompts begin later.
-    end = max(len(row) for row in rows)  # tokens in the longest row so far
-    starts = [end - len(row) for row in rows]  # the model sees history[b, starts[b]:end]
-    history_BN = torch.zeros(B, end + max_new_tokens, dtype=torch.long, device=device)
-    for b, row in enumerate(rows):
-        history_BN[b, starts[b]:end] = torch.tensor(row)
-    ended_B = torch.zeros(B, dtype=torch.bool, device=device)
-    next_B = history_BN[:, end - 1]
+    idx_BT = send(idx_BT, device)[:, -limit:]
+    unread_BT = idx_BT
     cache = None
 
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            context_is_full = any(end - start > limit for start in starts)
-            if cache is None or context_is_full:
-                starts = [truncated_start(start, end, limit) for start in starts]
-                logits_BV, cache = read(model, history_BN[:, :end], starts, use_cache)
-                if cache is not None and compile:
+            if idx_BT.size(1) > limit:
+                idx_BT = idx_BT[:, -max(1, limit // 2):]
+                unread_BT = idx_BT
+                cache = None
+            if cache is None:
+                cache = KVCache(model, len(idx_BT))
+                logits_BTV, _ = model.forward(unread_BT, cache=cache)
+                if compile:
                     cache = StaticKVCache(cache)
             else:
-                logits_BTV, _ = decode(next_B[:, None], cache=cache)
-                logits_BV = logits_BTV[:, -1]
+                logits_BTV, _ = decode(unread_BT, cache=cache)
                 if compile:
                     cache.advance()
-                    logits_BV = logits_BV.clone()  # a CUDA graph's next step overwrites its output
-            drawn_B = draw_token(logits_BV, strategy, temperature, top_k, top_p, generator=rng)
-            next_B = torch.where(ended_B, next_B, drawn_B)
-            history_BN[:, end] = next_B
-            end += 1
+                    logits_BTV = logits_BTV.clone()  # a CUDA graph overwrites its output
+            logits_BV = logits_BTV[:, -1]
+            next_B = draw_token(logits_BV, strategy, temperature, top_k, top_p, generator=rng)
+            unread_BT = next_B[:, None]
+            idx_BT = torch.cat((idx_BT, unread_BT), dim=1)
             yield next_B, logits_BV
-            if len(stop) > 0:
-                ended_B |= torch.isin(next_B, stop)
-                if ended_B.all():
-                    return
     finally:
         model.train(was_training)
 
 
-def truncated_start(start, end, limit):
-    """Return where a row's text begins: at start, or later if start … end exceeds the context."""
-    if end - start <= limit:
-        return start
-    return end - max(1, limit // 2)
+def stream_text(model, tokenizer, idx_BT, max_new_tokens, find_end=None, **options):
+    """Continue B prompts of the same length: yield the new texts so far, B strings, per step.
 
-
-def read(model, history_BN, starts, use_cache):
-    """Read each row's text, history[b, starts[b]:], in one pass; return (logits (B, V), cache)."""
-    first = min(starts)
-    idx_BT = history_BN[:, first:]
-    padding = [start - first for start in starts]
-    cache = KVCache(model, len(idx_BT), padding)  # needed even without use_cache, for the padding
-    logits_BTV, _ = model.forward(idx_BT, cache=cache)
-    return logits_BTV[:, -1], cache if use_cache else None
-
-
-def stream_text(model, tokenizer, prompts, max_new_tokens, find_end=None, **options):
-    """Continue each prompt: yield the new texts so far, a list of B strings, per step.
-
-    A row ends at the end-of-text token, or once find_end(row, text) returns a position, at which
-    its text is cut; None means not yet. A character of several tokens appears with the last of
-    them. prompts, options: those of generate.
+    A row ends at the end-of-text token, or once find_end(text) returns a position, at which its
+    text is cut; None means not yet. A character of several tokens appears with the last of them.
+    options: those of generate_with_logits.
     """
-    stop = set() if tokenizer.eot is None else {tokenizer.eot}
-    decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in prompts]
-    texts = [''] * len(prompts)
-    unfinished = set(range(len(prompts)))
-    # Not by generate's `stop`, which would wait for a GPU once more in each step.
-    for next_B in generate(model, prompts, max_new_tokens, **options):
+    B = len(idx_BT)
+    decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(B)]
+    texts = [''] * B
+    unfinished = set(range(B))
+    for next_B in generate(model, idx_BT, max_new_tokens, **options):
         for row, token in enumerate(next_B.tolist()):
             if row not in unfinished:
                 continue
-            if token in stop:
+            if token == tokenizer.eot:
                 unfinished.discard(row)
                 continue
             texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
-            end = None if find_end is None else find_end(row, texts[row])
+            end = None if find_end is None else find_end(texts[row])
             if end is not None:
                 texts[row] = texts[row][:end]
                 unfinished.discard(row)

@@ -151,7 +151,7 @@ class BFloat16Norm(torch.autograd.Function):
 def rotate_in_bfloat16(x_BHTD, cos, sin):
     """Return model.rotate(x, cos, sin), (B, H, T, D), computed in bfloat16.
 
-    cos, sin: (B or 1, 1, T, D/2).
+    cos, sin: (T, D/2).
     """
     cos = torch.cat((cos, cos), dim=-1).bfloat16()
     sin = torch.cat((sin, -sin), dim=-1).bfloat16()
@@ -214,8 +214,8 @@ class FastAttention(CausalSelfAttention):
             return torch.cat((x[:, :-1], x[:, 1:]), dim=2)
 
         q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
-        pos_1S = torch.arange(2 * size, device=q.device)[None]
-        mask = can_see(pos_1S[:, size:], pos_1S, self.config.window)[0]
+        pos_S = torch.arange(2 * size, device=q.device)
+        mask = can_see(pos_S[size:], pos_S, self.config.window)
         # The first block has none before it.
         first = super().attend(q[:, :1], k[:, :1], v[:, :1], mask[:, size:])
         rest = super().attend(q[:, 1:], with_the_block_before(k), with_the_block_before(v), mask)
@@ -231,11 +231,11 @@ def works_in_blocks(config, T, S):
 
 # ---- The loss in chunks --------------------------------------------------------------------------
 class ChunkedLossGPT(GPT):
-    def attention_mask(self, pos_BT, key_pos_BS, hides_keys):
-        T, S = pos_BT.size(1), key_pos_BS.size(1)
+    def attention_mask(self, pos_T, key_pos_S, hides_keys):
+        T, S = len(pos_T), len(key_pos_S)
         if works_in_blocks(self.config, T, S) and not hides_keys:
             return None  # FastAttention knows the window
-        return super().attention_mask(pos_BT, key_pos_BS, hides_keys)
+        return super().attention_mask(pos_T, key_pos_S, hides_keys)
 
     def logits_and_loss(self, x, targets_BT):
         cap = LOGIT_CAP if self.config.arch == 'modern' else 0.0

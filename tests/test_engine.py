@@ -1,4 +1,4 @@
-"""folio/engine.py: how a token is drawn, the cache, batches of prompts, and text as it comes."""
+"""folio/engine.py: how a token is drawn, the cache, and text as it comes."""
 import functools
 
 import pytest
@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 
 def tokens(model, prompts, n, **options):
     """Return what engine.generate yields as one tensor, (steps, B)."""
-    return torch.stack(list(engine.generate(model, prompts, n, **options)))
+    return torch.stack(list(engine.generate(model, torch.as_tensor(prompts), n, **options)))
 
 
 class FixedModel(GPT):
@@ -30,18 +30,20 @@ class FixedModel(GPT):
 
 
 class RecitingModel(GPT):
-    """A model that recites a list of tokens: sure of the one that follows a position."""
+    """A model that recites a list of tokens in each row: sure of the one that follows."""
 
-    def __init__(self, ids, vocab_size):
-        config = GPTConfig(block_size=len(ids) + 1, vocab_size=vocab_size, n_layer=1, n_head=1,
-                           n_embd=8)
+    def __init__(self, rows, vocab_size):
+        config = GPTConfig(block_size=max(map(len, rows)) + 1, vocab_size=vocab_size, n_layer=1,
+                           n_head=1, n_embd=8)
         super().__init__(config)
-        self.ids = ids
+        self.rows = rows
 
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
         B, T = idx_BT.shape
+        cache.positions(T)
         logits_BTV = torch.zeros(B, 1, self.config.vocab_size)
-        logits_BTV[:, 0, self.ids[T]] = 100.0
+        for b, ids in enumerate(self.rows):
+            logits_BTV[b, 0, ids[min(cache.length, len(ids) - 1)]] = 100.0
         return logits_BTV, None
 
 
@@ -49,7 +51,7 @@ class RecitingModel(GPT):
 def test_draws_follow_the_probabilities():
     p = [0.1, 0.2, 0.3, 0.4]
     model = FixedModel(torch.tensor(p).log().tolist())
-    drawn = tokens(model, [[0]] * 2000, 5, seed=0, use_cache=False).flatten()
+    drawn = tokens(model, [[0]] * 2000, 5, seed=0).flatten()
     shares = drawn.bincount() / len(drawn)
     torch.testing.assert_close(shares, torch.tensor(p), atol=0.02, rtol=0)
 
@@ -99,13 +101,7 @@ def test_greedy_draws_no_noise():
     dict(top_p=1.1)], ids=str)
 def test_a_sampling_setting_out_of_its_range_is_refused(model, options):
     with pytest.raises(UserError, match=next(iter(options))):
-        next(engine.generate(model, [[1]], 1, **options))
-
-
-@pytest.mark.parametrize('prompts', [[], [[]], [[1], []]], ids=str)
-def test_a_prompt_without_a_token_is_refused(model, prompts):
-    with pytest.raises(UserError, match='at least one token'):
-        next(engine.generate(model, prompts, 1))
+        next(engine.generate(model, torch.tensor([[1]]), 1, **options))
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(model):
@@ -118,46 +114,38 @@ def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(model):
 @torch.no_grad()
 @pytest.mark.parametrize('window', [0, 5])
 def test_cached_equals_uncached_logits(model, window):
-    """Ragged rows, the prompts in one go, then token by token."""
+    """The prompts in one go, then token by token, then several at once."""
     model.config.window = window
-    rows = torch.randint(50, (3, 16))
-    lengths = [7, 3, 5]
-    prompts = torch.zeros(3, 7, dtype=torch.long)
-    for b, n in enumerate(lengths):
-        prompts[b, 7 - n:] = rows[b, :n]
-    cache = KVCache(model, 3, padding=[0, 4, 2])
-    cached = [model(prompts, cache=cache)[0][:, 0]]
-    for step in range(9):
-        new_B1 = torch.stack([rows[b, n + step] for b, n in enumerate(lengths)])[:, None]
-        cached.append(model(new_B1, cache=cache)[0][:, 0])
-    for b, n in enumerate(lengths):
-        for step in range(10):
-            alone = model(rows[b:b + 1, :n + step])[0][0, 0]
-            torch.testing.assert_close(cached[step][b], alone, atol=1e-4, rtol=1e-4)
+    rows_BT = torch.randint(50, (3, 16))
+    cache = KVCache(model, 3)
+    pieces = rows_BT.split([7, 1, 1, 1, 4, 1, 1], dim=1)
+    cached_BTV = torch.cat([model(piece, all_logits=True, cache=cache)[0] for piece in pieces], 1)
+    uncached_BTV, _ = model(rows_BT, all_logits=True)
+    torch.testing.assert_close(cached_BTV, uncached_BTV, atol=1e-4, rtol=1e-4)
 
 
-RAGGED = [[1, 2, 3], [4], list(range(20)), [5] * 16]  # one is longer than the context of 16
-
-
-@pytest.mark.parametrize('prompts', [RAGGED[:1], RAGGED], ids=['one', 'ragged'])
-def test_generation_with_cache_equals_without_past_a_full_context(model, prompts):
-    cached = tokens(model, prompts, 40, strategy='greedy')
-    assert torch.equal(cached, tokens(model, prompts, 40, strategy='greedy', use_cache=False))
+PROMPTS = [[1, 2, 3], [4, 5, 6], [7, 7, 7]]
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model):
-    together = tokens(model, RAGGED, 40, strategy='greedy')
-    for row, prompt in enumerate(RAGGED):
+    together = tokens(model, PROMPTS, 40, strategy='greedy')
+    for row, prompt in enumerate(PROMPTS):
         alone = tokens(model, [prompt], 40, strategy='greedy')
         assert torch.equal(alone[:, 0], together[:, row])
 
 
+def test_of_a_prompt_longer_than_the_context_the_end_counts(model):
+    long = list(range(20))
+    assert torch.equal(tokens(model, [long], 1, strategy='greedy'),
+                       tokens(model, [long[-16:]], 1, strategy='greedy'))
+
+
 def test_a_full_context_is_cut_to_its_newer_half(model):
     ids = [7] * 16
-    for next_B in engine.generate(model, [list(ids)], 10, strategy='greedy'):
+    for next_B in engine.generate(model, torch.tensor([ids]), 40, strategy='greedy'):
         context = ids
-        if len(ids) > 16:  # 17 tokens become 8, then it grows again
-            context = ids[-(8 + len(ids) - 17):]
+        if len(ids) > 16:  # 17 tokens become 8, and grow to 17 again
+            context = ids[-(8 + (len(ids) - 17) % 9):]
         assert next_B.item() == model(torch.tensor([context]))[0].argmax().item()
         ids.append(next_B.item())
 
@@ -212,7 +200,7 @@ def test_in_float32_a_model_is_read_as_it_is(model):
 
 @pytest.mark.parametrize('window', [0, 5])
 def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window, monkeypatch):
-    """Ragged rows, past a full context, twice; the backend here only counts."""
+    """Past a full context, twice; the backend here only counts."""
     torch.compiler.reset()
     model.config.window = window
     graphs = []
@@ -223,28 +211,10 @@ def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window
 
     compile = functools.partial(torch.compile, backend=count, fullgraph=True)
     monkeypatch.setattr(torch, 'compile', compile)
-    prompts = [[1, 2, 3], [4], [5] * 16]
-    eager = tokens(model, prompts, 40, strategy='greedy')
-    for _ in range(2):
+    for prompts in (PROMPTS, [ids * 3 for ids in PROMPTS]):
+        eager = tokens(model, prompts, 40, strategy='greedy')
         assert torch.equal(tokens(model, prompts, 40, strategy='greedy', compile=True), eager)
     assert len(graphs) == 1
-
-
-# ---- The end of a row ----------------------------------------------------------------------------
-def test_a_stop_token_ends_a_row_which_repeats_it_until_all_have_ended(model):
-    free = tokens(model, [[1], [2]], 30, strategy='greedy')
-    stop = free[3, 0].item()
-    stopped = tokens(model, [[1], [2]], 30, strategy='greedy', stop=[stop])
-    for row in range(2):
-        hits = (free[:, row] == stop).nonzero()
-        end = hits[0].item() if len(hits) else len(stopped)
-        assert torch.equal(stopped[:end, row], free[:end, row])
-        assert (stopped[end:, row] == stop).all()
-
-
-def test_generation_ends_when_all_rows_have(model):
-    first = tokens(model, [[1]], 30, strategy='greedy')[0].item()
-    assert len(tokens(model, [[1], [1]], 30, strategy='greedy', stop=[first])) == 1
 
 
 def test_a_model_that_was_training_goes_on_training(model):
@@ -257,11 +227,12 @@ def test_a_model_that_was_training_goes_on_training(model):
 BYTES = folio.tokenizer.train_bpe([], 257)  # a token for each byte, and the end-of-text token
 
 
-def recite(text, n_prompts=1, **options):
-    """Return what stream_text yields where the model says a text of bytes, and then ends it."""
-    model = RecitingModel([BYTES.eot, *BYTES.encode(text), BYTES.eot, 0], BYTES.n_vocab)
-    return list(engine.stream_text(model, BYTES, [[BYTES.eot]] * n_prompts, 1000, strategy='greedy',
-                                   use_cache=False, **options))
+def recite(*texts, **options):
+    """Return what stream_text yields where the model says texts of bytes, and then ends them."""
+    rows = [[BYTES.eot, *BYTES.encode(text), BYTES.eot] for text in texts]
+    prompts_BT = torch.full((len(texts), 1), BYTES.eot)
+    return list(engine.stream_text(RecitingModel(rows, BYTES.n_vocab), BYTES, prompts_BT, 1000,
+                                   strategy='greedy', **options))
 
 
 def test_streamed_text_ends_at_the_end_of_text_token():
@@ -282,19 +253,19 @@ def test_streamed_text_never_holds_half_a_character():
 
 
 def test_streamed_text_is_cut_where_find_end_says():
-    steps = recite('one two three', find_end=lambda row, text: 4 if 'two' in text else None)
+    steps = recite('one two three', find_end=lambda text: 4 if 'two' in text else None)
     assert steps[-1] == ['one ']
     assert len(steps) == len('one two')
 
 
 def test_each_row_of_streamed_text_has_its_own_end():
-    def find_end(row, text):
-        return len(text) if len(text) == 3 + row else None
-    assert recite('abcdefgh', n_prompts=3, find_end=find_end)[-1] == ['abc', 'abcd', 'abcde']
+    def find_end(text):
+        return text.index('.') if '.' in text else None
+    assert recite('ab', 'abcdef', 'a.bcdefgh', find_end=find_end)[-1] == ['ab', 'abcdef', 'a']
 
 
 def test_streamed_text_ends_after_max_new_tokens(model):
     chars = folio.tokenizer.CharTokenizer(''.join(map(chr, range(50, 100))))
-    steps = list(engine.stream_text(model, chars, [[1], [2]], 7))
+    steps = list(engine.stream_text(model, chars, torch.tensor([[1], [2]]), 7))
     assert len(steps) == 7
     assert [len(text) for text in steps[-1]] == [7, 7]

@@ -222,7 +222,7 @@ def test_both_panes_stream(window):
 
 def test_a_text_is_what_the_model_generates(window, runs):
     model, tokenizer = load_chars(runs)
-    steps = engine.generate(model, [tokenizer.encode('The ')], 100, strategy='sample',
+    steps = engine.generate(model, torch.tensor([tokenizer.encode('The ')]), 100, strategy='sample',
                             temperature=0.5, seed=7)
     expected = 'The ' + tokenizer.decode([token.item() for token in steps])
     window.press('sample')
@@ -252,7 +252,7 @@ def test_an_empty_prompt_begins_a_document(window, runs):
     model, tokenizer = load_chars(runs)
     window.press('greedy')
     left, _ = window.write('', max_new_tokens=20)
-    steps = engine.generate(model, [[tokenizer.start]], 20, strategy='greedy')
+    steps = engine.generate(model, torch.tensor([[tokenizer.start]]), 20, strategy='greedy')
     assert left == tokenizer.decode([token.item() for token in steps])
 
 
@@ -322,7 +322,8 @@ def test_untrained_is_what_training_began_with(window, runs):
     checkpoint = folio.checkpoint.load(str(runs / 'out' / 'began' / 'ckpt.pt'))
     model = GPT.from_pretrained(checkpoint)
     tokenizer = folio.tokenizer.load(checkpoint['tokenizer'])
-    steps = engine.generate(model, [tokenizer.encode('The ')], 50, strategy='greedy')
+    steps = engine.generate(model, torch.tensor([tokenizer.encode('The ')]), 50,
+                            strategy='greedy')
     expected = 'The ' + tokenizer.decode([token.item() for token in steps])
 
     window.choose(0, 'out/chars: untrained')

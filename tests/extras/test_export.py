@@ -197,7 +197,8 @@ def test_export_gives_the_same_logits_and_the_same_greedy_text(tmp_path, fields)
     assert_same_logits(ours, theirs)
     for prompt in ([5], [1, 2, 3, 1, 2]):
         text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0]
-        continuation = [n.item() for n in engine.generate(ours, [prompt], 25, strategy='greedy')]
+        continuation = [n.item() for n in engine.generate(ours, torch.tensor([prompt]), 25,
+                                                            strategy='greedy')]
         assert text.tolist() == prompt + continuation
 
 

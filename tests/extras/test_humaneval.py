@@ -334,7 +334,7 @@ def test_a_completion_ends_where_the_function_does(prompt, written, completion):
 
 
 class Writer(torch.nn.Module):
-    """A model that is sure of the given texts, one to a row, byte by byte.
+    """A model that is sure of the given texts, byte by byte: one to a row, batch after batch.
 
     steps: how often it was asked. prompts: what it read at first.
     """
@@ -343,13 +343,17 @@ class Writer(torch.nn.Module):
         self.config = GPTConfig(block_size=1000, vocab_size=257, n_layer=1, n_head=1, n_embd=2)
         self.lm_head = torch.nn.Linear(2, 257)
         self.rows = [[*text.encode(), 256] for text in texts]
+        self.first = 0  # the row that begins the next batch
         self.steps = 0
 
     def forward(self, idx_BT, cache):
-        cache.positions(idx_BT.size(1))
-        if self.steps == 0:
+        if cache.length == 0:
             self.prompts = idx_BT.tolist()
-        tokens = [row[min(self.steps, len(row) - 1)] for row in self.rows]
+            self.writing = self.rows[self.first:self.first + len(idx_BT)]
+            self.first += len(idx_BT)
+        cache.positions(idx_BT.size(1))
+        n_written = cache.length - len(self.prompts[0])
+        tokens = [row[min(n_written, len(row) - 1)] for row in self.writing]
         self.steps += 1
         logits_BV = 1000.0 * torch.nn.functional.one_hot(torch.tensor(tokens), num_classes=257)
         return logits_BV[:, None], None
@@ -359,27 +363,28 @@ BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, a
 CPU = Machine('cpu', 'float32')
 
 
-def complete(model, *prompts, **options):
+def complete(model, prompt, **options):
+    """Return a completion of the prompt by each row of a Writer."""
     options = {'max_new_tokens': 40, 'seed': 0} | options
-    return humaneval.complete(model, BYTES, prompts, CPU, **options)
+    return humaneval.complete(model, BYTES, prompt, len(model.rows), CPU, **options)
 
 
 def test_prompts_begin_a_document_and_leave_the_last_line_end_to_the_model():
-    model = Writer('\n    return 1', ' # one\n    return 1', '\n    x')
-    completions = complete(model, 'def f():\n', 'def f():\n', 'def f():')
-    assert completions == ['    return 1', ' # one\n    return 1', '\n    x']
-    assert model.prompts == [[256, *b'def f():']] * 3
+    model = Writer('\n    return 1', ' # one\n    return 1')
+    assert complete(model, 'def f():\n') == ['    return 1', ' # one\n    return 1']
+    assert model.prompts == [[256, *b'def f():']] * 2
+    assert complete(Writer('\n    x'), 'def f():') == ['\n    x']
 
 
 def test_split_characters_are_whole_and_broken_ones_do_no_harm():
     model = Writer('\n  "né日"', '\n  ok')
     model.rows[1] = [*b'\n  "\xff', *'日'.encode()[:2], 256]
-    assert complete(model, 'def f():\n', 'def f():\n') == ['  "né日"', '  "\ufffd']
+    assert complete(model, 'def f():\n') == ['  "né日"', '  "\ufffd']
 
 
 def test_generation_ends_when_all_functions_have():
     model = Writer('\n x\ny and more', '\n x\n\n\ny and more', '\n x')
-    assert complete(model, *['def f():\n'] * 3) == [' x\n', ' x\n\n\n', ' x']
+    assert complete(model, 'def f():\n') == [' x\n', ' x\n\n\n', ' x']
     assert model.steps == 7
     assert complete(Writer('\n xy'), 'def f():\n', max_new_tokens=3) == [' x']
 
