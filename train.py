@@ -54,7 +54,6 @@ wandb_run_name = 'gpt2'
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step, over all processes
 batch_size = 12  # sequences in a micro-step
-fit_batch = False  # halve batch_size, and double the micro-steps, until a step fits into memory
 block_size = 1024  # tokens of context
 # Model (the fields of GPTConfig)
 arch = 'gpt2'  # gpt2 or modern
@@ -222,13 +221,6 @@ if machine.sum(first_iter)[0] != first_iter * world_size:
 
 if compile:
     model.compile()  # in place: parameters keep their names, and model.forward stays eager
-if fit_batch:
-    asked = batch_size
-    batch_size = machine.fitting_batch_size(model, optimizers, batch_size)
-    gradient_accumulation_steps *= asked // batch_size
-    micro_steps *= asked // batch_size
-    print0(f'memory for a batch_size of {batch_size}: gradient_accumulation_steps is '
-           f'{gradient_accumulation_steps}')
 ddp_model = model
 if world_size > 1:
     ddp_model = DistributedDataParallel(model)
@@ -256,10 +248,8 @@ if eval_only:
     sys.exit()
 
 n_tokens = (max_iters - first_iter) * tokens_per_step
-memory = machine.expected_memory(model, optimizers, batch_size, activation_checkpointing)
 print0(f'{max_iters - first_iter:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
-       f'{n_tokens / len(train_tokens):.2f} epochs; about {memory / 2**20:,.0f} MiB of memory '
-       f'{"for each process" if world_size > 1 else "beside what torch takes"}')
+       f'{n_tokens / len(train_tokens):.2f} epochs')
 
 # Load now what later steps need, so that the run stops here if something is missing.
 if hellaswag_interval > 0 or sample_interval > 0:

@@ -6,7 +6,8 @@
 # config/train_fineweb.py give it more steps: --max_iters, --lr_decay_iters and --cooldown_iters in
 # proportion. Not measured yet. The learning rates are guesses from smaller runs; docs/notes.md says
 # what else was tried, one by one.
-# Meant for GPUs of 80 GB. On smaller ones: --fit_batch=True
+# Meant for GPUs of 80 GB. On smaller ones: --batch_size=32 --gradient_accumulation_steps=16
+#     --eval_iters=320, and so on
 out_dir = 'out/fineweb_speedrun'
 dataset = 'fineweb'
 arch = 'modern'

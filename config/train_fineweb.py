@@ -3,7 +3,8 @@
 #     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 # Published: validation loss 3.1078, HellaSwag 0.2970, 940,000 tokens/s on 8 A100. Ours: not
 # measured yet.
-# Meant for GPUs of 80 GB. On smaller ones: --fit_batch=True
+# Meant for GPUs of 80 GB. On smaller ones: --batch_size=32 --gradient_accumulation_steps=16
+#     --eval_iters=320, and so on
 out_dir = 'out/fineweb'
 dataset = 'fineweb'
 batch_size = 64

@@ -177,11 +177,18 @@ def print_help(namespace, settings):
 def report(kind, error, traceback):
     """Print a user's mistake or a full disk as one line, status 2; of a bug of ours all there is.
 
+    So is a device whose memory is too small.
+
     This is sys.excepthook once a script has called configure.
     """
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+    if kind.__name__ == 'OutOfMemoryError':  # of torch, which this file can do without
+        reason = '. '.join(str(error).split('. ')[:2])  # of many sentences
+        error = UserError(f'{reason}: halve --batch_size and double --gradient_accumulation_steps, '
+                          'which leaves a step as it is, or give --activation_checkpointing=True')
+        kind = UserError
     if issubclass(kind, (UserError, OSError)):
         line = f'error: {printable(str(error)[:2000])}'
         if is_first_to_say(line):

@@ -51,14 +51,6 @@ PEAK_TFLOPS = {
 }
 
 
-# What training keeps for the backward pass, in bytes per token, layer and channel. Fitted to nine
-# runs on a CPU (2026-11-25), whose whole memory it predicts to 12 %; not measured on a GPU. A CPU
-# has since had operations of its own for bfloat16 (fast.py): there gpt2 now takes 5 to 9 % more
-# than predicted, and modern 18 to 20 % less (four runs, 2026-11-26).
-BYTES_KEPT = {('gpt2', 'float32'): 84, ('gpt2', '16 bits'): 60,
-              ('modern', 'float32'): 144, ('modern', '16 bits'): 96}
-
-
 def recompute_blocks(model):
     """Make a model keep only the inputs of its blocks for the backward pass; return the model.
 
@@ -192,77 +184,6 @@ class Machine:
             reason = str(e).strip().partition('\n')[0]
             self.print0(f'compile is off: {type(e).__name__}: {reason}')
             return False
-
-    def expected_memory(self, model, optimizers, batch_size, recomputes=False):
-        """Return about how many bytes training takes in one process, beside torch itself.
-
-        Parameters, gradients and the optimizers' averages take 4 bytes per number. BYTES_KEPT says
-        what the forward pass keeps for the backward pass. recomputes: whether recompute_blocks was
-        called on the model.
-        """
-        config = model.config
-        n_parameters = sum(p.numel() for p in model.parameters())
-        n_numbers = 2 * n_parameters  # each has a gradient
-        for optimizer in optimizers:
-            n_averages = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-            for group in optimizer.param_groups:
-                n_numbers += n_averages * sum(p.numel() for p in group['params'])
-        n_tokens = batch_size * config.block_size
-        precision = 'float32' if self.dtype == 'float32' else '16 bits'
-        bytes_kept = BYTES_KEPT[config.arch, precision] * config.n_layer
-        if recomputes:
-            # The input of each block, and all of one block at a time, with gradients. Fitted to
-            # three runs of 25 M parameters on a CPU (2026-11-25), whose whole memory it predicts to
-            # 16 %.
-            bytes_kept = 4 * config.n_layer + 3 * BYTES_KEPT[config.arch, precision]
-        activations = bytes_kept * n_tokens * config.n_embd
-        # Only a chunk of the logits is in memory at a time: see fast.py.
-        logits = 8 * min(n_tokens * config.vocab_size, 2**25)
-        return int(4 * n_numbers + activations + logits)
-
-    def fitting_batch_size(self, model, optimizers, batch_size):
-        """Return batch_size, halved until a step with it fits into the memory of every process.
-
-        Raises UserError for an odd one that does not fit: half of it, rounded, would change how
-        many tokens a step has.
-        """
-        while self.any(not self.fits(model, optimizers, batch_size)):
-            if batch_size % 2 != 0:
-                raise UserError(f'not even batch_size {batch_size} fits in the memory, and it '
-                                'cannot be halved; give a smaller one and more '
-                                'gradient_accumulation_steps')
-            batch_size //= 2
-            # Else the second size would have the model compiled for any size, which is slower.
-            torch.compiler.reset()
-        if self.world_size > 1:
-            # DDP has it compiled in pieces, so that gradients are sent while others are computed.
-            torch.compiler.reset()
-        return batch_size
-
-    def fits(self, model, optimizers, batch_size):
-        """Return whether this process has the memory for a step; always True on a CPU."""
-        idx_BT = torch.zeros(batch_size, model.config.block_size, dtype=torch.long,
-                             device=self.device)
-        # Hold memory for what only comes with the first step, in copies of each parameter: the
-        # averages that the optimizers keep, at most two, and under DDP the buckets from which
-        # gradients are sent.
-        n_to_come = 0
-        if not any(optimizer.state for optimizer in optimizers):
-            n_to_come = 2
-        if self.world_size > 1:
-            n_to_come += 1
-        try:
-            held = [torch.empty_like(p) for p in model.parameters() for _ in range(n_to_come)]
-            for _ in range(2):  # the second time, the gradients of the first are in memory too
-                with self.autocast:
-                    _, loss = model(idx_BT, idx_BT)
-                loss.backward()
-            del held
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
 
     # ---- Several processes -----------------------------------------------------------------------
     def init_processes(self, backend):

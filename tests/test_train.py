@@ -401,23 +401,10 @@ def little_memory(monkeypatch):
     monkeypatch.setattr(GPT, 'forward', forward_of_two)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_the_step_stays_the_same(book, little_memory):
-    run('train.py', *TINY, '--dropout=0.1', '--batch_size=2', '--gradient_accumulation_steps=4',
-        '--eval_iters=16', cwd=book)
-    expected = figures(book)
-    halved = newest(book)
-    options = [*TINY, '--dropout=0.1', '--batch_size=8', '--fit_batch=True']
-    out, _ = run('train.py', *options, '--max_iters=10', cwd=book)
-    assert 'memory for a batch_size of 2: gradient_accumulation_steps is 4' in out
-    run('train.py', *options, '--init_from=resume', cwd=book)
-    assert_same_run(newest(book), halved)
-    assert figures(book) == expected
-
-
-def test_a_batch_that_cannot_be_halved_is_an_error(book, little_memory):
-    _, error = run('train.py', *TINY, '--batch_size=6', '--fit_batch=True', cwd=book, status=2)
-    assert 'not even batch_size 3 fits' in error
+def test_a_memory_that_is_too_small_is_one_line_that_says_what_to_change(book, little_memory):
+    _, error = run('train.py', *TINY, cwd=book, status=2)
     assert error.count('\n') == 1
+    assert 'halve --batch_size and double --gradient_accumulation_steps' in error
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
