@@ -29,8 +29,8 @@ from folio.configurator import (UserError, configure, model_settings, require_at
                                 require_choice, user_errors)
 from folio.data import Dataset, count_targets, evaluate, prefetch, train_batch
 from folio.machine import Machine, default_device, recompute_blocks
-from folio.optim import (SCHEDULES, Muon, first_not_finite, is_spike, learning_rate_at,
-                         load_states, make_optimizers, momentum_at)
+from folio.optim import (SCHEDULES, Muon, first_not_finite, learning_rate_at, load_states,
+                         make_optimizers, momentum_at)
 from model import GPT, GPTConfig
 
 # ---- Settings: nanoGPT's names and, but for device, dtype and compile, its defaults --------------
@@ -76,7 +76,6 @@ muon_weight_decay = 1e-1  # of the matrices that Muon steps, in place of weight_
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
-skip_spikes = False  # skip a step whose gradient norm is far outside the last hundred
 decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000
@@ -191,14 +190,12 @@ is_validated = False  # whether the model has been evaluated since the last step
 best_val_loss = math.inf
 evals_without_gain = 0
 train_seconds = 0.0  # without validation, samples and saving
-norms = []  # gradient norms of the last hundred steps, if skip_spikes
 if init_from == 'resume':
     folio.checkpoint.require_training_state(checkpoint, ckpt_path)
     first_iter = checkpoint['iter_num']
     # Count in windows, because the batch size may have changed.
     first_window = checkpoint.get('windows', first_iter * gradient_accumulation_steps * batch_size)
     is_validated = checkpoint.get('is_validated', True)
-    norms = checkpoint.get('norms', [])
     best_val_loss = float(checkpoint['best_val_loss'])
     evals_without_gain = checkpoint.get('evals_without_gain', 0)
     train_seconds = checkpoint.get('train_seconds', 0.0)
@@ -291,7 +288,6 @@ def save(iter_num, path, *others):
         'windows': windows_before(iter_num),
         'data': fingerprint,
         'is_validated': is_validated,
-        'norms': norms,
         'best_val_loss': best_val_loss,
         'evals_without_gain': evals_without_gain,
         'train_seconds': train_seconds,
@@ -553,14 +549,8 @@ for iter_num in range(first_iter, max_iters + 1):
     if is_logged or machine.type == 'cpu':
         stop_if_diverged(iter_num, all_finite)
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
-    # Skip the step if float16 has overflowed (the scaler then scales less), or at a spike.
+    # Skip the step if float16 has overflowed; the scaler then scales less.
     skip = machine.dtype == 'float16' and not norm.isfinite()
-    if skip_spikes and is_spike(norm.item(), norms):
-        skip = True
-        print0(f'iter {iter_num}: skipped, because its gradient norm is {norm.item():.2f}')
-        log({'iter': iter_num, 'skipped': norm.item()})
-    if skip_spikes and norm.isfinite():
-        norms = [*norms, norm.item()][-100:]
     for o in optimizers:
         if not skip:
             scaler.step(o)

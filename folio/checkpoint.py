@@ -173,7 +173,7 @@ def pad_rows(weight, n_rows):
 TYPES = {
     'model': dict, 'model_args': dict, 'optimizer': list, 'scaler': dict, 'config': dict,
     'tokenizer': (dict, type(None)), 'template': (str, type(None)), 'data': str,
-    'iter_num': int, 'windows': int, 'evals_without_gain': int, 'norms': list,
+    'iter_num': int, 'windows': int, 'evals_without_gain': int,
     'best_val_loss': (int, float, torch.Tensor), 'train_seconds': (int, float),
 }
 MAX_CONTEXT = 2**20  # tokens; a rotary model has no weights whose shape would limit its context
@@ -426,13 +426,12 @@ def is_of_launch(out_dir, launch):
 def steps_done(entry):
     """Return the number of steps finished when a log line was written; -1 for a header.
 
-    A step's own loss, or that it was skipped, is logged after the step. What else has an iter, such
-    as an evaluation, is logged before the step of that number.
+    A step's own loss is logged after the step. What else has an iter, such as an evaluation, is
+    logged before the step of that number.
     """
     if 'iter' not in entry:
         return -1
-    is_of_step = 'loss' in entry or 'skipped' in entry
-    return entry['iter'] + 1 if is_of_step else entry['iter']
+    return entry['iter'] + 1 if 'loss' in entry else entry['iter']
 
 
 def truncate_log(path, iter_num, is_validated):

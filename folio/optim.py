@@ -3,7 +3,6 @@ Make the optimizers, AdamW and Muon, find divergence, and compute each step's le
     python -c "from folio.optim import *; print(learning_rate_at(5, 100, 1.0, 0.0, warmup=10))"
 """
 import math
-import statistics
 
 import torch
 import torch.distributed as dist
@@ -219,18 +218,6 @@ def first_not_finite(model):
         if p.grad is not None and not p.grad.isfinite().all():
             return f'the gradient of {name}'
     return None
-
-
-def is_spike(norm, norms):
-    """Return whether a gradient norm lies far above the last ones, a list of at most 100.
-
-    Far means six standard deviations above their mean; fewer than 20 norms are too few to judge by.
-    A norm that is not finite does not count as a spike: float16 has those, and then scales its loss
-    less.
-    """
-    if len(norms) < 20 or not math.isfinite(norm):
-        return False
-    return norm > statistics.fmean(norms) + 6 * statistics.pstdev(norms)
 
 
 # ---- Schedules -----------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def small_checkpoint(arch='gpt2'):
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8, arch=arch))
     return {'format': 1, 'model': model.state_dict(), 'model_args': dict(vars(model.config)),
             'tokenizer': CHARS, 'template': 'Q: {}', 'optimizer': [], 'config': CONFIG,
-            'iter_num': 3, 'best_val_loss': 2.5, 'norms': [1.0], 'train_seconds': 1.5}
+            'iter_num': 3, 'best_val_loss': 2.5, 'train_seconds': 1.5}
 
 
 def of_nanogpt():

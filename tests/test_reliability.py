@@ -22,7 +22,6 @@ from folio import checkpoint, data
 from folio.configurator import UserError, configure
 from folio.lock import only_one
 from folio.machine import Machine
-from folio.optim import is_spike
 
 EACH_STEP = '--log_interval=1'
 FAST = [*TINY, EACH_STEP, '--max_iters=10', '--eval_interval=5']
@@ -130,7 +129,6 @@ def assert_same_run(folder, ours='out', theirs='alone'):
         'model',
         'optimizer',
         'scaler',
-        'norms',
         'windows',
         'iter_num',
         'best_val_loss',
@@ -347,75 +345,6 @@ torch.optim.AdamW.step = plant
     assert load(book)['iter_num'] == 5 and is_finite(load(book))
 
 
-# ---- Spikes --------------------------------------------------------------------------------------
-def test_a_spike_is_skipped_and_logged_and_a_resume_skips_it_too(tmp_path):
-    """Thirty-one windows of one easy text, and one of nonsense, with which the norm jumps."""
-    easy = 'the cat sat on the mat and ate ' * 400
-    make_chars(tmp_path, easy[:8000] + letters(40) + easy[:4000], val=easy[:2000])
-    options = [
-        *TINY,
-        '--dataset=chars',
-        '--skip_spikes=True',
-        EACH_STEP,
-        '--batch_size=1',
-        '--learning_rate=1e-2',
-        '--decay_lr=False',
-        '--eval_interval=1000',
-        '--eval_iters=1',
-        '--dropout=0.05',
-    ]
-    run('train.py', *options, '--max_iters=300', '--out_dir=alone', cwd=tmp_path)
-    skipped = [entry for entry in figures(tmp_path, 'alone') if 'skipped' in entry]
-    assert 1 <= len(skipped) <= 10
-    entries = figures(tmp_path, 'alone')
-    norms = {entry['iter']: entry['grad_norm'] for entry in entries if 'loss' in entry}
-    for entry in skipped:
-        before = [norms[i] for i in range(max(0, entry['iter'] - 100), entry['iter'])]
-        assert entry['skipped'] > np.mean(before) + 5.9 * np.std(before)
-    # Stopped right before the spike, so that it needs the norms saved; and once more at it.
-    spike = skipped[-1]['iter']
-    run('train.py', *options, f'--max_iters={spike}', cwd=tmp_path)
-    before = load(tmp_path)['model']
-    run('train.py', *options, f'--max_iters={spike + 1}', '--init_from=resume', cwd=tmp_path)
-    assert not differences(before, load(tmp_path)['model'])  # the step was skipped indeed
-    run('train.py', *options, '--max_iters=300', '--init_from=resume', cwd=tmp_path)
-    stops = [spike, spike + 1]  # each stop has made an evaluation of its own
-    ours = [e for e in figures(tmp_path) if 'val_loss' not in e or e['iter'] not in stops]
-    assert ours == entries and not differences(
-        load(tmp_path)['model'], load(tmp_path, 'alone/ckpt.pt')['model']
-    )
-
-
-def test_no_more_than_usual_is_no_spike():
-    rng = random.Random(0)
-    norms = [rng.gauss(1.0, 0.1) for _ in range(100)]
-    assert not is_spike(1.3, norms) and is_spike(2.0, norms)
-    assert is_spike(2.0, norms[:20])
-    assert not is_spike(2.0, norms[:19])  # too few to know what is usual
-    assert not is_spike(float('inf'), norms)  # an overflow of float16, whose scaler sees to it
-
-
-@pytest.mark.slow
-def test_spikes_are_skipped_in_float16_too(book):
-    """Its first gradients overflow, as the scale begins too high, and measure nothing."""
-    plant = '''
-import torch
-plain = torch.amp.GradScaler
-torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0**30, enabled=enabled)
-'''
-    options = [
-        *FAST,
-        '--dtype=float16',
-        '--skip_spikes=True',
-        '--max_iters=60',
-        '--eval_interval=100',
-    ]
-    status, printed = python(plant, *options, cwd=book)
-    assert status == 0 and 'norm inf' in printed, printed
-    norms = load(book)['norms']
-    assert 20 < len(norms) < 60 and np.isfinite(norms).all()
-
-
 # ---- Masked targets ------------------------------------------------------------------------------
 CUTS = [(8, 1), (2, 4), (1, 8)]  # batch_size, gradient_accumulation_steps
 
@@ -600,7 +529,6 @@ def test_what_was_logged_after_a_checkpoint_is_dropped_with_its_evaluation_if_th
         {'config': {}},
         {'iter': 4, 'val_loss': 3.0},
         {'iter': 4, 'hellaswag': 0.2},
-        {'iter': 4, 'skipped': 9.0},
         {'iter': 4, 'loss': 3.1},
         {'iter': 5, 'loss': 3.0},
     ]
