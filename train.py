@@ -146,11 +146,6 @@ best_path = os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-# If torchrun has restarted this run after a worker died, go on instead of beginning again. But if
-# it died before its first checkpoint, the folder may still hold an older run: do not resume that.
-is_restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
-if machine.any(is_restart and folio.checkpoint.is_of_launch(out_dir, machine.launch())):
-    init_from = 'resume'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
@@ -415,7 +410,7 @@ if rank == 0:
 in_log = {key for key in ('val_loss', 'hellaswag', 'sample') if machine.any(key in in_log)}
 log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
     'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'launch': machine.launch(), 'cpus': os.cpu_count(), 'torch': torch.__version__,
+    'cpus': os.cpu_count(), 'torch': torch.__version__,
     'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)

@@ -409,20 +409,6 @@ def read_log(path, damaged=None):
     return entries
 
 
-def is_of_launch(out_dir, launch):
-    """Return whether the run in a folder was begun by this launch of torchrun and can be resumed.
-
-    launch: what Machine.launch returns. train.py writes it to the log at each start and resume.
-    """
-    starts = []
-    for entry in read_log(os.path.join(out_dir, 'log.jsonl'), damaged=[]):
-        if 'config' in entry:
-            starts.append(entry)
-    if not starts or not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        return False
-    return starts[-1]['machine'].get('launch', '') == launch
-
-
 def steps_done(entry):
     """Return the number of steps finished when a log line was written; -1 for a header.
 

@@ -130,13 +130,6 @@ class Machine:
             return 'bfloat16'
         return 'float16'
 
-    def launch(self):
-        """Return a text that one launch of torchrun shares with its restarts only; '' without it.
-
-        It is a folder with a random name: …/none_x1y2z3 of …/none_x1y2z3/attempt_0/0/error.json
-        """
-        return os.environ.get('TORCHELASTIC_ERROR_FILE', '').partition('/attempt_')[0]
-
     def __str__(self):
         processes = '1 process' if self.world_size == 1 else f'{self.world_size} processes'
         return (f'{processes} on {self.device} ({self.name}), dtype {self.dtype}, '

@@ -245,31 +245,6 @@ def test_the_working_folder_may_be_the_out_dir(book):
     assert load(book, 'ckpt.pt')['iter_num'] == 5
 
 
-@pytest.mark.slow
-def test_a_restart_by_torchrun_goes_on(book):
-    run('train.py', *FAST, '--max_iters=5', cwd=book)
-    restart = os.environ | {'TORCHELASTIC_RESTART_COUNT': '1'}
-    run('train.py', *FAST, cwd=book, env=restart)
-    assert [e['first_iter'] for e in log_of(book) if 'config' in e] == [0, 5]
-    assert not (book / 'out' / 'previous-1').exists()
-
-
-@pytest.mark.slow
-def test_a_restart_by_torchrun_does_not_go_on_with_an_older_run(book):
-    """Its first start died before the older run was moved away."""
-    run('train.py', *FAST, cwd=book)
-    older = (book / 'out' / 'ckpt.pt').read_bytes()
-    restart = {
-        'TORCHELASTIC_RESTART_COUNT': '1',
-        'TORCHELASTIC_ERROR_FILE': '/tmp/t/none_ab/attempt_1/0/error.json',
-    }
-    run('train.py', *FAST, '--max_iters=5', cwd=book, env=os.environ | restart)
-    assert (book / 'out' / 'previous-1' / 'ckpt.pt').read_bytes() == older
-    restart['TORCHELASTIC_ERROR_FILE'] = '/tmp/t/none_ab/attempt_2/0/error.json'
-    run('train.py', *FAST, cwd=book, env=os.environ | restart)
-    assert [e['first_iter'] for e in log_of(book) if 'config' in e] == [0, 5]
-
-
 # ---- Divergence ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_a_run_that_diverges_stops_at_once_and_what_is_saved_stays_finite(book, dtype):
