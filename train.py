@@ -88,7 +88,6 @@ device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where that is fast
 compile = 'auto'  # True, False; auto: on a GPU
 activation_checkpointing = False  # less memory: compute activations twice, a third more work
-deterministic = False  # on a GPU: slower kernels that give the same bits each time
 config = configure(globals())
 
 # ---- Machine -------------------------------------------------------------------------------------
@@ -119,8 +118,6 @@ if gradient_accumulation_steps % world_size != 0:
                     f'all processes: make it a multiple of their number, {world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 machine.init_processes(backend)
-if deterministic:
-    machine.make_deterministic()
 # Compiling takes about a minute, which pays off on a GPU. If it does not work here, can_compile
 # prints the reason.
 if compile == 'auto':

@@ -145,14 +145,6 @@ class Machine:
         if self.type != 'cpu':
             getattr(torch, self.type).synchronize()
 
-    def make_deterministic(self):
-        """Choose GPU kernels that give the same bits each time; warn where there are none."""
-        if self.type == 'cuda':
-            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            # With warn_only, torch may still choose cuDNN's attention, which adds in any order.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-
     def for_inference(self, model):
         """Move a model to the device, for inference only, and return it: the same numbers, sooner.
 
