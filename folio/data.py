@@ -8,7 +8,6 @@ meta.pkl, GPT-2's tokens if not.
 """
 import collections
 import concurrent.futures
-import difflib
 import functools
 import gzip
 import hashlib
@@ -26,7 +25,6 @@ import torch
 import folio.tokenizer
 from folio.configurator import UserError
 
-ROOT = os.path.abspath(__file__ + '/../..')  # of the checkout
 SPLITS = ('train', 'val', 'test')
 GZIP_MAGIC = b'\x1f\x8b'  # the first bytes of every gzip file
 MAX_UNPACKED = 2**26  # bytes that a compressed file may unpack to
@@ -113,11 +111,11 @@ class Dataset:
         Raises UserError if it is missing, or if its description is damaged.
         """
         self.folder = os.path.join('data', name)
-        self.remedy = f'prepare it with: {prepare_command(name)}'
         self.meta = {}
         if not os.path.isfile(self.path('train.bin')):
-            raise UserError(f'no data set in {self.folder} (no train.bin); '
-                            f'{similar_data_set(name) or self.remedy}')
+            raise UserError(f'no data set in {self.folder} (no train.bin): a prepare.py writes it; '
+                            'of a text of your own, python prepare/book/prepare.py --book=my.txt '
+                            f'--dataset={name}')
         try:
             if os.path.isfile(self.path('meta.json')):
                 self.read_meta_json()
@@ -131,7 +129,7 @@ class Dataset:
                 raise ValueError(f'vocab_size is {self.vocab_size}, its tokenizer has {n_tokens}')
         except Exception as e:  # a damaged or hostile file may raise anything
             raise UserError(f'the description of {self.folder} cannot be used '
-                            f'({type(e).__name__}: {e}); {self.remedy}') from e
+                            f'({type(e).__name__}: {e}); run its prepare.py again') from e
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -170,7 +168,7 @@ class Dataset:
         size = os.path.getsize(path) if os.path.isfile(path) else 0
         n_tokens = self.counts(split).get('tokens', size // dtype.itemsize)
         if size != n_tokens * dtype.itemsize or n_tokens < 2:
-            raise UserError(f'{path} is missing, damaged or empty; {self.remedy}')
+            raise UserError(f'{path} is missing, damaged or empty; run its prepare.py again')
         return np.memmap(path, dtype=dtype, mode='r')
 
     def mask(self, split):
@@ -186,9 +184,10 @@ class Dataset:
             mask = None
             fits = 'targets' not in self.counts(split)
         if not fits:
-            raise UserError(f'{path} is missing or does not fit {split}.bin; {self.remedy}')
+            raise UserError(f'{path} is missing or does not fit {split}.bin; run its prepare.py '
+                            'again')
         if mask is not None and not mask.any():
-            raise UserError(f'{path} leaves no target in {split}.bin; {self.remedy}')
+            raise UserError(f'{path} leaves no target in {split}.bin; run its prepare.py again')
         return mask
 
     def fingerprint(self, split):
@@ -223,29 +222,6 @@ class Dataset:
         if total == 0:
             return None
         return total / max(1, n_targets)
-
-
-def prepare_command(name):
-    """Return the command that prepares a data set: its own script, or else the book's."""
-    name = os.path.basename(os.path.normpath(name))
-    for script in (name, name.partition('_')[0]):
-        for folder in ('prepare', 'extras'):
-            if os.path.isfile(os.path.join(ROOT, folder, script, 'prepare.py')):
-                return f'python {folder}/{script}/prepare.py'
-    return f'python prepare/book/prepare.py --book=my.txt --dataset={name}'
-
-
-def similar_data_set(name):
-    """Return a hint for a mistyped name, or None."""
-    name = os.path.basename(os.path.normpath(name))
-    known = []
-    for folder in ('data', os.path.join(ROOT, 'prepare')):
-        if os.path.isdir(folder):
-            known += os.listdir(folder)
-    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if not similar or similar[0] == name or name.startswith(similar[0] + '_'):
-        return None
-    return f'did you mean --dataset={similar[0]}?'
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -380,7 +356,7 @@ def evaluate(model, data, split, block_size, batch_size, n_windows, machine, sho
     nats, count = machine.sum(nats, count)
     if count == 0:
         raise UserError(f'{data.folder}/{split}.bin has no targets in the windows that are '
-                        f'evaluated: its mask leaves all of them out; {data.remedy}')
+                        'evaluated: its mask leaves all of them out; run its prepare.py again')
     loss = nats / count
     metrics = {'loss': loss, 'perplexity': perplexity(loss)}
     bytes_per_token = data.per_token(split, 'bytes')

@@ -150,25 +150,18 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
 
 @pytest.mark.parametrize('file, content', [
     ('val.bin', b'\0'), ('meta.json', b'{'), ('tokenizer.json', b'{"kind": "char", "chars": "a"}')])
-def test_a_damaged_data_set_is_refused_with_the_prepare_command(tmp_path, file, content):
+def test_a_damaged_data_set_is_refused_with_what_to_do(tmp_path, file, content):
     texts = {'train': ['abab'], 'val': ['ab']}
     write_dataset(tmp_path / 'book', CharTokenizer('ab'), texts, source='here')
     (tmp_path / 'book' / file).write_bytes(content)
-    with pytest.raises(UserError, match='python prepare/book/prepare.py'):
+    with pytest.raises(UserError, match='run its prepare.py again'):
         Dataset(str(tmp_path / 'book')).tokens('val')
 
 
-@pytest.mark.parametrize('name, says', [
-    ('novel', 'prepare/book/prepare.py --book=my.txt --dataset=novel'),
-    ('fineweb', 'python prepare/fineweb/prepare.py'),
-    ('fineweb_small', 'python prepare/fineweb/prepare.py'),
-    ('fineweeb', 'did you mean --dataset=fineweb?'),
-])
-def test_a_missing_data_set_is_refused_with_what_to_type(tmp_path, monkeypatch, name, says):
+def test_a_missing_data_set_is_refused_with_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
-        Dataset(name)
-    assert says in str(error.value)
+    with pytest.raises(UserError, match='python prepare/book/prepare.py .* --dataset=novel'):
+        Dataset('novel')
 
 
 def test_pickled_meta_can_build_nothing_but_plain_values(tmp_path):

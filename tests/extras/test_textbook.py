@@ -270,12 +270,6 @@ def test_mistakes_in_preparing_get_one_line(tmp_path, monkeypatch, settings, say
     assert not (tmp_path / 'data').exists()
 
 
-def test_a_set_that_is_missing_is_an_error_that_names_its_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='python extras/textbook/prepare.py'):
-        Dataset('textbook_filtered')
-
-
 # ---- The study -----------------------------------------------------------------------------------
 def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tmp_path,
                                                                monkeypatch):
