@@ -14,25 +14,22 @@ Each tokenizer has
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the
 control token.
 """
-import functools
 import hashlib
-import itertools
 import json
 import os
+import re
 
 import numpy as np
 
 from folio.configurator import UserError
 
 EOT = '<|endoftext|>'
-CUT = '<|cut|>'  # for encode_documents alone; no model ever sees it
-LONG_TEXT = 500_000  # characters from which on encode cuts a text
+MOST_WHITE = 900_000  # white characters in a row, at about a million of which tiktoken crashes
 
 # GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
 # are endings like 's; words, numbers and punctuation, each with the space before it; white space.
-# LOOKAHEAD leaves the last of several spaces to the word that follows.
-LOOKAHEAD = r'\s+(?!\S)|'
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + LOOKAHEAD + r'\s+'
+# The look-ahead leaves the last of several spaces to the word that follows.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class CharTokenizer:
@@ -71,20 +68,12 @@ class BPETokenizer:
         self.start = encoding.eot_token
 
     def encode(self, text):
-        # tiktoken gives up when LOOKAHEAD meets a million white characters in a row. So a text that
-        # is long enough to hold them is cut before tiktoken sees it.
-        if len(text) > LONG_TEXT:
-            return self.encode_stretches(text)
+        if len(text) > MOST_WHITE:
+            longest = max(map(len, re.findall(r'\s+', text)), default=0)
+            if longest > MOST_WHITE:
+                raise UserError(f'a text has {longest:,} white characters in a row, and tiktoken '
+                                f'crashes at more than {MOST_WHITE:,}: leave some out')
         return self.encoding.encode_ordinary(text)
-
-    def encode_stretches(self, text):
-        """Return the tokens of a text, found without LOOKAHEAD: see encode_documents."""
-        text = without_surrogates(text)
-        cuts = cut_points(text, ends=np.array([len(text)]))
-        ids = []
-        for stretch in stretches(text, cuts):
-            ids += self.without_lookahead.encode_ordinary(stretch)
-        return ids
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -93,85 +82,12 @@ class BPETokenizer:
         return self.encoding.decode_bytes(ids)
 
     def encode_documents(self, texts):
-        """Return the tokens of a list of str, eot before each of them, as an array of uint32.
-
-        They are the tokens that encode finds, found faster. What slows tiktoken down is LOOKAHEAD,
-        and all it does is this: in white space before other text, the last character begins a new
-        piece. So we put CUT before that character, encode without LOOKAHEAD, and take CUT's tokens
-        out again.
-        """
-        # Inside a text these characters are text; below they would become the control token.
-        looks_like_control = any(EOT in text or CUT in text for text in texts)
-        if not texts or looks_like_control:
-            return self.encode_one_by_one(texts)
-
-        joined = ''.join(EOT + text for text in texts)
-        ends = np.cumsum([len(EOT) + len(text) for text in texts])
-        cuts = cut_points(joined, ends)
-        with_cuts = insert_cuts(joined, cuts)
-        ids = self.without_lookahead.encode_to_numpy(with_cuts, allowed_special='all')
-        if len(cuts) == 0:
-            return ids
-        cut_id = self.n_vocab
-        return ids[ids != cut_id]
-
-    def encode_one_by_one(self, texts):
-        """Return the same as encode_documents, in the plain way."""
+        """Return the tokens of a list of str, eot before each of them, as an array of uint32."""
         ids = []
         for text in texts:
             ids.append(self.eot)
             ids += self.encode(text)
         return np.array(ids, dtype=np.uint32)
-
-    @functools.cached_property
-    def without_lookahead(self):
-        """The same encoding without LOOKAHEAD in its pattern, and with CUT as one more token."""
-        import tiktoken
-        return tiktoken.Encoding(
-            'pieces',
-            pat_str=SPLIT_PATTERN.replace(LOOKAHEAD, ''),
-            mergeable_ranks=self.encoding._mergeable_ranks,
-            special_tokens={EOT: self.eot, CUT: self.n_vocab})
-
-
-# ---- Where encode_documents cuts -----------------------------------------------------------------
-
-SLICE_CHARS = 2**20  # characters looked up at a time, because that takes four bytes for each
-
-# Whether a code point is Unicode's White_Space, which is tiktoken's \s and not quite Python's. The
-# last entry, which is False, stands for all code points beyond the table.
-IS_WHITE = np.zeros(0x3002, dtype=bool)
-IS_WHITE[0x09:0x0e] = True  # tab, line feed, vertical tab, form feed, carriage return
-IS_WHITE[[0x20, 0x85, 0xa0, 0x1680, 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
-IS_WHITE[0x2000:0x200b] = True  # spaces of many widths
-
-
-def cut_points(text, ends):
-    """Return the places of the white characters that follow a white one and precede one that isn't.
-
-    text: documents, with EOT before each. ends: where each document ends and the next EOT begins.
-    White space at the end of a document is not cut, because no text of the document follows it.
-    """
-    white = np.empty(len(text), dtype=bool)
-    for i in range(0, len(text), SLICE_CHARS):
-        codes = np.frombuffer(text[i:i + SLICE_CHARS].encode('utf-32-le'), dtype='<u4')
-        white[i:i + SLICE_CHARS] = IS_WHITE.take(codes, mode='clip')
-    # Count the first character of EOT as white space, so that the white space before it stays
-    # whole. This may put a cut right before EOT, where it changes nothing.
-    white[ends[:-1]] = True
-    return np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:]) + 1
-
-
-def insert_cuts(text, cuts):
-    """Return the text with CUT inserted at the places in `cuts`, an array in ascending order."""
-    return CUT.join(stretches(text, cuts))
-
-
-def stretches(text, cuts):
-    """Yield the text in stretches, cut at the places in `cuts`, an array in ascending order."""
-    edges = [0, *cuts.tolist(), len(text)]
-    for start, end in itertools.pairwise(edges):
-        yield text[start:end]
 
 
 def without_surrogates(text):
