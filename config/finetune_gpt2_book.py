@@ -2,6 +2,8 @@
 #     python prepare/book/prepare.py --book=gutenberg:1342 --dataset=pride_gpt2 --tokenizer=gpt2
 #     python train.py config/finetune_gpt2_book.py
 #     python sample.py --out_dir=out/gpt2_pride --start="It is a truth"
+# Another model: --init_from=gpt2-xl, out/fineweb/best.pt, or a Hugging Face folder of a GPT-2 or a
+# NanoChat with GPT-2's tokens.
 # The weights (0.5 GB) come from the Hugging Face hub, and the book from Project Gutenberg.
 # Time and loss are not measured yet: we had no access to the hub.
 out_dir = 'out/gpt2_pride'

@@ -60,17 +60,22 @@ def test_train_fineweb_evaluates_ten_million_tokens():
 SIZES = {'small': 124.4, 'medium': 354.8, 'large': 774.0, 'xl': 1557.6}  # millions of parameters
 
 
+def recipe_of(size):
+    """Return the config files of a size of GPT-2; the small one is the recipe's own."""
+    return ['train_fineweb.py'] if size == 'small' else ['train_fineweb.py', f'gpt2_{size}.py']
+
+
 @pytest.mark.parametrize('size', SIZES)
 def test_a_size_stacked_on_a_recipe_changes_the_size_alone(size):
     plain = settings_of('train_fineweb.py')
-    sized = settings_of('train_fineweb.py', f'gpt2_{size}.py')
+    sized = settings_of(*recipe_of(size))
     changed = {name for name in sized if sized[name] != plain[name]}
     assert changed <= {'n_layer', 'n_head', 'n_embd'}
 
 
 @pytest.mark.parametrize('size', SIZES)
 def test_a_size_has_the_parameters_of_openais(size):
-    settings = settings_of('train_fineweb.py', f'gpt2_{size}.py')
+    settings = settings_of(*recipe_of(size))
     with torch.device('meta'):
         model = GPT(GPTConfig(**model_settings(settings, GPTConfig), vocab_size=50257))
     padding = (50304 - 50257) * settings['n_embd']
