@@ -102,7 +102,7 @@ def read_item(line, where):
         if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
             raise ValueError('a text is missing or empty')
         return item
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{where}: an item has ctx, four endings and label, 0 to 3 '
                         f'({type(e).__name__}: {e})') from None
 

@@ -11,7 +11,6 @@ if its data had one (see prepare/dolly); any other model goes on with the text.
 Needs model.py and folio/.
 """
 import contextlib
-import re
 import sys
 
 import folio  # first: it sets what torch reads when it is loaded
@@ -86,16 +85,6 @@ def write(ids, n, seed):
         compile=compile)
 
 
-CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line feed
-
-
-def visible(text):
-    """Return a text without what a terminal would obey; what goes to a file stays as it is."""
-    if not sys.stdout.isatty():
-        return text
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
 def show(steps):
     """Print a single text as it grows, and return it."""
     text = ''
@@ -103,9 +92,9 @@ def show(steps):
     for (text,) in steps:
         # Keep back what may turn out to be the beginning of `stop`.
         n_safe = max(n_shown, len(text) - max(0, len(stop) - 1))
-        print(visible(text[n_shown:n_safe]), end='', flush=True)
+        print(text[n_shown:n_safe], end='', flush=True)
         n_shown = n_safe
-    print(visible(text[n_shown:]), flush=True)
+    print(text[n_shown:], flush=True)
     return text
 
 
@@ -148,4 +137,4 @@ with machine.autocast:
         texts = []
         for texts in write(ids, num_samples, seed):
             pass  # until all of them have ended
-        print(visible('\n---------------\n'.join(start + text for text in texts)))
+        print('\n---------------\n'.join(start + text for text in texts))

@@ -204,24 +204,6 @@ try:
     import gradio as gr
 except ImportError:
     raise UserError('the page needs gradio: pip install gradio') from None
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-
-
-class NoUploads:
-    """Refuse forms and files: the page sends none, and another page's could fill the disk."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        answer = self.app
-        for name, value in scope.get('headers', []):
-            if name == b'content-type' and not value.startswith(b'application/json'):
-                answer = PlainTextResponse('this page takes no uploads', status_code=403)
-        await answer(scope, receive, send)
-
 
 STYLE = """<style>
 .prose.text {white-space: break-spaces; overflow-wrap: anywhere; font: 15px/1.6 var(--font-mono)}
@@ -277,10 +259,4 @@ if share:
           "what is typed and written passes through Gradio's servers; Ctrl-C ends it",
           file=sys.stderr, flush=True)
 print(f'http://127.0.0.1:{port}, for this machine alone; Ctrl-C ends it', flush=True)
-# Another name, which a page elsewhere may let stand for this machine (DNS rebinding), is refused.
-hosts = ['127.0.0.1', 'localhost']
-if share:
-    hosts.append('*.gradio.live')
-guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(NoUploads)]
-page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share,
-            app_kwargs={'middleware': guards})
+page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share)

@@ -28,7 +28,7 @@ import folio.tokenizer
 from extras import ngrams, plots
 from folio import engine, fast
 from folio.checkpoint import read_log, steps_done
-from folio.configurator import UserError, configure, printable
+from folio.configurator import UserError, configure
 from folio.data import Dataset, evaluate
 from folio.machine import Machine, default_device
 from model import GPT
@@ -67,45 +67,6 @@ def val_loss_for_ranking(entry):
     return entry['val_loss']
 
 
-# A log may be damaged, or come from a stranger. An entry of each kind must have these numbers, and
-# the OPTIONAL ones must be numbers if they are there.
-NEEDED = {
-    'loss': ('iter', 'tokens', 'tokens_per_second', 'train_seconds'),
-    'val_loss': ('iter', 'tokens', 'train_seconds'),
-    'hellaswag': ('iter', 'acc_mean_stderr'),
-}
-OPTIONAL = ('perplexity', 'bits_per_byte', 'word_perplexity')
-
-
-def is_number(value):
-    """Return whether a value is a float, or an int of 64 bits; a bool is neither."""
-    if type(value) is int:
-        return abs(value) < 2**63
-    return type(value) is float
-
-
-def is_sound(entry):
-    """Return whether a log entry has the numbers that its kind should have."""
-    if 'iter' in entry and type(entry['iter']) is not int:
-        return False
-    names = {name for name in OPTIONAL if name in entry}
-    for kind, needed in NEEDED.items():
-        if kind in entry:
-            names |= {kind, *needed}
-    return all(is_number(entry.get(name)) for name in names)
-
-
-def is_header(entry):
-    """Return whether a log entry holds the settings of a run, with those that are needed here."""
-    config = entry.get('config')
-    if not isinstance(config, dict) or not is_number(entry.get('parameters')):
-        return False
-    if not isinstance(config.get('dataset'), str) or not isinstance(config.get('dtype', ''), str):
-        return False
-    names = ('eval_iters', 'batch_size', 'block_size', 'max_iters', 'gradient_accumulation_steps')
-    return all(type(config.get(name)) is int and config[name] < 2**63 for name in names)
-
-
 def read_run(folder):
     """Return a run as its log tells it: settings, the entries of each kind, and notes on the gaps.
 
@@ -120,9 +81,7 @@ def read_run(folder):
         raise UserError(f'no run in {folder} (no log.jsonl); {advice}')
     damaged_lines = []
     entries = read_log(path, damaged_lines)
-    n_unsound = sum(not is_sound(entry) for entry in entries)
-    entries = [entry for entry in entries if is_sound(entry)]
-    headers = [entry for entry in entries if is_header(entry)]
+    headers = [entry for entry in entries if 'config' in entry]
     if not headers:
         raise UserError(f'{path} does not begin with the settings of a run (yet); '
                         'wait until it does, or leave it out')
@@ -147,8 +106,6 @@ def read_run(folder):
     if damaged_lines:
         numbers = ', '.join(str(number) for number in damaged_lines)
         run.notes.append(f'left out as damaged: line {numbers} of its log')
-    if n_unsound:
-        run.notes.append(f'left out as damaged: {n_unsound} entries of its log')
     done = max((steps_done(entry) for entry in entries if 'iter' in entry), default=0)
     if done < run.config['max_iters']:
         run.notes.append(f'its log ends at step {done} of {run.config["max_iters"]}')
@@ -260,17 +217,12 @@ def write_texts(model, tokenizer, machine, strategy, temperature):
 
 # ---- Sections of the page ------------------------------------------------------------------------
 # A section is a list of blocks of Markdown; the page puts an empty line between them.
-def plain(text):
-    """Return a text from a log or a file for use in Markdown: on one line, its HTML escaped."""
-    return html.escape(printable(text), quote=False)
-
-
 def table(head, rows):
     """Return a table in Markdown; all cells are text."""
     lines = []
     for row in (head, ['---'] * len(head), *rows):
         # A | in the name of a run would begin another cell.
-        escaped = [plain(text).replace('|', '\\|') for text in row]
+        escaped = [text.replace('|', '\\|') for text in row]
         lines.append(f'| {" | ".join(escaped)} |')
     return '\n'.join(lines)
 
@@ -369,7 +321,7 @@ def loss_section(picture, runs):
     rows = [[model, *loss_cells(metrics)] for model, metrics in models.items()]
     rows += [[run.name, *loss_cells(run.best)] for run in runs]
     head = ['model', 'val loss', 'perplexity', 'bits per byte']
-    return [f'### {plain(name)}', f'![losses]({picture})', counted, table(head, rows)]
+    return [f'### {name}', f'![losses]({picture})', counted, table(head, rows)]
 
 
 def label_of(strategy, temperature):
@@ -397,11 +349,11 @@ def text_section(picture, run, model, tokenizer, machine, temperature_list):
     rows = []
     for kind in kinds:
         rows.append([label_of(*kind)] + [f'{measured[kind][measure]:.3f}' for measure in MEASURES])
-    blocks = [f'### {plain(run.name)}: {run.saved}',
+    blocks = [f'### {run.name}: {run.saved}',
               table(['strategy', *MEASURES], rows),
               f'![measures of its texts]({picture})']
     for i, prompt in enumerate(prompts.split('|')):
-        blocks.append(f'<details><summary>After “{plain(prompt)}”</summary>')
+        blocks.append(f'<details><summary>After “{html.escape(prompt)}”</summary>')
         for kind in kinds:
             first_text = groups[kind][i][0]
             blocks += [label_of(*kind) + ':', fenced(prompt + first_text)]
@@ -414,7 +366,6 @@ def fenced(text):
     # The fence must be longer than any row of ~ in the text, which would end the block.
     longest = max((len(tildes) for tildes in re.findall('~+', text)), default=0)
     fence = '~' * (3 + longest)
-    text = '\n'.join(printable(line.replace('\t', '    ')) for line in text.split('\n'))
     return f'{fence}text\n{text}\n{fence}'
 
 
@@ -533,9 +484,9 @@ def main():
         n_prompts = len(prompts.split('|'))
         sections += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
 
-    title = '# ' + plain(', '.join(run.name for run in runs))
+    title = '# ' + ', '.join(run.name for run in runs)
     # Only now, because the sections above add notes.
-    notes = '\n'.join('- ' + plain(f'{run.name}: {"; ".join(run.notes)}.') for run in runs)
+    notes = '\n'.join(f'- {run.name}: {"; ".join(run.notes)}.' for run in runs)
     page = [title, table(COLUMNS, [run_row(run) for run in runs]), ABOUT_RUNS, notes, *sections]
     path = os.path.join(to, 'report.md')
     with open(path, 'w', encoding='utf-8', errors='replace') as f:

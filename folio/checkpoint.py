@@ -2,16 +2,12 @@
 Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
     python -c "from folio import checkpoint; print(checkpoint.load('out/book')['model_args'])"
 
-A checkpoint is a dictionary of tensors and plain values. A file from a stranger is checked before
-it is unpickled, and again before memory is taken for its model: reading it runs no code of its own.
+A checkpoint is a dictionary of tensors and plain values: reading one runs no code.
 """
 import contextlib
-import dataclasses
 import json
 import os
-import pathlib
 import pickle
-import re
 import shutil
 import zipfile
 
@@ -20,8 +16,8 @@ import torch.nn.functional as F
 
 import folio.tokenizer
 from folio.configurator import UserError
-from folio.data import Dataset, check_pickle
-from folio.tokenizer import spec_hash, vocab_size_of
+from folio.data import Dataset
+from folio.tokenizer import spec_hash
 from model import GPT, GPTConfig, padded
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
@@ -45,87 +41,34 @@ def load(source, out_dir=None):
     else:
         from folio.hugging_face import load_hugging_face
         checkpoint = load_hugging_face(source)
-    try:
-        check_parts(checkpoint)
-        check_weights(checkpoint, source)
-    except UserError:
-        raise
-    except Exception as e:  # a hostile value may raise anything
-        raise UserError(f'{source} describes a model that cannot be: {e}') from e
+    check_weights(checkpoint, source)
     return checkpoint
 
 
 def load_file(path):
     """Return the dictionary in a .pt file, one of nanoGPT's upgraded to ours. Raises UserError.
 
-    Only tensors and plain values are unpickled.
+    Only tensors and plain values are unpickled: no file runs code.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            size = os.path.getsize(path)
-            check_archive(archive, size)
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f'the checksum of {damaged} is wrong')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
-            raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
-                            'model_args')
-        # A stride of 0 makes a few bytes a matrix of any size, and a copy of it would fill the
-        # memory. Twice the size is allowed, because a tied head is stored once and counted twice.
-        if sum(weight.numel() for weight in checkpoint['model'].values()) > 2 * size:
-            raise ValueError('its weights are larger than the file')
-        if 'format' not in checkpoint:
-            checkpoint = upgrade_nanogpt(checkpoint)
     except FileNotFoundError:
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
                         '--out_dir=…') from None
     except pickle.UnpicklingError as e:
         raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors '
                         'and plain values') from e
-    except UserError:
-        raise
     except Exception as e:  # a damaged file may raise anything
         raise UserError(f'{path} is damaged or cut short, or not a checkpoint '
                         f'({type(e).__name__}: {e}); use another copy of it') from e
-    return checkpoint
-
-
-# What torch's pickles hold besides plain values: tensors, and the tuples that they are made from.
-TENSOR_OPCODES = ('GLOBAL', 'BINPERSID', 'REDUCE', 'BUILD', 'EMPTY_TUPLE', 'TUPLE', 'TUPLE1',
-                  'TUPLE2', 'TUPLE3')
-GLOBALS = re.compile(r'collections OrderedDict|torch \w+Storage|'
-                     r'torch._utils _rebuild_(tensor_v2|parameter)')
-MAX_TUPLES = 50_000  # a hundred layers have 20,000; hashing 200,000 nested ones crashes Python
-
-
-def check_archive(archive, size):
-    """Raise an error unless a .pt file, which is a zip of `size` bytes, can be read safely.
-
-    torch.load does not compare checksums, so a flipped bit would become a weight. And it unpacks
-    and builds whatever the file asks for, however large. Raises ValueError, or UnpicklingError for
-    a pickle that asks for a class other than those of tensors.
-    """
-    records = archive.infolist()
-    # torch.save never compresses. A compressed record may unpack to a thousand times its size, and
-    # so may records that share their bytes.
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError('it is compressed')
-    if sum(record.file_size for record in records) > size:
-        raise ValueError('its records overlap')
-    damaged = archive.testzip()  # the name of the first record whose checksum is wrong
-    if damaged is not None:
-        raise ValueError(f'the sum of {damaged} is wrong')
-    for record in records:
-        if not record.filename.endswith('data.pkl'):
-            continue
-        found = check_pickle(archive.read(record), more=TENSOR_OPCODES)
-        for name in found['GLOBAL']:
-            if not GLOBALS.fullmatch(name):
-                raise pickle.UnpicklingError(f'it asks for {name}')
-        n_tuples = 0
-        for opcode in TENSOR_OPCODES:
-            if 'TUPLE' in opcode:
-                n_tuples += len(found[opcode])
-        if n_tuples > MAX_TUPLES:
-            raise ValueError('it has too many tuples')
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise UserError(f'{path} is not a checkpoint of folio or nanoGPT: it lacks model or '
+                        'model_args')
+    return checkpoint if 'format' in checkpoint else upgrade_nanogpt(checkpoint)
 
 
 def upgrade_nanogpt(checkpoint):
@@ -137,8 +80,6 @@ def upgrade_nanogpt(checkpoint):
     """
     args = {'gelu': 'none'} | checkpoint['model_args']
     n_rows = args['vocab_size']
-    if type(n_rows) is not int:  # to compare a tensor may take a gigabyte
-        raise TypeError(f'its vocab_size is of type {type(n_rows).__name__}')
     if n_rows == 50304:
         args['vocab_size'] = 50257  # GPT-2's vocabulary, which nanoGPT pads in the settings
     missing_rows = padded(args['vocab_size']) - n_rows
@@ -163,75 +104,29 @@ def upgrade_nanogpt(checkpoint):
 
 
 def pad_rows(weight, n_rows):
-    """Return a matrix with n_rows rows of zeros below it. Raises ValueError."""
-    if not weight.is_contiguous():  # a hostile one may be a few bytes that are repeated
-        raise ValueError('a matrix is not stored row by row')
+    """Return a matrix with n_rows rows of zeros below it."""
     return F.pad(weight, (0, 0, 0, n_rows))
 
 
-# The types of a checkpoint's parts, where it has them
-TYPES = {
-    'model': dict, 'model_args': dict, 'optimizer': list, 'scaler': dict, 'config': dict,
-    'tokenizer': (dict, type(None)), 'template': (str, type(None)), 'data': str,
-    'iter_num': int, 'windows': int, 'evals_without_gain': int,
-    'best_val_loss': (int, float, torch.Tensor), 'train_seconds': (int, float),
-}
-MAX_CONTEXT = 2**20  # tokens; a rotary model has no weights whose shape would limit its context
-
-
-def check_parts(checkpoint):
-    """Raise an error, of any kind, unless the parts of a checkpoint have the types they should."""
-    for name, types in TYPES.items():
-        if name in checkpoint and not isinstance(checkpoint[name], types):
-            raise TypeError(f'its {name} is of type {type(checkpoint[name]).__name__}')
-    for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
-        if name not in checkpoint['model_args']:
-            raise ValueError(f'its settings lack {name}')
-    for name, value in checkpoint['model_args'].items():
-        # A name that GPTConfig does not have passes here; check_weights names it.
-        default = getattr(GPTConfig, str(name), value)
-        types = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, types):
-            raise TypeError(f'its {name} is of type {type(value).__name__}')
-    config = checkpoint.get('config', {})
-    if not isinstance(config.get('dataset', ''), str) or not isinstance(config.get('seed', 0), int):
-        raise TypeError('its dataset or its seed is of another type')
-    float(checkpoint.get('best_val_loss', 0))  # an error if it is a tensor of several numbers
-    if checkpoint.get('tokenizer') is not None:
-        vocab_size_of(checkpoint['tokenizer'])
-        spec_hash(checkpoint['tokenizer'])
-
-
 def check_weights(checkpoint, source):
-    """Raise UserError unless the weights are those of the model that model_args describe.
-
-    Raises ValueError for a shape that no model can have. It compares shapes before memory is taken
-    for the model, whose settings may ask for any amount.
-    """
+    """Raise UserError unless the weights are those of the model that model_args describe."""
     args = checkpoint['model_args']
     unknown = sorted(args.keys() - GPTConfig.__dataclass_fields__.keys())
     if unknown:
         raise UserError(f'{source} was made with settings that folio does not have: '
                         f'{", ".join(unknown)}')
-    config = GPTConfig(**args)
-    if config.block_size > MAX_CONTEXT:
-        raise ValueError(f'block_size is {config.block_size}, and at most {MAX_CONTEXT} here')
+    try:
+        config = GPTConfig(**args)
+    except ValueError as e:
+        raise UserError(f'{source} describes a model that cannot be: {e}') from None
     with torch.device('meta'):  # names and shapes, without memory
-        expected = GPT(dataclasses.replace(config, n_layer=1)).state_dict()
+        expected = GPT(config).state_dict()
     weights = checkpoint['model']
-    # All layers have the shapes of the first. Where n_layer is a billion it would take for ever to
-    # name them all, but one layer for each weight is enough to find one that is missing.
-    of_a_layer = [name for name in expected if name.startswith('transformer.h.0.')]
-    for layer in range(1, min(config.n_layer, len(weights))):
-        for name in of_a_layer:
-            expected[name.replace('.0.', f'.{layer}.', 1)] = expected[name]
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise UserError(f'{source} lacks the weight {name}')
         if name not in expected:
             raise UserError(f'{source} has a weight that folio does not have: {name}')
-        if not weights[name].is_floating_point():
-            raise UserError(f'{source}: {name} is of {weights[name].dtype}')
         if weights[name].shape != expected[name].shape:
             raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where '
                             f'its settings ask for {tuple(expected[name].shape)}')
@@ -300,9 +195,7 @@ def tokenizer_of(checkpoint):
     trained_on = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
     is_here = os.path.exists(os.path.join('data', trained_on, 'train.bin'))
-    # A checkpoint from a stranger must not make us read files outside data/.
-    is_inside = not os.path.isabs(trained_on) and '..' not in pathlib.PurePath(trained_on).parts
-    if spec is None and is_here and is_inside:
+    if spec is None and is_here:
         spec = Dataset(trained_on).spec
     tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
     vocab_size = checkpoint['model_args']['vocab_size']

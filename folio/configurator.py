@@ -190,7 +190,7 @@ def report(kind, error, traceback):
                           'which leaves a step as it is, or give --activation_checkpointing=True')
         kind = UserError
     if issubclass(kind, (UserError, OSError)):
-        line = f'error: {printable(str(error)[:2000])}'
+        line = 'error: ' + ' '.join(str(error).splitlines())
         if is_first_to_say(line):
             print(line, file=sys.stderr, flush=True)
         sys.exit(2)
@@ -214,14 +214,3 @@ def is_first_to_say(line):
     except OSError:
         pass  # better twice than not at all
     return True
-
-
-def printable(text):
-    """Return a text as one line in which a terminal finds nothing to obey.
-
-    Files and servers from elsewhere have a say in some of our lines.
-
-    >>> printable('wide\\n\\x1b[2J')
-    'wide\\\\n\\\\x1b[2J'
-    """
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -90,13 +90,10 @@ def read_json(path):
     """Return the contents of a JSON file, or None if there is no such file."""
     try:
         with open(path, encoding='utf-8') as f:
-            value = json.load(f)
-        from folio.data import check_meta  # here, as it loads torch, and often there is no file
-        check_meta(value)
-        return value
+            return json.load(f)
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, RecursionError) as e:
+    except ValueError as e:
         folder = os.path.dirname(path)
         raise UserError(f'{path} is damaged ({e}): remove {folder} to begin anew') from None
 

@@ -29,7 +29,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from folio.configurator import UserError, printable
+from folio.configurator import UserError
 from folio.lock import only_one
 
 BACKOFF = 1.0  # seconds before the second try, doubled before each further one
@@ -226,7 +226,7 @@ class Teacher:
         """Return how an answer begins, in one line without the key, which some endpoints repeat."""
         if self.api_key:
             text = text.replace(self.api_key, '…')
-        return printable(' '.join(text.split())[:200])
+        return ' '.join(text.split())[:200]
 
     def raise_if_permanent(self, status, excerpt):
         """Raise UserError for an HTTP status that will be the same however often we try."""
