@@ -139,7 +139,7 @@ def load_tokens(s):
 def make_model(s, vocab_size):
     """Return the model of the settings, on the CPU: a new one, or the one that init_from names."""
     if s.init_from != 'scratch':
-        return GPT.from_pretrained(folio.checkpoint.load(s.init_from, s.out_dir))
+        return folio.checkpoint.build(GPT, folio.checkpoint.load(s.init_from, s.out_dir))
     torch.manual_seed(s.seed)
     with user_errors():
         config = GPTConfig(**model_settings(vars(s), GPTConfig), vocab_size=vocab_size)

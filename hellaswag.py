@@ -227,7 +227,7 @@ def main():
     if limit > 0:
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
+    model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     rows = render(items, tokenizer, model.config.block_size)
     sums, counts = score(model, rows, machine, progress=True)

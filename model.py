@@ -12,7 +12,7 @@ Letters at the end of a name are the dimensions of a tensor:
     K the k best, 1 a single one
 The residual stream is x, (B, T, C).
 
-Needs torch and nothing else; only GPT.from_pretrained also needs folio/.
+Needs torch and nothing else.
 """
 import math
 from dataclasses import dataclass, fields
@@ -316,17 +316,13 @@ class GPT(nn.Module):
         return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * span
 
     @classmethod
-    def from_pretrained(cls, source, **overrides):
-        """Return a model from one of OpenAI's names, a Hugging Face folder, or a checkpoint.
+    def from_pretrained(cls, checkpoint, **overrides):
+        """Return the model in a dictionary that folio.checkpoint.load has returned.
 
-        source: a name, a path, or the dictionary that folio.checkpoint.load returns.
-        overrides: fields of GPTConfig that fit the same weights: dropout, flash, window, and a
-        smaller block_size. Raises ValueError where the weights cannot be such a model.
+        overrides: fields of GPTConfig that fit the same weights, such as dropout, flash, window and
+        a smaller block_size. Raises ValueError where the weights cannot be such a model.
         """
-        if not isinstance(source, dict):
-            from folio import checkpoint
-            source = checkpoint.load(source)
-        args = source['model_args']
+        args = checkpoint['model_args']
         unknown = args.keys() - {field.name for field in fields(GPTConfig)}
         if unknown:
             raise ValueError('the model was made with settings that GPTConfig lacks: '
@@ -336,12 +332,20 @@ class GPT(nn.Module):
             raise ValueError(f'block_size {config.block_size} is longer than that of the weights, '
                              f'{args["block_size"]}')
         model = cls(config)
-        weights = dict(source['model'])
+        weights = dict(checkpoint['model'])
         # A shorter context has no use for the later positions; rotary ones are not stored.
-        if config.arch == 'gpt2':
+        if 'transformer.wpe.weight' in weights:
             wpe = weights['transformer.wpe.weight']
             weights['transformer.wpe.weight'] = wpe[:config.block_size]
-        model.load_state_dict(weights)
+        # nanoGPT and transformers do not pad the vocabulary.
+        for name in ('transformer.wte.weight', 'lm_head.weight'):
+            if name in weights:
+                missing = padded(config.vocab_size) - len(weights[name])
+                weights[name] = F.pad(weights[name], (0, 0, 0, missing))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as e:  # it names what is missing, unknown or of another shape
+            raise ValueError(' '.join(str(e).split())) from None
         return model
 
     @torch.no_grad()

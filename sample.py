@@ -49,7 +49,7 @@ with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the 
 
 # ---- Model and prompt ----------------------------------------------------------------------------
 checkpoint = folio.checkpoint.load(init_from, out_dir)
-model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
+model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
 tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')

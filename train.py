@@ -163,9 +163,10 @@ torch.manual_seed(seed)  # so that every process draws the same weights
 if init_from == 'scratch':
     model = GPT(model_config)
 else:
-    with user_errors():
-        model = GPT.from_pretrained(checkpoint, dropout=dropout, flash=flash, window=window,
-                                    block_size=block_size)
+    # The weights have their shape; these fields, and those that they know nothing of, are free.
+    known = checkpoint['model_args'].keys() - {'dropout', 'flash', 'window', 'block_size'}
+    free = {name: value for name, value in model_args.items() if name not in known}
+    model = folio.checkpoint.build(GPT, checkpoint, **free)
 model = fast.accelerate(model)  # the same numbers, sooner; without this line everything still works
 if activation_checkpointing:
     recompute_blocks(model)

@@ -85,7 +85,7 @@ def load_once(choice, modified):
             torch.manual_seed(checkpoint.get('config', {}).get('seed', 1337))
             model = GPT(GPTConfig(**checkpoint['model_args']))
         else:
-            model = GPT.from_pretrained(checkpoint)
+            model = folio.checkpoint.build(GPT, checkpoint)
     model = fast.accelerate(model)
     n_parameters = sum(p.numel() for p in model.parameters())
     facts = f'{n_parameters / 1e6:,.2f} M parameters'

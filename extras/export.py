@@ -249,7 +249,7 @@ def main():
     refuse_to_overwrite(folder)
 
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = GPT.from_pretrained(checkpoint)
+    model = folio.checkpoint.build(GPT, checkpoint)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)
     tensors = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in tensors.items()}

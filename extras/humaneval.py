@@ -282,7 +282,7 @@ def sample_model(tasks):
     """Load the model that the settings name, and return the samples that it draws for the tasks."""
     machine = Machine(device, dtype)
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
+    model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]

@@ -429,7 +429,7 @@ def examine(run, picture, temperature_list):
     try:
         # In the format it was trained in, so that the figures are those of train.py --eval_only
         machine = Machine(device, run.config.get('dtype', 'auto'), trains=True)
-        model = machine.for_inference(fast.accelerate(GPT.from_pretrained(checkpoint)))
+        model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
         if run.data and 'test' in run.data.splits():
             run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,

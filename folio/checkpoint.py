@@ -18,7 +18,6 @@ import folio.tokenizer
 from folio.configurator import UserError
 from folio.data import Dataset
 from folio.tokenizer import spec_hash
-from model import GPT, GPTConfig, padded
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
 FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
@@ -41,8 +40,7 @@ def load(source, out_dir=None):
     else:
         from folio.hugging_face import load_hugging_face
         checkpoint = load_hugging_face(source)
-    check_weights(checkpoint, source)
-    return checkpoint
+    return checkpoint | {'source': source}
 
 
 def load_file(path):
@@ -75,61 +73,40 @@ def upgrade_nanogpt(checkpoint):
     """Return a checkpoint of nanoGPT in folio's format.
 
     nanoGPT trains with the exact GELU. Its older versions saved the attention mask too, and a
-    compiled model puts a prefix before each name. folio pads the vocabulary to a multiple of 64
-    rows.
+    compiled model puts a prefix before each name.
     """
-    args = {'gelu': 'none'} | checkpoint['model_args']
+    args = {'arch': 'gpt2', 'gelu': 'none'} | checkpoint['model_args']
     n_rows = args['vocab_size']
     if n_rows == 50304:
         args['vocab_size'] = 50257  # GPT-2's vocabulary, which nanoGPT pads in the settings
-    missing_rows = padded(args['vocab_size']) - n_rows
 
     weights = {}
     for name, weight in checkpoint['model'].items():
         name = name.removeprefix('_orig_mod.')
         if not name.endswith('.attn.bias'):  # the mask, not a bias: that would be c_attn.bias
             weights[name] = weight
-    for name in ('transformer.wte.weight', 'lm_head.weight'):
-        if name in weights:
-            weights[name] = pad_rows(weights[name], missing_rows)
 
     optimizer = dict(checkpoint.get('optimizer') or {})
     if optimizer:
+        # model.py pads the vocabulary to a multiple of 64 rows, and its averages with it.
+        missing = -n_rows % 64
         embedding = optimizer['state'].get(0, {})  # its first parameter is wte
         for name in ('exp_avg', 'exp_avg_sq'):
             if name in embedding:
-                embedding[name] = pad_rows(embedding[name], missing_rows)
+                embedding[name] = F.pad(embedding[name], (0, 0, 0, missing))
     optimizers = [optimizer] if optimizer else []
     return checkpoint | {'model': weights, 'model_args': args, 'optimizer': optimizers}
 
 
-def pad_rows(weight, n_rows):
-    """Return a matrix with n_rows rows of zeros below it."""
-    return F.pad(weight, (0, 0, 0, n_rows))
+def build(model_class, checkpoint, **overrides):
+    """Return the model in a checkpoint, of the class that a script hands over. Raises UserError.
 
-
-def check_weights(checkpoint, source):
-    """Raise UserError unless the weights are those of the model that model_args describe."""
-    args = checkpoint['model_args']
-    unknown = sorted(args.keys() - GPTConfig.__dataclass_fields__.keys())
-    if unknown:
-        raise UserError(f'{source} was made with settings that folio does not have: '
-                        f'{", ".join(unknown)}')
+    overrides: those of model_class.from_pretrained.
+    """
     try:
-        config = GPTConfig(**args)
+        return model_class.from_pretrained(checkpoint, **overrides)
     except ValueError as e:
-        raise UserError(f'{source} describes a model that cannot be: {e}') from None
-    with torch.device('meta'):  # names and shapes, without memory
-        expected = GPT(config).state_dict()
-    weights = checkpoint['model']
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise UserError(f'{source} lacks the weight {name}')
-        if name not in expected:
-            raise UserError(f'{source} has a weight that folio does not have: {name}')
-        if weights[name].shape != expected[name].shape:
-            raise UserError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, where '
-                            f'its settings ask for {tuple(expected[name].shape)}')
+        raise UserError(f'{checkpoint["source"]} does not fit the model code: {e}') from None
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------

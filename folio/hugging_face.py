@@ -10,13 +10,11 @@ import os
 import time
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from folio.configurator import UserError
 from folio.download import hub_errors, sha256_of
 from folio.tokenizer import read_spec
-from model import padded
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 TOKENIZER = 'folio_tokenizer.json'  # in an exported folder, beside theirs: for tokenizer.load
@@ -88,7 +86,8 @@ def load_hugging_face(source):
             raise UserError(f'{folder} holds a {kind} that cannot be loaded, for what it sets: '
                             f'{", ".join(unsupported)}')
         weights = load_weights(folder, kind)
-        weights = pad_vocabulary(weights, kind, model_args['vocab_size'])
+        if kind == 'gpt2':
+            weights[LM_HEAD] = weights[WTE]  # tied
         checkpoint = {'model_args': model_args, 'model': weights}
         if source in OPENAI:
             checkpoint['tokenizer'] = {'kind': 'gpt2'}
@@ -121,12 +120,10 @@ def read_model_args(hf, kind):
     """Return the fields of GPTConfig that a config.json stands for."""
     V, T, L, H, C = (int(hf[name]) for name in SIZES[kind])
     model_args = {'vocab_size': V, 'block_size': T, 'n_layer': L, 'n_head': H, 'n_embd': C}
-    if kind == 'gpt2':
-        gelu_of = {theirs: ours for ours, theirs in GELU.items()}
-        model_args['gelu'] = gelu_of[hf['activation_function']]
-    else:
-        model_args['arch'] = 'modern'
-    return model_args
+    if kind == 'nanochat':
+        return model_args | {'arch': 'modern', 'bias': False}
+    gelu_of = {theirs: ours for ours, theirs in GELU.items()}
+    return model_args | {'arch': 'gpt2', 'bias': True, 'gelu': gelu_of[hf['activation_function']]}
 
 
 def unsupported_settings(hf, kind, model_args):
@@ -185,15 +182,6 @@ def nanochat_weights(tensors):
         tensors[q_name.replace('.q_', '.qkv_')] = torch.cat(qkv)
     parts = {theirs: ours for ours, theirs in NANOCHAT.items()}
     return {rename(name, parts): w for name, w in tensors.items()}
-
-
-def pad_vocabulary(weights, kind, vocab_size):
-    """Return the weights with zero rows up to the padded vocabulary, and GPT-2's head tied."""
-    padding = (0, 0, 0, padded(vocab_size) - vocab_size)  # of F.pad: left, right, top, bottom
-    weights = weights | {WTE: F.pad(weights[WTE], padding)}
-    if kind == 'gpt2':
-        return weights | {LM_HEAD: weights[WTE]}
-    return weights | {LM_HEAD: F.pad(weights[LM_HEAD], padding)}
 
 
 # ---- The hub -------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_perplexity_a_word_is_that_of_a_computation_by_hand(folder):
         '--eval_iters=0', cwd=folder)
     out, _ = run('train.py', *SMALL, '--init_from=resume', '--eval_only=True', '--eval_iters=0',
                  cwd=folder)
-    model = GPT.from_pretrained(str(folder / 'out' / 'ckpt.pt')).eval()
+    model = GPT.from_pretrained(folio.checkpoint.load(str(folder / 'out' / 'ckpt.pt'))).eval()
     data = Dataset(str(folder / 'data' / 'wikitext2'))
     for split, file in (('val', 'valid'), ('test', 'test')):
         text = (folder / f'{file}.txt').read_text(encoding='utf-8')

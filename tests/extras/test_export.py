@@ -97,7 +97,7 @@ def test_gpt2_in_each_of_its_four_shapes_gives_the_same_logits(tmp_path, n_layer
     theirs = gpt2_of_transformers(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head,
                                   n_positions=1024)
     theirs.save_pretrained(tmp_path)
-    assert_same_logits(GPT.from_pretrained(str(tmp_path)).eval(), theirs)
+    assert_same_logits(GPT.from_pretrained(folio.checkpoint.load(str(tmp_path))).eval(), theirs)
 
 
 @pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
@@ -107,7 +107,7 @@ def test_folder_of_one_or_many_files_gives_the_same_logits(tmp_path, make, shard
     theirs = make()
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob('*.safetensors'))) > 3) == (shard == '20KB')
-    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    ours = GPT.from_pretrained(folio.checkpoint.load(str(tmp_path))).eval()
     assert ours.config.arch == ('gpt2' if make is gpt2_of_transformers else 'modern')
     assert_same_logits(ours, theirs)
 
@@ -136,7 +136,7 @@ def test_model_that_ours_cannot_be_is_refused(tmp_path, make, field, value):
     hf = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(hf | {field: value}))
     with pytest.raises(UserError, match='relu' if value == 'relu' else field):
-        GPT.from_pretrained(str(tmp_path))
+        GPT.from_pretrained(folio.checkpoint.load(str(tmp_path)))
 
 
 @pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
@@ -154,8 +154,8 @@ def test_damaged_folder_is_one_clear_error(tmp_path, make):
                    lambda: config.write_text(settings.replace(': 64', ': null')),
                    lambda: (tmp_path / 'model.safetensors.index.json').unlink()]:
         damage()
-        with pytest.raises(UserError, match='damaged|not a Hugging Face folder'):
-            GPT.from_pretrained(str(tmp_path))
+        with pytest.raises(UserError, match='damaged|not a Hugging Face folder|does not fit'):
+            folio.checkpoint.build(GPT, folio.checkpoint.load(str(tmp_path)))
         config.write_text(settings)
         shard.write_bytes(tensors)
 
@@ -197,9 +197,8 @@ def test_export_gives_the_same_logits_and_the_same_greedy_text(tmp_path, fields)
     assert_same_logits(ours, theirs)
     for prompt in ([5], [1, 2, 3, 1, 2]):
         text = theirs.generate(torch.tensor([prompt]), max_new_tokens=25, do_sample=False)[0]
-        continuation = [n.item() for n in engine.generate(ours, torch.tensor([prompt]), 25,
-                                                            strategy='greedy')]
-        assert text.tolist() == prompt + continuation
+        steps = engine.generate(ours, torch.tensor([prompt]), 25, strategy='greedy')
+        assert text.tolist() == prompt + [token.item() for token in steps]
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
@@ -214,7 +213,7 @@ def test_export_and_back_is_bitwise_identical(tmp_path, fields):
     ours = random_model(**fields)
     ours.transformer.wte.weight.data[101:] = 0
     ours.lm_head.weight.data[101:] = 0
-    again = GPT.from_pretrained(str(write(tmp_path / 'hf', ours)))
+    again = GPT.from_pretrained(folio.checkpoint.load(str(write(tmp_path / 'hf', ours))))
     before = ours.state_dict()
     after = again.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -343,7 +342,8 @@ def trained(trained_once, tmp_path):
 def test_exported_run_writes_the_same_text_in_transformers(trained):
     run('extras/export.py', '--out_dir=out', cwd=trained)
     theirs = load(trained / 'out' / 'hf')
-    assert_same_logits(GPT.from_pretrained(str(trained / 'out' / 'ckpt.pt')).eval(), theirs)
+    ours = GPT.from_pretrained(folio.checkpoint.load(str(trained / 'out'))).eval()
+    assert_same_logits(ours, theirs)
     tokenizer = load_tokenizer(trained / 'out' / 'hf')
     inputs = tokenizer('The ', return_tensors='pt')
     ids = theirs.generate(**inputs, max_new_tokens=28, do_sample=False)[0]
@@ -429,7 +429,8 @@ def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
                'from folio.configurator import report\n'
                'sys.excepthook = report\n'
                'from model import GPT\n'
-               'model = GPT.from_pretrained("gpt2-medium")\n'
+               'from folio import checkpoint\n'
+               'model = GPT.from_pretrained(checkpoint.load("gpt2-medium"))\n'
                'print(sum(p.double().sum().item() for p in model.parameters()))\n')
     environment = os.environ | hub.environment(tmp_path / 'hub') | {'PYTHONPATH': str(ROOT)}
 
@@ -442,7 +443,7 @@ def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
         assert done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
         done = load_gpt2_medium()
     hub.server.shutdown()
-    model = GPT.from_pretrained(str(tmp_path / 'theirs'))
+    model = GPT.from_pretrained(folio.checkpoint.load(str(tmp_path / 'theirs')))
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == sum(p.double().sum().item() for p in model.parameters())
     assert not hub.trouble  # all of it came
