@@ -246,6 +246,6 @@ def main():
 
 
 if __name__ == '__main__':
-    config = configure(globals())
+    config = configure(globals(), strict=False)
     require_at_least(0, config, 'limit')
     main()

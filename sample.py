@@ -38,7 +38,7 @@ seed = 1337
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
 compile = False  # a small model then writes faster, after the half minute that compiling takes
-config = configure(globals())
+config = configure(globals(), strict=False)
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'num_samples', 'max_new_tokens')

@@ -37,7 +37,7 @@ port = 7860  # of this machine
 share = False  # True: also at a public address, for everyone who has it
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it, else float16 there
-configure(globals())
+configure(globals(), strict=False)
 
 try:  # now, because loading the models takes a while
     socket.create_server(('127.0.0.1', port)).close()

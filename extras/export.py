@@ -291,5 +291,5 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals())
+    configure(globals(), strict=False)
     main()

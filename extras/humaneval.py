@@ -339,7 +339,7 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals())
+    configure(globals(), strict=False)
     # As Ctrl-C does: what is under way ends, and its folders are removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

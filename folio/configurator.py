@@ -3,9 +3,9 @@ Change the settings of a script, which are its global variables, from files and 
     python train.py config/train_book.py --batch_size=8
 
 A script assigns its settings at the top and then calls configure(globals()). Config files are plain
-Python and run in the script's namespace, so that they can read the settings and branch on them;
-then --key=value has the last word. There is no parser to keep in step with the settings, and a
-setting is used by its bare name.
+Python and run in the script's namespace: they can read the settings, branch on them, and bring
+another model with `from my_model import GPT, GPTConfig`. Then --key=value has the last word. There
+is no parser to keep in step with the settings, and a setting is used by its bare name.
 """
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import os
 import sys
+import traceback
 
 
 class UserError(Exception):
@@ -24,19 +25,21 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn a ValueError of model.py, which knows no scripts, into a UserError."""
+    """Turn a ValueError of a model, which knows no scripts, into a UserError."""
     try:
         yield
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, strict=True):
     """Change a script's settings in place and return them as {setting: value}.
 
-    Settings are the globals of type bool, int, float and str whose names are in lower case.
-    namespace: globals(). argv: sys.argv[1:] if None. Raises UserError for a setting that is unknown
-    or of another type.
+    Settings are the globals of type bool, int, float and str whose names are in lower case. Where
+    the script imports a GPTConfig, its fields are settings too, with its defaults; a config file
+    may import another one. namespace: globals(). argv: sys.argv[1:] if None. strict: whether a
+    config file may set only what the script has; a script that reads the files of train.py passes
+    over the rest. Raises UserError for a setting that is unknown or of another type.
     """
     sys.excepthook = report
     for stream in (sys.stdout, sys.stderr):
@@ -44,57 +47,109 @@ def configure(namespace, argv=None):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     argv = sys.argv[1:] if argv is None else argv
-    settings = {}
+    defaults = {}
     for key, value in namespace.items():
-        if key[0].islower() and type(value) in (bool, int, float, str):
-            settings[key] = value
+        if key[0].islower() and is_plain(value):
+            defaults[key] = value
+    files, texts = split_arguments([arg for arg in argv if arg not in ('--help', '-h')], defaults)
+    takes_a_model = 'GPTConfig' in namespace
+
+    # A file sees the command line's values, to branch on what was asked for.
+    for key in texts.keys() & defaults.keys():
+        namespace[key] = from_command_line(key, texts[key], defaults)
+    in_files = {}  # {name: (value, path of the last file that set it)}
+    for path in files:
+        for name, value in run_file(path, namespace).items():
+            in_files[name] = (value, path)
+
+    if takes_a_model:
+        for name, default in model_defaults(namespace['GPTConfig']).items():
+            defaults.setdefault(name, default)
+    settings = dict(defaults)
+    for name, (value, path) in in_files.items():
+        if name in defaults or strict:
+            settings[name] = checked(name, value, defaults, f'in {path}')
+        else:
+            del namespace[name]  # it is another script's
+    for key, text in texts.items():
+        settings[key] = from_command_line(key, text, defaults)
+    namespace.update(settings)
     if '--help' in argv or '-h' in argv:
         print_help(namespace, settings)
         sys.exit()
+    return settings
 
-    defaults = dict(settings)
+
+def is_plain(value):
+    return type(value) in (bool, int, float, str)
+
+
+def split_arguments(argv, known):
+    """Return (paths of config files, {key: text of its value}) of a command line."""
     files = []
-    overrides = {}
+    texts = {}
     for arg in argv:
         if arg.endswith('.py') and not arg.startswith('-'):
             files.append(arg)
             continue
         key, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
-            form = f'--{key}=value' if key in defaults else '--key=value'
+            form = f'--{key}=value' if key in known else '--key=value'
             raise UserError(f'{arg}: a setting is written {form} (--help lists them), '
                             'a config file name.py')
-        value = parse(text, defaults.get(key, ''))
-        overrides[key] = checked(key, value, defaults, 'on the command line')
-    for path in files:
-        # A file sees the command line's values, to branch on what was asked for.
-        before = namespace | settings | overrides
-        for key, value in run_file(path, before).items():
-            is_helper = callable(value) or isinstance(value, type(sys))  # a function, a module
-            if key in defaults or not is_helper:
-                settings[key] = checked(key, value, defaults, f'in {path}')
-    settings |= overrides
-    namespace.update(settings)
-    return settings
+        texts[key] = text
+    return files, texts
 
 
-def run_file(path, before):
-    """Run a config file on a copy of the names `before`; return {name: value} of what it set."""
-    names = dict(before)
+def run_file(path, namespace):
+    """Run a config file in a script's namespace; return {name: value} of the settings in it.
+
+    What it imports or defines besides, such as a model, stays in the namespace.
+    """
     try:
-        with open(path, encoding='utf-8') as f:
-            exec(compile(f.read(), path, 'exec'), names)
+        with open(path, encoding='utf-8-sig') as f:  # Windows may put a mark in front of a text
+            source = f.read()
     except OSError as e:
         raise UserError(f'no config file {path} ({e.strerror}); to list them: ls config') from None
-    except Exception as e:  # it is the user's code, so anything may come
-        line = e.lineno if isinstance(e, SyntaxError) else e.__traceback__.tb_next.tb_lineno
-        raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from e
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} cannot be read as UTF-8 text: {e}') from None
+    sys.path.append(os.path.dirname(path) or '.')  # a model may lie beside the file
+    before = dict(namespace)
+    try:
+        exec(compile(source, path, 'exec'), namespace)
+    except SyntaxError as e:
+        raise UserError(f'{e.filename}, line {e.lineno}: SyntaxError: {e.msg}') from None
+    except Exception as e:
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        if where.filename != path:
+            raise  # in code that the file calls, where the traceback leads to it
+        raise UserError(f'{path}, line {where.lineno}: {type(e).__name__}: {e}') from e
     assigned = {}
-    for name, value in names.items():
+    for name, value in namespace.items():
         is_new = name not in before or value is not before[name]
-        if is_new and not name.startswith('_'):
+        is_helper = callable(value) or isinstance(value, type(sys))  # a function, a class, a module
+        if is_new and not is_helper and not name.startswith('_'):
             assigned[name] = value
     return assigned
+
+
+def model_defaults(model_config):
+    """Return {field: default} of a model's configuration, but vocab_size: the data decide that."""
+    defaults = {}
+    for field in dataclasses.fields(model_config):
+        if field.name != 'vocab_size' and is_plain(field.default):
+            defaults[field.name] = field.default
+    return defaults
+
+
+def model_settings(config, model_config):
+    """Return {field: setting} for the fields of a model's configuration, but vocab_size."""
+    return {name: config[name] for name in model_defaults(model_config)}
+
+
+def from_command_line(key, text, defaults):
+    """Return the value that a text stands for, if it has the type of its setting."""
+    return checked(key, parse(text, defaults.get(key, '')), defaults, 'on the command line')
 
 
 def checked(key, value, defaults, where):
@@ -147,20 +202,6 @@ def require_choice(config, name, choices):
         raise UserError(f'{name} is {config[name]!r}; choose from {listed}')
 
 
-def model_settings(config, model_config):
-    """Return {field: setting} for the fields of a model's configuration, but vocab_size.
-
-    That is decided by the data. Raises UserError for a field without a setting of its name: it
-    would keep its default whatever the user asks for.
-    """
-    names = [field.name for field in dataclasses.fields(model_config) if field.name != 'vocab_size']
-    for name in names:
-        if name not in config:
-            raise UserError(f'{model_config.__name__} has a field {name}, and the script no '
-                            'setting of that name: add one')
-    return {name: config[name] for name in names}
-
-
 def print_help(namespace, settings):
     """Print the script's docstring, then each setting with its value and its comment."""
     comments = {}
@@ -171,15 +212,15 @@ def print_help(namespace, settings):
                 comments[name] = rest.partition('  # ')[2].strip()
     print(namespace['__doc__'].strip() + '\n')
     for key, value in settings.items():
-        print(f'  --{key}={value}  '.ljust(40) + comments.get(key, ''))
+        comment = comments.get(key, 'a field of GPTConfig')
+        print(f'  --{key}={value}  '.ljust(40) + comment)
 
 
-def report(kind, error, traceback):
+def report(kind, error, trace):
     """Print a user's mistake or a full disk as one line, status 2; of a bug of ours all there is.
 
-    So is a device whose memory is too small.
-
-    This is sys.excepthook once a script has called configure.
+    So is a device whose memory is too small. This is sys.excepthook once a script has called
+    configure.
     """
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
@@ -190,18 +231,21 @@ def report(kind, error, traceback):
                           'which leaves a step as it is, or give --activation_checkpointing=True')
         kind = UserError
     if issubclass(kind, (UserError, OSError)):
-        line = 'error: ' + ' '.join(str(error).splitlines())
-        if is_first_to_say(line):
-            print(line, file=sys.stderr, flush=True)
+        say_once('error: ' + ' '.join(str(error).splitlines()))
         sys.exit(2)
-    sys.__excepthook__(kind, error, traceback)
+    sys.__excepthook__(kind, error, trace)
 
 
-def is_first_to_say(line):
-    """Return whether no other process of this torchrun has said the same line.
+def notice(text):
+    """Print a line about something that a user should know, on standard error."""
+    say_once(f'notice: {text}')
+
+
+def say_once(line):
+    """Print a line on standard error, unless another process of this torchrun has said it.
 
     torchrun gives each process a file for its errors, …/attempt_0/<local rank>/error.json: those of
-    one node and one attempt share a folder, in which the first to fail leaves a mark.
+    one node and one attempt share a folder, in which the first to speak leaves a mark.
     """
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE', '')
     folder = os.path.dirname(os.path.dirname(error_file))
@@ -210,7 +254,7 @@ def is_first_to_say(line):
         if folder:
             open(mark, 'x').close()
     except FileExistsError:
-        return False
+        return
     except OSError:
         pass  # better twice than not at all
-    return True
+    print(line, file=sys.stderr, flush=True)

@@ -4,11 +4,12 @@ import platform
 
 import pytest
 
-import bench
-from conftest import TINY, run
+from conftest import run
 from folio.machine import Machine
 
-QUICK = [*TINY, '--steps=2', '--prompt_tokens=8', '--new_tokens=4']
+QUICK = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
+         '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1', '--steps=2',
+         '--prompt_tokens=8', '--new_tokens=4']
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -16,7 +17,7 @@ QUICK = [*TINY, '--steps=2', '--prompt_tokens=8', '--new_tokens=4']
 def measured(book_once, tmp_path_factory):
     """(what a bench printed, the metrics that it wrote)."""
     path = tmp_path_factory.mktemp('bench') / 'bench.json'
-    out, _ = run('bench.py', *QUICK, f'--json={path}', '--gradient_accumulation_steps=2',
+    out, _ = run('bench.py', *QUICK, f'--save_to={path}', '--gradient_accumulation_steps=2',
                  cwd=book_once)
     return out, json.loads(path.read_text())
 
@@ -87,29 +88,11 @@ def test_a_profile_is_shown_and_written(profiled):
     assert json.loads((folder / 'out' / 'trace.json').read_text())['traceEvents']
 
 
-# ---- Settings ------------------------------------------------------------------------------------
-def test_settings_of_a_script_are_read_without_running_it(tmp_path):
-    (tmp_path / 'script.py').write_text('''"""A script."""
-import no_such_module
-# ---- Settings
-out_dir = 'out'  # config = configure(
-learning_rate = 6e-4
-min_lr = learning_rate / 10
-device = default_device()
-config = configure(globals())
-n_steps = 3
-''')
-    settings = bench.settings_of(tmp_path / 'script.py')
-    assert list(settings) == ['out_dir', 'learning_rate', 'min_lr', 'device']
-    assert settings['out_dir'] == 'out'
-    assert settings['min_lr'] == pytest.approx(6e-5)
-
-
 # ---- Mistakes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('arg, says', [
     ('--btach_size=3', 'unknown setting btach_size on the command line: did you mean batch_size?'),
     ('--steps=0', 'at least 1'),
-    ('--json=no/such/folder.json', 'no such folder'),
+    ('--save_to=no/such/folder.json', 'no such folder'),
 ])
 def test_a_mistake_gets_one_line(book_once, arg, says):
     _, error = run('bench.py', *QUICK, arg, cwd=book_once, status=2)

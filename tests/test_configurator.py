@@ -1,4 +1,5 @@
 """folio/configurator.py: settings from files and the command line, mistakes named."""
+import dataclasses
 import pathlib
 
 import pytest
@@ -85,9 +86,9 @@ def test_the_command_line_has_the_last_word_wherever_it_stands(write):
 
 
 def test_the_globals_of_the_script_become_what_is_returned(write):
-    namespace = SETTINGS | OTHERS
+    namespace = SETTINGS | OTHERS | {'__builtins__': {}}
     got = configure(namespace, [write('seed = 2\nbias = False'), '--seed=7'])
-    assert namespace == OTHERS | got
+    assert namespace == OTHERS | got | {'__builtins__': {}}
     assert namespace['seed'] == 7
     assert namespace['bias'] is False
 
@@ -115,6 +116,80 @@ def test_helpers_of_a_config_file_stay_its_own(write):
 def test_a_mistake_in_a_config_file_is_named(write, text, says):
     with pytest.raises(UserError, match=says):
         settings(write(text))
+
+
+def test_a_mark_that_windows_puts_in_front_is_passed_over(write):
+    path = write('')
+    pathlib.Path(path).write_bytes(b'\xef\xbb\xbfseed = 4\r\n')
+    assert settings(path)['seed'] == 4
+
+
+@pytest.mark.parametrize('content', ['seed = 4'.encode('utf-16'), 'note = "é"'.encode('latin-1')])
+def test_a_file_in_another_encoding_is_named(write, content):
+    path = write('')
+    pathlib.Path(path).write_bytes(content)
+    with pytest.raises(UserError, match='config.py cannot be read as UTF-8 text'):
+        settings(path)
+
+
+def test_a_bug_in_code_that_a_file_imports_keeps_its_traceback(write, tmp_path):
+    write('def broken():\n    return 1 / 0\n', name='helper_with_a_bug.py')
+    with pytest.raises(ZeroDivisionError):
+        settings(write('from helper_with_a_bug import broken\nseed = broken()'))
+
+
+def test_settings_of_another_script_are_an_error_only_where_that_is_asked_for(write):
+    config = write('seed = 2\nn_layer = 6')
+    with pytest.raises(UserError, match='unknown setting n_layer'):
+        configure(dict(SETTINGS), [config])
+    namespace = dict(SETTINGS)
+    assert configure(namespace, [config], strict=False) == SETTINGS | {'seed': 2}
+    assert 'n_layer' not in namespace
+    with pytest.raises(UserError, match='unknown setting n_layer on the command line'):
+        configure(dict(SETTINGS), ['--n_layer=6'], strict=False)
+
+
+# ---- The model -----------------------------------------------------------------------------------
+@dataclasses.dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    n_layer: int = 12
+    bias: bool = False
+
+
+MODEL = '''
+import dataclasses
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    n_layer: int = 3
+    n_kv_head: int = 2
+
+
+class GPT:
+    pass
+'''
+
+
+def test_fields_of_the_model_are_settings_but_the_scripts_defaults_hold():
+    namespace = SETTINGS | {'GPTConfig': GPTConfig}
+    assert configure(namespace, []) == SETTINGS | {'n_layer': 12}
+    assert configure(namespace, ['--n_layer=2'])['n_layer'] == 2
+    assert namespace['n_layer'] == 2
+
+
+def test_a_file_brings_another_model_and_its_fields(write):
+    write(MODEL, name='a_model_of_mine.py')
+    config = write('from a_model_of_mine import GPT, GPTConfig\nn_kv_head = 1')
+    namespace = SETTINGS | {'GPT': None, 'GPTConfig': GPTConfig}
+    got = configure(namespace, [config])
+    assert got == SETTINGS | {'n_layer': 3, 'n_kv_head': 1}
+    assert namespace['GPT'].__module__ == 'a_model_of_mine'
+    assert configure(dict(namespace), [config, '--n_kv_head=4'])['n_kv_head'] == 4
+    with pytest.raises(UserError, match='n_kv_head = .many. on the command line: it takes int'):
+        configure(dict(namespace), [config, '--n_kv_head=many'])
 
 
 # ---- Help ----------------------------------------------------------------------------------------

@@ -259,6 +259,7 @@ def test_sample_and_bench_run(trained, device):
     text, _ = run('sample.py', f'--device={device}', '--start=The', '--max_new_tokens=20',
                   '--strategy=nucleus', cwd=trained)
     assert text.startswith('The')
-    run('bench.py', *RUN, f'--device={device}', '--steps=3', '--new_tokens=4', '--json=b.json',
-        cwd=trained)
+    run('bench.py', '--dataset=book', '--n_layer=2', '--n_embd=96', '--block_size=64',
+        '--batch_size=4', '--gradient_accumulation_steps=1', f'--device={device}', '--steps=3',
+        '--new_tokens=4', '--save_to=b.json', cwd=trained)
     assert json.loads((trained / 'b.json').read_text())['training'] > 0
