@@ -161,7 +161,7 @@ def score_batch(model, batch, device):
     cache = None
     contexts_BT = torch.tensor(contexts)[:, :-1]
     if contexts_BT.size(1) > 0:
-        cache = KVCache(model, len(contexts), size=contexts_BT.size(1) + longest)
+        cache = KVCache(model, size=contexts_BT.size(1) + longest)
         model.forward(send(contexts_BT, device), cache=cache)
         cache = cache.rows(owners)
     logits_BTV, _ = model.forward(send(inputs_BT, device), all_logits=True, cache=cache)

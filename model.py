@@ -107,6 +107,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer  # the cache keeps keys and values layer by layer
         # Query, key and value in one product: one large matrix is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn.n_matrices = 3  # for Muon, which steps each by itself
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cos_sin, mask, cache):
@@ -203,22 +204,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every parameter once, as GPT-2's paper says; modern begins with a head of zeros."""
+        """Draw the weights of each Linear and Embedding, as GPT-2's paper says.
+
+        Norms begin as torch makes them. So does what you add: a parameter keeps its own value.
+        """
         # Each block adds to the residual stream twice, through its two c_proj. Scaled like this,
         # all 2 * n_layer terms add up to about the same variance, however deep the model is.
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, p in self.named_parameters():
-            if name == 'lm_head.weight' and self.config.arch == 'modern':
-                nn.init.zeros_(p)  # the first prediction is uniform
-            elif name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=residual_std)
-            elif p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
-            else:
-                assert p.ndim == 1, f'no rule initialises {name}'
-                nn.init.ones_(p)
+        for name, module in self.named_modules():
+            if module is self.lm_head:
+                continue
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                std = residual_std if name.endswith('c_proj') else 0.02
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.config.arch == 'modern':
+            nn.init.zeros_(self.lm_head.weight)  # the first prediction is uniform
         # The rows beyond the vocabulary are never looked up, and their logits never count.
         self.transformer.wte.weight[self.config.vocab_size:] = 0
 

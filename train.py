@@ -534,7 +534,11 @@ for iter_num in range(first_iter, max_iters + 1):
     # Divide the gradients by the loss's scale, so that they can be measured and clipped.
     for o in optimizers:
         scaler.unscale_(o)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if iter_num == first_iter and any(p.grad is None for p in trained):
+        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        print0(f'no gradient reaches {", ".join(unused)}: left as it is')
     # Looking at the norm waits for the device, so on a GPU that is left to steps that log or save.
     # Under float16 only the loss shows divergence: gradients may overflow until the scale is right.
     is_logged = iter_num % log_interval == 0

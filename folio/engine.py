@@ -31,13 +31,11 @@ class KVCache:
     """
     hides_keys = False
 
-    def __init__(self, model, batch_size, size=None):
+    def __init__(self, model, size=None):
         """Make an empty cache. size: tokens that fit into a row; None: block_size."""
-        config = model.config
-        size = size or config.block_size
-        head_size = config.n_embd // config.n_head
-        self.shape = (config.n_layer, 2, batch_size, config.n_head, size, head_size)
-        self.kv = None  # allocated at the first append
+        self.n_layer = model.config.n_layer
+        self.size = size or model.config.block_size
+        self.kv = None  # allocated at the first append, in the shape of its keys
         self.device = model.lm_head.weight.device
         self.length = 0  # tokens in each row, including those of the current pass
         self.begin = 0  # where the tokens of the current pass begin
@@ -46,7 +44,7 @@ class KVCache:
         """Make room for n_new tokens; return their positions, (T,), and those of all keys, (S,)."""
         self.begin = self.length
         self.length += n_new
-        assert self.length <= self.shape[4], f'{self.length} tokens, but room for {self.shape[4]}'
+        assert self.length <= self.size, f'{self.length} tokens, but room for {self.size}'
         key_pos_S = torch.arange(self.length, device=self.device)
         return key_pos_S[self.begin:], key_pos_S
 
@@ -58,8 +56,9 @@ class KVCache:
             dtype = k_BHTD.dtype
             if torch.is_autocast_enabled(self.device.type):
                 dtype = torch.get_autocast_dtype(self.device.type)
+            B, H, _, D = k_BHTD.shape  # with grouped queries there are fewer heads of keys
             # Not zeros: on a CPU, slots that are never written to then take no memory.
-            self.kv = k_BHTD.new_empty(self.shape, dtype=dtype)
+            self.kv = k_BHTD.new_empty(self.n_layer, 2, B, H, self.size, D, dtype=dtype)
         keys_BHSD, values_BHSD = self.kv[layer]
         keys_BHSD[:, :, self.begin:self.length] = k_BHTD
         values_BHSD[:, :, self.begin:self.length] = v_BHTD
@@ -206,7 +205,7 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
                 unread_BT = idx_BT
                 cache = None
             if cache is None:
-                cache = KVCache(model, len(idx_BT))
+                cache = KVCache(model)
                 logits_BTV, _ = model.forward(unread_BT, cache=cache)
                 if compile:
                     cache = StaticKVCache(cache)

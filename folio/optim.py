@@ -42,8 +42,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
               {'params': vectors, 'weight_decay': 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if by_muon:
-        # c_attn holds three matrices, query, key and value, stacked one above the other.
-        n_matrices = [3 if name.endswith('c_attn.weight') else 1 for name in by_muon]
+        n_matrices = [count_matrices(model, name, p) for name, p in by_muon.items()]
         optimizers.append(Muon(list(by_muon.values()), n_matrices, lr=muon_learning_rate,
                                weight_decay=muon_weight_decay))
 
@@ -54,6 +53,20 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
             stepped += group['params']
     assert sorted(map(id, stepped)) == sorted(map(id, params.values())), 'each parameter, once'
     return optimizers
+
+
+def count_matrices(model, name, p):
+    """Return how many matrices of one height a parameter holds, as the layer that it is of says.
+
+    A layer says so by its attribute n_matrices; without one it is a single matrix. Raises UserError
+    if the rows of the parameter cannot be divided so.
+    """
+    layer = model.get_submodule(name.rpartition('.')[0])
+    n = getattr(layer, 'n_matrices', 1)
+    if len(p) % n != 0:
+        raise UserError(f'Muon: {name} has {len(p)} rows, not {n} matrices of one height: in the '
+                        'model, set n_matrices of that layer to what it holds, or to 1')
+    return n
 
 
 def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas,
@@ -109,6 +122,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}  # {shape of a matrix: the parameters that hold matrices of this shape}
             for p, n in zip(group['params'], group['n_matrices']):
+                if p.grad is None:
+                    continue
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
                 batches = [params]

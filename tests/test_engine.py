@@ -117,7 +117,7 @@ def test_cached_equals_uncached_logits(model, window):
     """The prompts in one go, then token by token, then several at once."""
     model.config.window = window
     rows_BT = torch.randint(50, (3, 16))
-    cache = KVCache(model, 3)
+    cache = KVCache(model)
     pieces = rows_BT.split([7, 1, 1, 1, 4, 1, 1], dim=1)
     cached_BTV = torch.cat([model(piece, all_logits=True, cache=cache)[0] for piece in pieces], 1)
     uncached_BTV, _ = model(rows_BT, all_logits=True)
@@ -154,7 +154,7 @@ def test_a_full_context_is_cut_to_its_newer_half(model):
 @pytest.mark.parametrize('is_static', [False, True], ids=['growing', 'static'])
 def test_under_autocast_a_cache_holds_what_attention_takes(model, is_static):
     rows_BT = torch.randint(50, (3, 16))
-    cache = KVCache(model, 3)
+    cache = KVCache(model)
     with torch.autocast('cpu', torch.bfloat16):
         whole_BTV, _ = model(rows_BT, all_logits=True)
         parts = [model(rows_BT[:, :9], all_logits=True, cache=cache)[0]]
@@ -170,7 +170,7 @@ def test_under_autocast_a_cache_holds_what_attention_takes(model, is_static):
 
 @torch.no_grad()
 def test_what_lies_in_the_empty_slots_of_a_cache_does_not_matter(model):
-    cache = KVCache(model, 1)
+    cache = KVCache(model)
     model(torch.tensor([[1, 2, 3]]), cache=cache)
     cache.kv[:, :, :, :, 3:] = float('nan')
     static = StaticKVCache(cache)
