@@ -10,6 +10,7 @@ weights, bit for bit, as one that is not.
 Needs model.py and folio/; hellaswag.py where hellaswag_interval is set.
 """
 import datetime
+import inspect
 import json
 import math
 import os
@@ -50,6 +51,7 @@ seed = 1337  # of initialisation, batches and dropout
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = 'folio'
 wandb_run_name = 'gpt2'
+note = ''  # what this run is to find out; it stands in the log
 # Data
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step, over all processes
@@ -141,6 +143,10 @@ eval_windows = eval_iters * batch_size  # 0: the whole split
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 best_path = os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.jsonl')
+source_of_model = os.path.abspath(inspect.getsourcefile(GPT))
+if os.path.abspath(out_dir) == os.path.dirname(source_of_model):
+    raise UserError(f'out_dir is the folder of {source_of_model}, and a run writes a model.py into '
+                    'its folder: give another --out_dir')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
@@ -259,6 +265,7 @@ def windows_before(iter_num):
 
 
 fingerprint = data.fingerprint('train')  # taken now: the files may be replaced while we train
+record = folio.checkpoint.record_of(GPT)
 
 
 def save(iter_num, path, *others):
@@ -277,6 +284,7 @@ def save(iter_num, path, *others):
         'optimizer': [o.state_dict() for o in optimizers],
         'scaler': scaler.state_dict(),
         'config': config,
+        'record': record,
         'iter_num': iter_num,
         'windows': windows_before(iter_num),
         'data': fingerprint,
@@ -312,9 +320,15 @@ def log(entry):
         wandb.log(entry, step=entry['iter'])
 
 
+def shown(metrics):
+    """Return the numbers among the metrics of an evaluation as text."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return ', '.join(f'val {name} {value:.4f}' for name, value in numbers.items())
+
+
 def log_evaluation(iter_num, metrics):
     """Print and log the loss on the validation split, and the metrics derived from it."""
-    print0(f'step {iter_num}: ' + ', '.join(f'val {k} {v:.4f}' for k, v in metrics.items()))
+    print0(f'step {iter_num}: {shown(metrics)}')
     others = {key: value for key, value in metrics.items() if key != 'loss'}
     log({'iter': iter_num, 'tokens': windows_before(iter_num) * block_size,
          'train_seconds': train_seconds, 'val_loss': metrics['loss'], **others})
@@ -400,16 +414,19 @@ if rank == 0:
             previous = folio.checkpoint.set_aside(out_dir)
             if previous is not None:
                 print0(f'the run that was in {out_dir} is now in {previous}')
+        with open(os.path.join(out_dir, 'model.py'), 'w', encoding='utf-8') as f:
+            f.write(folio.checkpoint.code_of(GPT))
     except OSError as e:
         raise UserError(f'{out_dir} cannot be written ({e.strerror}); give another '
                         '--out_dir') from None
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 in_log = {key for key in ('val_loss', 'hellaswag', 'sample') if machine.any(key in in_log)}
-log({'config': config, 'parameters': n_parameters, 'first_iter': first_iter, 'machine': {
-    'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'cpus': os.cpu_count(), 'torch': torch.__version__,
-    'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
+log({'config': config, 'record': record, 'parameters': n_parameters, 'first_iter': first_iter,
+     'machine': {
+         'device': machine.name, 'dtype': machine.dtype, 'compile': compile,
+         'processes': world_size, 'cpus': os.cpu_count(), 'torch': torch.__version__,
+         'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')}})
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 # Windows has no SIGHUP. nohup sets it to be ignored, so that a run outlives its terminal: leave it.
@@ -537,7 +554,8 @@ for iter_num in range(first_iter, max_iters + 1):
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if iter_num == first_iter and any(p.grad is None for p in trained):
-        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        unused = [name for name, p in model.named_parameters()
+                  if p.requires_grad and p.grad is None]
         print0(f'no gradient reaches {", ".join(unused)}: left as it is')
     # Looking at the norm waits for the device, so on a GPU that is left to steps that log or save.
     # Under float16 only the loss shows divergence: gradients may overflow until the scale is right.

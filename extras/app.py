@@ -79,6 +79,7 @@ def load_once(choice, modified):
     path = sources[choice]
     untrained = choice.endswith(': untrained')
     checkpoint = folio.checkpoint.load(path)
+    folio.checkpoint.refuse_other_code(checkpoint, GPT)
     with turn, torch.random.fork_rng(devices=[]):
         if untrained:
             # Drawn as train.py draws them, so these are the very weights that the run began with

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import folio.checkpoint
-from folio.configurator import UserError, configure
+from folio.configurator import UserError, configure, notice
 from folio.hugging_face import TOKENIZER, to_hugging_face
 from folio.tokenizer import EOT, SPLIT_PATTERN
 from model import GPT
@@ -252,6 +252,9 @@ def main():
     model = folio.checkpoint.build(GPT, checkpoint)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)
+    if GPT.__module__ != 'model':
+        notice(f'transformers computes what model.py does: compare its logits with those of '
+               f'{GPT.__module__}')
     tensors = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in tensors.items()}
 
     tokenizer_config = {

@@ -144,6 +144,19 @@ def draw_losses(path, dataset, runs, references):
     save(path, figure, left, training, validation, *reference_entries)
 
 
+def draw_metric(path, dataset, runs, name):
+    """Draw over tokens a number that evaluations logged under a name, of the runs that have it."""
+    figure, axes = pyplot().subplots(figsize=(9, 5.6))
+    for run in runs:
+        entries = [entry for entry in run.evals if type(entry.get(name)) in (int, float)]
+        axes.plot([entry['tokens'] for entry in entries], [entry[name] for entry in entries],
+                  'o-', color=run.color, label=run.name)
+    label_tokens(axes)
+    axes.set_ylabel(name)
+    figure.suptitle(dataset, parse_math=False)  # a $ in it is a $
+    save(path, figure, axes)
+
+
 # ---- HellaSwag and texts -------------------------------------------------------------------------
 def draw_hellaswag(path, runs, references):
     """Draw over tokens the HellaSwag accuracy that train.py logged, of the runs that have any."""

@@ -317,11 +317,29 @@ def loss_section(picture, runs):
         except UserError as e:  # its tokens are damaged
             runs[0].notes.append(f'no n-grams: {e}')
     plots.draw_losses(os.path.join(to, picture), name, runs, references=references)
+    blocks = [f'### {name}', f'![losses]({picture})', counted]
+    for metric in further_metrics(runs):
+        other = picture.replace('.png', f'-{metric}.png')
+        plots.draw_metric(os.path.join(to, other), name, runs, metric)
+        blocks.append(f'![{metric}]({other})')
 
     rows = [[model, *loss_cells(metrics)] for model, metrics in models.items()]
     rows += [[run.name, *loss_cells(run.best)] for run in runs]
     head = ['model', 'val loss', 'perplexity', 'bits per byte']
-    return [f'### {name}', f'![losses]({picture})', counted, table(head, rows)]
+    return [*blocks, table(head, rows)]
+
+
+def further_metrics(runs):
+    """Return the names of the numbers that evaluations logged besides those of train.py."""
+    ours = {'iter', 'tokens', 'train_seconds', 'val_loss', 'perplexity', 'bits_per_byte',
+            'word_perplexity'}
+    found = []
+    for run in runs:
+        for entry in run.evals:
+            for name, value in entry.items():
+                if name not in ours and name not in found and type(value) in (int, float):
+                    found.append(name)
+    return found
 
 
 def label_of(strategy, temperature):
@@ -427,6 +445,7 @@ def examine(run, picture, temperature_list):
     if checkpoint is None:
         return []
     try:
+        folio.checkpoint.refuse_other_code(checkpoint, GPT)
         # In the format it was trained in, so that the figures are those of train.py --eval_only
         machine = Machine(device, run.config.get('dtype', 'auto'), trains=True)
         model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))

@@ -5,17 +5,21 @@ Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
 A checkpoint is a dictionary of tensors and plain values: reading one runs no code.
 """
 import contextlib
+import hashlib
+import inspect
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import torch
 import torch.nn.functional as F
 
 import folio.tokenizer
-from folio.configurator import UserError
+from folio.configurator import UserError, notice
 from folio.data import Dataset
 from folio.tokenizer import spec_hash
 
@@ -101,12 +105,72 @@ def upgrade_nanogpt(checkpoint):
 def build(model_class, checkpoint, **overrides):
     """Return the model in a checkpoint, of the class that a script hands over. Raises UserError.
 
-    overrides: those of model_class.from_pretrained.
+    Says so if it was trained with other code. overrides: those of model_class.from_pretrained.
     """
+    if is_of_other_code(checkpoint, model_class):
+        notice(f'{checkpoint["source"]} was trained with other code than '
+               f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}')
     try:
         return model_class.from_pretrained(checkpoint, **overrides)
     except ValueError as e:
         raise UserError(f'{checkpoint["source"]} does not fit the model code: {e}') from None
+
+
+# ---- Which code ran ------------------------------------------------------------------------------
+def record_of(model_class):
+    """Return what tells later which code ran: {commit, dirty, argv, model}.
+
+    commit and dirty are git's, of the checkout that the model is in; model is a hash of the file
+    that defines it.
+    """
+    folder = os.path.dirname(os.path.abspath(inspect.getsourcefile(model_class)))
+    commit = git('rev-parse', 'HEAD', folder=folder)
+    dirty = git('status', '--porcelain', folder=folder) != ''
+    return {'commit': commit, 'dirty': dirty, 'argv': sys.argv, 'model': hash_of_code(model_class)}
+
+
+def git(*arguments, folder):
+    """Return what git prints in a folder; '' where there is no git or no repository."""
+    try:
+        done = subprocess.run(['git', *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return ''
+    return done.stdout.strip()
+
+
+def code_of(model_class):
+    """Return the text of the file that defines a model."""
+    with open(inspect.getsourcefile(model_class), encoding='utf-8') as f:
+        return f.read()
+
+
+def hash_of_code(model_class):
+    return hashlib.sha256(code_of(model_class).encode()).hexdigest()[:16]
+
+
+def refuse_other_code(checkpoint, model_class):
+    """Raise UserError if the model in a checkpoint was trained with other code than a class has.
+
+    For what compares runs: one of two models would be measured as the other.
+    """
+    if is_of_other_code(checkpoint, model_class):
+        raise UserError(f'{checkpoint["source"]} was trained with other code than '
+                        f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
+                        f'is {copy_of_code(checkpoint)}')
+
+
+def is_of_other_code(checkpoint, model_class):
+    """Return whether the model in a checkpoint was trained with other code than that of a class.
+
+    nanoGPT's checkpoints and transformers' folders do not say.
+    """
+    trained_with = checkpoint.get('record', {}).get('model')
+    return trained_with not in (None, hash_of_code(model_class))
+
+
+def copy_of_code(checkpoint):
+    """Return where train.py has written the code with which a model was trained."""
+    return os.path.join(os.path.dirname(checkpoint['source']), 'model.py')
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
@@ -251,7 +315,7 @@ def set_aside(out_dir):
         number += 1
     previous = os.path.join(out_dir, f'previous-{number}')
     os.makedirs(previous)
-    for name in FILES_OF_A_RUN:
+    for name in (*FILES_OF_A_RUN, 'model.py'):
         if os.path.exists(os.path.join(out_dir, name)):
             os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
     return previous

@@ -5,6 +5,7 @@ Read a folder of transformers into our settings and weights, and write ours as t
 GPT2LMHeadModel is arch='gpt2', NanoChatForCausalLM is arch='modern'. A folder is only ever data:
 JSON and safetensors are read, and code that comes with it is not run.
 """
+import dataclasses
 import json
 import os
 import time
@@ -44,6 +45,15 @@ FIXED = {
 }
 ROPE = {'rope_type': 'default', 'rope_theta': 10000.0}
 GELU = {'tanh': 'gelu_new', 'none': 'gelu'}  # our gelu: their activation_function
+# The fields of GPTConfig that are exported, or change nothing in what a model computes
+FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch',
+          'gelu', 'window', 'flash')
+MATRICES = {  # of a block: (rows, columns), in multiples of n_embd
+    'attn.c_attn': (3, 1),
+    'attn.c_proj': (1, 1),
+    'mlp.c_fc': (4, 1),
+    'mlp.c_proj': (1, 4),
+}
 
 WTE = 'transformer.wte.weight'  # this and the head have a row for each token of the vocabulary
 LM_HEAD = 'lm_head.weight'
@@ -230,18 +240,16 @@ def to_hugging_face(config, weights, eot):
 
     config: a GPTConfig. weights: the model's state_dict. eot: the id of the token that ends a text,
     or None. A tied head is stored once; a bias that bias=False lacks becomes zeros. Raises
-    UserError for a model with a window, which transformers does not have.
+    UserError for a model that transformers does not have.
     """
-    if 0 < config.window < config.block_size:
-        raise UserError(f'window is {config.window}, and transformers has no such model: train on '
-                        'without, with --window=0 --init_from=<this checkpoint> '
-                        '--out_dir=<another folder>, and export that')
     kind = 'gpt2' if config.arch == 'gpt2' else 'nanochat'
     sizes = (config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
     hf = {'model_type': kind, **dict(zip(SIZES[kind], sizes)), **FIXED[kind]}
     hf |= {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': None}
+    require_fields_that_fit(config)
     # The rows that pad our vocabulary stay here.
     weights = weights | {name: weights[name][:config.vocab_size] for name in (WTE, LM_HEAD)}
+    require_weights_that_fit(config, weights)
     if kind == 'gpt2':
         hf |= {
             'architectures': ['GPT2LMHeadModel'],
@@ -259,6 +267,46 @@ def to_hugging_face(config, weights, eot):
         'attention_dropout': config.dropout,
     }
     return hf, to_nanochat_tensors(weights)
+
+
+def require_fields_that_fit(config):
+    """Raise UserError if a field of a model's configuration asks for what the target lacks."""
+    if config.arch not in ('gpt2', 'modern'):
+        raise UserError(f'arch is {config.arch!r}, and transformers has no such model')
+    if 0 < config.window < config.block_size:
+        raise UserError(f'window is {config.window}, and transformers has no such model: train on '
+                        'without, with --window=0 --init_from=<this checkpoint> '
+                        '--out_dir=<another folder>, and export that')
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in FIELDS and value != field.default:
+            raise UserError(f'{field.name} is {value}, and transformers has no such model')
+
+
+def require_weights_that_fit(config, weights):
+    """Raise UserError if a weight has a name or a shape that the target does not have."""
+    C = config.n_embd
+    expected = {WTE: (config.vocab_size, C), LM_HEAD: (config.vocab_size, C)}
+    for layer in range(config.n_layer):
+        for name, (rows, columns) in MATRICES.items():
+            expected[f'transformer.h.{layer}.{name}.weight'] = (rows * C, columns * C)
+    if config.arch == 'gpt2':
+        expected['transformer.wpe.weight'] = (config.block_size, C)
+        norms = ['transformer.ln_f']
+        for layer in range(config.n_layer):
+            norms += [f'transformer.h.{layer}.ln_1', f'transformer.h.{layer}.ln_2']
+        expected |= {f'{norm}.weight': (C,) for norm in norms}
+        # Each of these may have a bias, as long as its outputs; only embeddings and head have none.
+        for name, shape in list(expected.items()):
+            bias = name.replace('.weight', '.bias')
+            if name.startswith(('transformer.h.', 'transformer.ln_f.')) and bias in weights:
+                expected[bias] = shape[:1]
+    for name in sorted(expected.keys() | weights.keys()):
+        ours = tuple(weights[name].shape) if name in weights else 'missing'
+        theirs = expected.get(name, 'unknown')
+        if ours != theirs:
+            raise UserError(f'transformers has no such model: the weight {name} is {ours} here and '
+                            f'{theirs} there')
 
 
 def to_gpt2_tensors(weights):

@@ -16,6 +16,7 @@ reached, and reads the source files everywhere else.
 """
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -134,15 +135,17 @@ def require_ours(folder):
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
+def write_dataset(folder, tokenizer, splits, source, words=None, template=None, learn_end=True):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
-    splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer). In a
-    pair only the answer and the end-of-text token after it are targets; <split>.mask.bin marks
-    them. Each document starts with the end-of-text token, if the tokenizer has one.
+    splits: {'train': [document, ...], ...}. A document is a str, a pair (prompt, answer), of which
+    only the answer is a target, or a list of pairs (text, whether it is a target). <split>.mask.bin
+    marks the targets. Each document starts with the end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, where a loss per word is wanted.
     template: the prompt around a user's question, which replaces its {}; for sample.py --chat.
+    learn_end: whether the end-of-text token is a target. Where an answer is one token, half of the
+    loss would be that of the end, which is easy.
     Raises UserError if the folder is someone else's, or cannot be written.
     """
     require_ours(folder)
@@ -153,7 +156,8 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
         os.makedirs(folder, exist_ok=True)
         remove_unfinished(folder)  # else publish would rename the masks of a killed run too
         for split, documents in splits.items():
-            counts = write_split(folder, split, documents, tokenizer, dtype=meta['dtype'])
+            counts = write_split(folder, split, documents, tokenizer, dtype=meta['dtype'],
+                                 learn_end=learn_end)
             if words:
                 counts['words'] = words[split]
             meta['splits'][split] = counts
@@ -165,27 +169,40 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     return meta
 
 
-def write_split(folder, split, documents, tokenizer, dtype):
+def write_split(folder, split, documents, tokenizer, dtype, learn_end):
     """Write <split>.bin.tmp and, if not all tokens are targets, its mask; return the counts."""
-    # A plain document is an answer to an empty prompt.
-    pairs = [('', d) if isinstance(d, str) else d for d in documents]
-    encoded = [encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs]
+    pieces = [pieces_of(document) for document in documents]
+    encoded = [encode_pieces(tokenizer, each, learn_end) for each in pieces]
     tokens = np.concatenate([document_tokens for document_tokens, _ in encoded])
     mask = np.concatenate([document_mask for _, document_mask in encoded])
 
-    prompt_bytes = sum(n_bytes(prompt) for prompt, _ in pairs)
-    answer_bytes = sum(n_bytes(answer) for _, answer in pairs)
-    counts = {
-        'tokens': len(tokens),
-        'documents': len(pairs),
-        'bytes': prompt_bytes + answer_bytes,
-    }
+    all_bytes = 0
+    target_bytes = 0
+    for text, is_target in itertools.chain.from_iterable(pieces):
+        all_bytes += n_bytes(text)
+        if is_target:
+            target_bytes += n_bytes(text)
+    counts = {'tokens': len(tokens), 'documents': len(pieces), 'bytes': all_bytes}
     tokens.astype(dtype).tofile(os.path.join(folder, f'{split}.bin.tmp'))
     if not mask.all():
         mask.tofile(os.path.join(folder, f'{split}.mask.bin.tmp'))
         counts['targets'] = int(mask[1:].sum())  # nothing predicts the first token
-        counts['target_bytes'] = answer_bytes
+        counts['target_bytes'] = target_bytes
     return counts
+
+
+def pieces_of(document):
+    """Return a document as a list of (text, whether it is a target).
+
+    >>> pieces_of(('What is one?', 'One.'))
+    [('What is one?', False), ('One.', True)]
+    """
+    if isinstance(document, str):
+        return [(document, True)]
+    if isinstance(document, tuple):
+        prompt, answer = document
+        return [(prompt, False), (answer, True)]
+    return document
 
 
 def remove_unfinished(folder):
@@ -203,16 +220,18 @@ def n_bytes(text):
     return len(text.encode('utf-8', 'surrogatepass'))
 
 
-def encode_pair(tokenizer, prompt, answer):
-    """Return (tokens, mask) of a document; the mask is 0 for the prompt's tokens, else 1."""
-    start = [] if tokenizer.eot is None else [tokenizer.eot]
-    prompt_ids = tokenizer.encode(prompt)
-    answer_ids = tokenizer.encode(answer)
-    tokens = np.array(start + prompt_ids + answer_ids, dtype=np.uint32)
-    # The end-of-text token in front is a target too: it ends the answer before it.
-    mask = np.ones(len(tokens), dtype=np.uint8)
-    mask[len(start):len(start) + len(prompt_ids)] = 0
-    return tokens, mask
+def encode_pieces(tokenizer, pieces, learn_end=True):
+    """Return (tokens, mask) of a document, arrays of one length; the mask is 1 for targets."""
+    tokens = []
+    mask = []
+    if tokenizer.eot is not None:
+        tokens.append(tokenizer.eot)
+        mask.append(learn_end)  # it ends the document before this one
+    for text, is_target in pieces:
+        ids = tokenizer.encode(text)
+        tokens += ids
+        mask += [is_target] * len(ids)
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
 
 # ---- A corpus ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
-from prepare.corpus import encode_pair, write_dataset
+from prepare.corpus import encode_pieces, pieces_of, write_dataset
 from prepare.documents import map_on_all_cores
 from folio.download import hub_errors
 
@@ -77,8 +77,7 @@ def to_pair(row, number, origin):
 
 def is_short(pair, tok):
     """Return whether a document has at most max_tokens tokens."""
-    prompt, answer = pair
-    tokens, _ = encode_pair(tok, prompt, answer)
+    tokens, _ = encode_pieces(tok, pieces_of(pair))
     return len(tokens) <= max_tokens
 
 

@@ -1,4 +1,5 @@
 """Exports that transformers loads, and folders that it wrote: same logits, text, token ids."""
+import dataclasses
 import json
 import os
 import pickle
@@ -229,6 +230,42 @@ def test_window_cannot_be_exported():
         to_hugging_face(GPTConfig(window=8), {}, None)
 
 
+@dataclasses.dataclass
+class Edited(GPTConfig):
+    slope: float = 0.0
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_field_that_transformers_lacks_is_refused_unless_it_has_its_default(arch):
+    model = random_model(arch=arch)
+    for slope in (0.0, 0.5):
+        config = Edited(**vars(model.config), slope=slope)
+        if slope == 0:
+            to_hugging_face(config, model.state_dict(), None)
+        else:
+            with pytest.raises(UserError, match='slope is 0.5, and transformers has no such model'):
+                to_hugging_face(config, model.state_dict(), None)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('name, shape', [
+    ('transformer.h.1.attn.c_attn.weight', (96, 48)),  # grouped queries
+    ('transformer.h.0.mlp.c_fc.weight', (128, 48)),  # another width
+    ('transformer.h.0.mlp.experts.0.weight', (48, 48)),  # a mixture of experts
+    ('second_head.weight', (101, 48)),  # a head for the token after the next
+    ('transformer.wte.weight', None),
+])
+def test_a_weight_that_transformers_lacks_is_refused_by_name(arch, name, shape):
+    model = random_model(arch=arch)
+    weights = model.state_dict()
+    if shape is None:
+        weights[name] = torch.zeros(64, 48)
+    else:
+        weights[name] = torch.zeros(shape)
+    with pytest.raises(UserError, match=f'transformers has no such model: the weight {name} is'):
+        to_hugging_face(model.config, weights, None)
+
+
 # ---- Tokenizers ----------------------------------------------------------------------------------
 def novel():
     return BOOK.read_text(encoding='utf-8') if BOOK.exists() else ''
@@ -377,7 +414,7 @@ def test_weights_are_stored_as_asked_in_place_of_the_earlier_export(trained):
     trained_head = checkpoint['model']['lm_head.weight'][:len(exported)]
     assert exported.dtype == torch.bfloat16
     assert torch.equal(exported, trained_head.bfloat16())
-    files = {'ckpt.pt', 'best.pt', 'log.jsonl', 'lock', 'hf'}
+    files = {'ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'lock', 'hf'}
     assert set(os.listdir(trained / 'out')) == files
 
 

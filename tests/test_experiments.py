@@ -1,0 +1,234 @@
+"""An experiment is a copied file: a model of one's own in every script, and which code ran."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, TINY, run
+from folio import checkpoint
+
+ENVIRONMENT = os.environ | {'PYTHONPATH': str(ROOT)}
+
+
+def edited(name, *pairs):
+    """Return the text of a file of ours with each old text, which it has once, replaced."""
+    text = (ROOT / name).read_text(encoding='utf-8')
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def process(script, *args, cwd, status=0):
+    """Run a script in a process of its own; return (standard output, standard error)."""
+    return run(script, *args, cwd=cwd, status=status, env=ENVIRONMENT)
+
+
+# Grouped queries (Ainslie et al. 2023): fewer heads of keys and values than of queries
+GROUPED = edited(
+    'model.py',
+    ('    n_head: int = 12\n', '    n_head: int = 12\n    n_kv_head: int = 1\n'),
+    ('nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)\n',
+     'nn.Linear(config.n_embd, config.n_embd + 2 * config.n_embd // config.n_head\n'
+     '                                * config.n_kv_head, bias=config.bias)\n'),
+    ('self.c_attn.n_matrices = 3', 'self.c_attn.n_matrices = 1'),
+    ('q, k, v = self.c_attn(x).split(C, dim=2)\n',
+     'K = self.config.n_kv_head\n'
+     '        q, k, v = self.c_attn(x).split([C, C // H * K, C // H * K], dim=2)\n'),
+    ('k = k.view(B, T, H, C // H)', 'k = k.view(B, T, K, C // H)'),
+    ('v = v.view(B, T, H, C // H)', 'v = v.view(B, T, K, C // H)'),
+    ('        y = self.attend(q, k, v, mask)\n',
+     '        k = k.repeat_interleave(H // K, dim=1)\n'
+     '        v = v.repeat_interleave(H // K, dim=1)\n'
+     '        y = self.attend(q, k, v, mask)\n'))
+# Two lines of config: with n_embd 32 and two heads
+CONFIG = 'from my_model import GPT, GPTConfig\nn_kv_head = 1\n'
+
+
+@pytest.fixture
+def experiment(book):
+    """A folder with data/book, my_model.py and gqa.py, which brings it."""
+    (book / 'my_model.py').write_text(GROUPED, encoding='utf-8')
+    (book / 'gqa.py').write_text(CONFIG)
+    return book
+
+
+def header(folder):
+    return checkpoint.read_log(str(folder / 'out' / 'log.jsonl'))[0]
+
+
+# ---- A model that a config file brings -----------------------------------------------------------
+def test_a_copied_model_trains_resumes_and_is_sampled_with_its_cache(experiment):
+    options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--log_interval=1']
+    process('train.py', *options, cwd=experiment)
+    process('train.py', *options, '--max_iters=13', '--out_dir=other', cwd=experiment)
+    process('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=experiment)
+    alone = checkpoint.load(str(experiment / 'out'))
+    resumed = checkpoint.load(str(experiment / 'other'))
+    assert alone['model_args']['n_kv_head'] == 1
+    assert alone['model']['transformer.h.0.attn.c_attn.weight'].shape == (64, 32)
+    assert all(resumed['model'][name].equal(w) for name, w in alone['model'].items())
+    text, err = process('sample.py', 'gqa.py', '--out_dir=out', '--start=The', '--device=cpu',
+                        '--max_new_tokens=40', cwd=experiment)  # past the context of 32
+    assert len(text) == len('The') + 40 + len('\n')
+    assert 'other code' not in err
+
+
+@pytest.mark.slow
+def test_a_copied_model_is_scored_and_benched(experiment):
+    process('train.py', 'gqa.py', *TINY, '--max_iters=2', cwd=experiment)
+    item = {'ctx': 'the name of', 'endings': ['it', 'the object', 'zzz', 'a'], 'label': 1}
+    (experiment / 'items.jsonl').write_text(json.dumps(item))
+    out, _ = process('hellaswag.py', 'gqa.py', '--out_dir=out', '--source=items.jsonl',
+                     '--device=cpu', cwd=experiment)
+    assert json.loads(out.splitlines()[-1])['n'] == 1
+    out, _ = process('bench.py', 'gqa.py', '--dataset=book', '--n_layer=2', '--n_embd=32',
+                     '--n_head=2', '--block_size=32', '--gradient_accumulation_steps=1',
+                     '--steps=2', '--new_tokens=4', '--device=cpu', cwd=experiment)
+    assert '\ndecoding ' in out
+    _, err = process('extras/export.py', 'gqa.py', '--out_dir=out', cwd=experiment, status=2)
+    assert 'transformers has no such model' in err
+
+
+@pytest.mark.slow
+def test_every_process_of_torchrun_has_the_copied_model(experiment):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               str(ROOT / 'train.py'), 'gqa.py', *TINY, '--max_iters=4',
+               '--gradient_accumulation_steps=2']
+    done = subprocess.run(command, cwd=experiment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(str(experiment / 'out'))['model_args']['n_kv_head'] == 1
+
+
+@pytest.mark.slow
+def test_a_field_of_the_copy_is_a_setting_of_the_command_line_too(experiment):
+    process('train.py', 'gqa.py', *TINY, '--max_iters=1', '--n_kv_head=2', cwd=experiment)
+    assert checkpoint.load(str(experiment / 'out'))['model_args']['n_kv_head'] == 2
+
+
+@pytest.mark.slow
+def test_copied_scripts_with_an_edited_import_do_the_same(experiment):
+    line = ('from model import GPT, GPTConfig\n', 'from my_model import GPT, GPTConfig\n')
+    (experiment / 'my_train.py').write_text(edited('train.py', line), encoding='utf-8')
+    line = ('from model import GPT\n', 'from my_model import GPT\n')
+    (experiment / 'my_sample.py').write_text(edited('sample.py', line), encoding='utf-8')
+    process(experiment / 'my_train.py', *TINY, '--max_iters=2', '--n_kv_head=1', cwd=experiment)
+    process(experiment / 'my_train.py', *TINY, '--max_iters=4', '--n_kv_head=1',
+            '--init_from=resume', cwd=experiment)
+    text, _ = process(experiment / 'my_sample.py', '--out_dir=out', '--start=The', '--device=cpu',
+                      '--max_new_tokens=5', cwd=experiment)
+    assert len(text) == len('The') + 5 + len('\n')
+
+
+# ---- What an edit may add ------------------------------------------------------------------------
+# A mixture of experts in every second layer, a 3-D stack of them, a gate that begins at zero, and
+# an expert that no token reaches
+MIXED = edited(
+    'model.py',
+    ('class Block(nn.Module):', '''class Experts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.first = nn.Parameter(torch.full((2, config.n_embd, config.n_embd), 0.25))
+        self.unused = nn.Parameter(torch.ones(3, config.n_embd, config.n_embd))
+
+    def forward(self, x):
+        return self.gate * (x @ self.first[0] + x @ self.first[1])
+
+
+class Block(nn.Module):'''),
+    ('        self.mlp = MLP(config)\n',
+     '        self.mlp = MLP(config) if layer % 2 == 0 else Experts(config)\n'))
+
+
+@pytest.mark.parametrize('optimizer', [
+    'adamw', pytest.param('muon', marks=pytest.mark.slow)])
+def test_layers_differ_own_values_stay_and_what_gets_no_gradient_is_named_once(book, optimizer):
+    (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
+    (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
+    options = ['moe.py', *TINY, f'--optimizer={optimizer}', '--log_interval=1']
+    out, _ = process('train.py', *options, '--max_iters=2', cwd=book)
+    assert out.count('no gradient reaches transformer.h.1.mlp.unused: left as it is') == 1
+    weights = checkpoint.load(str(book / 'out'))['model']
+    assert weights['transformer.h.1.mlp.unused'].eq(1).all()
+    assert 0 < weights['transformer.h.1.mlp.gate'].abs().item() < 0.01  # two steps away from 0
+    assert weights['transformer.h.1.mlp.first'].mean().item() == pytest.approx(0.25, abs=0.01)
+    process('train.py', *options, '--max_iters=4', '--init_from=resume', cwd=book)
+    text, _ = process('sample.py', 'moe.py', '--start=The', '--device=cpu', '--max_new_tokens=5',
+                      cwd=book)
+    assert text.startswith('The')
+
+
+# ---- Which code ran ------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_run_keeps_the_code_of_its_model_and_says_what_ran(experiment):
+    process('train.py', 'gqa.py', *TINY, '--max_iters=1', '--note=do fewer keys cost much?',
+            cwd=experiment)
+    assert (experiment / 'out' / 'model.py').read_text(encoding='utf-8') == GROUPED
+    first = header(experiment)
+    assert first['config']['note'] == 'do fewer keys cost much?'
+    record = first['record']
+    assert record == checkpoint.load(str(experiment / 'out'))['record']
+    assert record['argv'][1:2] == ['gqa.py']
+    assert record['model'] and record.keys() == {'commit', 'dirty', 'argv', 'model'}
+
+
+def test_the_record_names_the_commit_and_whether_the_tree_is_dirty(tmp_path):
+    def git(*args):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *args], cwd=tmp_path,
+                       check=True, capture_output=True)
+
+    (tmp_path / 'one_model.py').write_text('class GPT:\n    pass\n')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'first')
+    sys.path.insert(0, str(tmp_path))
+    from one_model import GPT
+    sys.path.remove(str(tmp_path))
+    clean = checkpoint.record_of(GPT)
+    assert len(clean['commit']) == 40 and not clean['dirty']
+    (tmp_path / 'one_model.py').write_text('class GPT:\n    x = 1\n')
+    edited = checkpoint.record_of(GPT)
+    assert edited['commit'] == clean['commit'] and edited['dirty']
+    assert edited['model'] != clean['model']
+
+
+# The same shapes and fields: without a record it would be taken for the other model.
+NEGATED = edited('model.py', ('        x = self.c_fc(x)\n', '        x = -self.c_fc(x)\n'))
+
+
+def test_a_checkpoint_of_other_code_says_so_and_names_the_copy(book):
+    (book / 'my_model.py').write_text(NEGATED, encoding='utf-8')
+    (book / 'mine.py').write_text('from my_model import GPT, GPTConfig\n')
+    process('train.py', 'mine.py', *TINY, '--max_iters=1', cwd=book)
+    _, err = process('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', cwd=book)
+    assert err.count('\n') == 1
+    assert 'notice: out/ckpt.pt was trained with other code than' in err
+    assert 'a copy of it is out/model.py' in err
+    _, err = process('sample.py', 'mine.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',
+                     cwd=book)
+    assert err == ''
+
+
+@pytest.mark.slow
+def test_a_report_does_not_measure_a_run_of_other_code(book):
+    pytest.importorskip('matplotlib')
+    (book / 'my_model.py').write_text(NEGATED, encoding='utf-8')
+    (book / 'mine.py').write_text('from my_model import GPT, GPTConfig\n')
+    process('train.py', 'mine.py', *TINY, '--max_iters=4', cwd=book)
+    process('train.py', *TINY, '--max_iters=4', '--out_dir=plain', cwd=book)
+    process('extras/report.py', 'out', 'plain', '--device=cpu', '--num_samples=2', cwd=book)
+    page = (book / 'out' / 'report' / 'report.md').read_text(encoding='utf-8')
+    assert 'out: its model is' in page and 'and is not compared' in page
+    assert page.count('is not compared') == 1
+
+
+@pytest.mark.slow
+def test_a_run_does_not_write_over_the_code_that_it_runs(book):
+    (book / 'my_model.py').write_text(GROUPED, encoding='utf-8')
+    (book / 'gqa.py').write_text(CONFIG)
+    _, err = process('train.py', 'gqa.py', *TINY, '--out_dir=.', cwd=book, status=2)
+    assert 'give another --out_dir' in err
+    assert not (book / 'model.py').exists()
