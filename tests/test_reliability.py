@@ -181,7 +181,7 @@ def test_the_same_command_three_times_keeps_every_run(book):
     assert (book / 'out' / 'previous-2' / 'ckpt.pt').read_bytes() == saved[1]
     for number, steps in (('1', 10), ('2', 5)):
         kept = os.listdir(book / 'out' / f'previous-{number}')
-        assert sorted(kept) == ['best.pt', 'ckpt.pt', 'log.jsonl']
+        assert sorted(kept) == ['best.pt', 'ckpt.pt', 'log.jsonl', 'model.py']
         assert log_of(book, f'out/previous-{number}')[-1]['iter'] == steps
 
 
@@ -232,7 +232,7 @@ def test_a_run_does_not_begin_from_a_file_that_it_would_move_away(book):
         'link/best.pt',
     ):
         assert 'lies in out_dir' in refused(*FAST, f'--init_from={source}', cwd=book)
-    assert sorted(os.listdir(book / 'out')) == ['best.pt', 'ckpt.pt', 'lock', 'log.jsonl']
+    assert sorted(os.listdir(book / 'out')) == ['best.pt', 'ckpt.pt', 'lock', 'log.jsonl', 'model.py']
     out, _ = run(
         'train.py', *FAST, '--init_from=out/best.pt', '--eval_only=True', cwd=book
     )  # reads it only
