@@ -25,7 +25,6 @@ Needs model.py and folio/.
 import collections
 import itertools
 import json
-import math
 import os
 
 import folio  # first: it sets what torch reads when it is loaded
@@ -171,27 +170,17 @@ def score_batch(model, batch, device):
 
 
 @torch.no_grad()
-def score(model, rows, machine, progress=False, should_stop=None):
-    """Return (sums, counts), both (items, 4): log-probability in nats, and tokens, of each ending.
-
-    should_stop: called before each batch; once it returns True, (None, None) is returned.
-    """
-    batches = make_batches(rows)
+def score(model, rows, machine, progress=False):
+    """Return (sums, counts) of the endings, both (items, 4): log-probabilities, and tokens."""
+    batches = make_batches(rows)[machine.rank::machine.world_size]
     mine = []  # rows that this process has scored
     logps = []  # tensors of their log-probabilities, one for each batch
     was_training = model.training
     model.eval()
-    # All processes take as many turns, so that they can be asked to stop together.
-    n_turns = math.ceil(len(batches) / machine.world_size)
-    for turn in tqdm(range(n_turns), desc='HellaSwag', disable=not progress or machine.rank > 0):
-        if should_stop is not None and should_stop():
-            model.train(was_training)
-            return None, None
-        i = turn * machine.world_size + machine.rank
-        if i < len(batches):
-            with machine.autocast:
-                logps.append(score_batch(model, batches[i], machine.device))
-            mine += batches[i]
+    for batch in tqdm(batches, desc='HellaSwag', disable=not progress or machine.rank > 0):
+        with machine.autocast:
+            logps.append(score_batch(model, batch, machine.device))
+        mine += batch
     model.train(was_training)
     shape = (rows[-1].item + 1, 4)
     sums = torch.zeros(shape, dtype=torch.float64)

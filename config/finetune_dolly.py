@@ -15,7 +15,6 @@ dropout = 0.1
 learning_rate = 3e-5
 warmup_iters = 20
 max_iters = 180
-lr_decay_iters = 180
 min_lr = 3e-6
 weight_decay = 0.0
 eval_interval = 30

@@ -12,21 +12,21 @@ eval_iters = 0  # the whole validation split
 gradient_accumulation_steps = 1
 min_lr = 0.0
 block_size = 256
-weight_decay = muon_weight_decay = 0.01
+weight_decay = 0.01
 beta1 = 0.8
 
 if device == 'cpu':
     n_layer, n_head, n_embd = 4, 4, 128
     batch_size = 8
     learning_rate = 8e-3
-    max_iters = lr_decay_iters = 560
-    warmup_iters, cooldown_iters = 20, 392
+    max_iters = 560
+    warmup_iters = 20
     eval_interval, log_interval = 140, 20
 else:
     n_layer, n_head, n_embd = 6, 6, 384
     dropout = 0.2
     batch_size = 64
     learning_rate = 2e-3
-    max_iters = lr_decay_iters = 1500
-    warmup_iters, cooldown_iters = 50, 1000
+    max_iters = 1500
+    warmup_iters = 50
     eval_interval, log_interval = 250, 50

@@ -19,5 +19,5 @@ gradient_accumulation_steps = 1
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100
-max_iters = lr_decay_iters = 2000
+max_iters = 2000
 beta2 = 0.99

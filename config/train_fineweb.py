@@ -14,7 +14,7 @@ bias = True
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 715
-max_iters = lr_decay_iters = 19073
+max_iters = 19073
 weight_decay = 0.1
 eval_interval = 250
 eval_iters = 160  # the first 10.5 M tokens of val.bin, those of the published runs

@@ -10,7 +10,7 @@ block_size = 1024
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_iters = 2000
-max_iters = lr_decay_iters = 600000
+max_iters = 600000
 weight_decay = 0.1
 eval_interval = 1000
 eval_iters = 200

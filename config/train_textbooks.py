@@ -17,11 +17,8 @@ learning_rate = 4e-3
 min_lr = 0.0
 beta1 = 0.8
 weight_decay = 0.01
-muon_weight_decay = 0.1
 warmup_iters = 20
-max_iters = lr_decay_iters = 500
-cooldown_iters = 350
-momentum_warmup_iters = 100
+max_iters = 500
 eval_interval = 100
 eval_iters = 0  # the whole validation split
 log_interval = 10

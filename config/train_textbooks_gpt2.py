@@ -14,7 +14,7 @@ learning_rate = 1e-3
 min_lr = 0.0
 weight_decay = 0.1
 warmup_iters = 50
-max_iters = lr_decay_iters = 500
+max_iters = 500
 eval_interval = 100
 eval_iters = 0  # the whole validation split
 log_interval = 10

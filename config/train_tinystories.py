@@ -4,8 +4,7 @@
 #     python train.py config/train_tinystories.py
 #     python sample.py --out_dir=out/tinystories --start="Once upon a time"
 # Downloads 1 GB. Sees 0.33 B tokens, by our estimate less than an epoch. Meant for one GPU.
-# On a CPU, for a first look: --batch_size=8 --max_iters=500 --lr_decay_iters=500
-#     --cooldown_iters=350 --warmup_iters=20 --eval_iters=50
+# On a CPU, for a first look: --batch_size=8 --max_iters=500 --warmup_iters=20 --eval_iters=50
 # Not measured here. The learning rates are those of config/train_textbooks.py.
 out_dir = 'out/tinystories'
 dataset = 'tinystories'
@@ -20,10 +19,8 @@ learning_rate = 4e-3
 min_lr = 0.0
 beta1 = 0.8
 weight_decay = 0.01
-muon_weight_decay = 0.1
 warmup_iters = 100
-max_iters = lr_decay_iters = 5000
-cooldown_iters = 3500
+max_iters = 5000
 eval_interval = 500
 eval_iters = 0  # the whole validation split
 sample_interval = 500

@@ -14,7 +14,7 @@ gradient_accumulation_steps = 4  # 16,384 tokens a step
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 200
-max_iters = lr_decay_iters = 4000
+max_iters = 4000
 weight_decay = 0.1
 eval_interval = 250
 eval_iters = 0  # the whole validation split

@@ -27,9 +27,9 @@ import folio.checkpoint
 import folio.tokenizer
 from extras import ngrams, plots
 from folio import engine, fast
-from folio.checkpoint import read_log, steps_done
 from folio.configurator import UserError, configure
 from folio.data import Dataset, evaluate
+from folio.log import read
 from folio.machine import Machine, default_device
 from model import GPT
 
@@ -79,8 +79,7 @@ def read_run(folder):
         if logs:
             advice = 'there are ' + ', '.join(os.path.dirname(log) for log in logs)
         raise UserError(f'no run in {folder} (no log.jsonl); {advice}')
-    damaged_lines = []
-    entries = read_log(path, damaged_lines)
+    entries = read(path)
     headers = [entry for entry in entries if 'config' in entry]
     if not headers:
         raise UserError(f'{path} does not begin with the settings of a run (yet); '
@@ -103,10 +102,8 @@ def read_run(folder):
     run.test = {}  # metrics on the test split
 
     run.notes = []
-    if damaged_lines:
-        numbers = ', '.join(str(number) for number in damaged_lines)
-        run.notes.append(f'left out as damaged: line {numbers} of its log')
-    done = max((steps_done(entry) for entry in entries if 'iter' in entry), default=0)
+    done = max([entry['iter'] for entry in run.evals] + [entry['iter'] + 1 for entry in run.steps],
+               default=0)
     if done < run.config['max_iters']:
         run.notes.append(f'its log ends at step {done} of {run.config["max_iters"]}')
     if run.best and run.best is not run.evals[-1]:

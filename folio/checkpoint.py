@@ -7,7 +7,6 @@ A checkpoint is a dictionary of tensors and plain values: reading one runs no co
 import contextlib
 import hashlib
 import inspect
-import json
 import os
 import pickle
 import shutil
@@ -24,7 +23,7 @@ from folio.data import Dataset
 from folio.tokenizer import spec_hash
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
-FILES_OF_A_RUN = ('ckpt.pt', 'best.pt', 'log.jsonl')
+FREE = ('dropout', 'flash', 'window', 'block_size')  # fields that the weights do not decide
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -62,8 +61,9 @@ def load_file(path):
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
                         '--out_dir=…') from None
     except pickle.UnpicklingError as e:
+        _, _, reason = str(e).partition('WeightsUnpickler error: ')
         raise UserError(f'{path} is refused: it is not a checkpoint, or holds more than tensors '
-                        'and plain values') from e
+                        f'and plain values ({reason.partition(". ")[0]})') from e
     except Exception as e:  # a damaged file may raise anything
         raise UserError(f'{path} is damaged or cut short, or not a checkpoint '
                         f'({type(e).__name__}: {e}); use another copy of it') from e
@@ -76,8 +76,8 @@ def load_file(path):
 def upgrade_nanogpt(checkpoint):
     """Return a checkpoint of nanoGPT in folio's format.
 
-    nanoGPT trains with the exact GELU. Its older versions saved the attention mask too, and a
-    compiled model puts a prefix before each name.
+    nanoGPT trains with the exact GELU. Its older versions saved the attention mask too, and
+    torch.compile and DDP put a prefix before each name.
     """
     args = {'arch': 'gpt2', 'gelu': 'none'} | checkpoint['model_args']
     n_rows = args['vocab_size']
@@ -86,7 +86,7 @@ def upgrade_nanogpt(checkpoint):
 
     weights = {}
     for name, weight in checkpoint['model'].items():
-        name = name.removeprefix('_orig_mod.')
+        name = name.removeprefix('_orig_mod.').removeprefix('module.')
         if not name.endswith('.attn.bias'):  # the mask, not a bias: that would be c_attn.bias
             weights[name] = weight
 
@@ -102,16 +102,22 @@ def upgrade_nanogpt(checkpoint):
     return checkpoint | {'model': weights, 'model_args': args, 'optimizer': optimizers}
 
 
-def build(model_class, checkpoint, **overrides):
+def build(model_class, checkpoint, settings=None):
     """Return the model in a checkpoint, of the class that a script hands over. Raises UserError.
 
-    Says so if it was trained with other code. overrides: those of model_class.from_pretrained.
+    settings: fields of the model's configuration, for training on: what the weights do not decide
+    is taken from them, such as dropout, a window, a shorter context, and whatever the weights know
+    nothing of. Says so if the model was trained with other code.
     """
+    free = {}
+    for name, value in (settings or {}).items():
+        if name in FREE or name not in checkpoint['model_args']:
+            free[name] = value
     if is_of_other_code(checkpoint, model_class):
         notice(f'{checkpoint["source"]} was trained with other code than '
                f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}')
     try:
-        return model_class.from_pretrained(checkpoint, **overrides)
+        return model_class.from_pretrained(checkpoint, **free)
     except ValueError as e:
         raise UserError(f'{checkpoint["source"]} does not fit the model code: {e}') from None
 
@@ -174,57 +180,37 @@ def copy_of_code(checkpoint):
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
-def require_same_shape(checkpoint, model_args, path):
-    """Raise UserError unless the model in a checkpoint has the shape that the settings ask for."""
-    saved = checkpoint['model_args'] | checkpoint.get('config', {})
-    different = []
-    for name, value in model_args.items():
-        # Dropout and flash may change when a run is resumed; gelu is taken from the checkpoint.
-        if name not in ('dropout', 'flash', 'gelu') and saved.get(name, value) != value:
-            different.append(f'{name} is {saved[name]}, not {value}')
-    if different:
-        raise UserError(f'{path} has another shape ({"; ".join(different)}): give its settings, or '
-                        'another --out_dir')
-
-
-def require_same_data(checkpoint, data, seed, path):
-    """Raise UserError if a run would go on with other data, or in another order, than before."""
-    fingerprint = checkpoint.get('data')
-    if fingerprint is not None and fingerprint != data.fingerprint('train'):
-        raise UserError(f'{data.folder}/train.bin is not the one that {path} was trained on: bring '
-                        'that one back, or start a run on this one with '
-                        f'--init_from={path} and another --out_dir')
-    old_seed = checkpoint.get('config', {}).get('seed', seed)
-    if old_seed != seed:
-        raise UserError(f'{path} was trained with --seed={old_seed}, which gives its data an '
-                        'order: resume it with that')
-
-
-def require_same_tokenizer(checkpoint, source, data):
+def require_same_tokenizer(checkpoint, data):
     """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
     spec = checkpoint.get('tokenizer', data.spec)  # without a tokenizer only the sizes are compared
     vocab_size = checkpoint['model_args']['vocab_size']
     if vocab_size != data.vocab_size or spec_hash(spec) != spec_hash(data.spec):
         raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, '
-                        f'{data.vocab_size} tokens) than {source} ({spec["kind"]}, {vocab_size}): '
-                        'it can only go on with its own')
+                        f'{data.vocab_size} tokens) than {checkpoint["source"]} ({spec["kind"]}, '
+                        f'{vocab_size}): it can only be trained with its own')
 
 
-def require_elsewhere(init_from, out_dir):
-    """Raise UserError if init_from lies in out_dir, whose run train.py is about to move aside."""
-    folder = os.path.realpath(out_dir)
-    path = os.path.realpath(init_from)
-    if os.path.exists(init_from) and folder in (path, os.path.dirname(path)):
-        raise UserError(f'{init_from} lies in out_dir, whose run would be moved aside: give '
-                        'another --out_dir, or --init_from=resume')
-
-
-def require_training_state(checkpoint, path):
-    """Raise UserError unless a checkpoint holds what it takes to resume a run."""
+def require_same_run(checkpoint, model_args, data, seed):
+    """Raise UserError unless a run can continue with these settings and data, as it was."""
+    path = checkpoint['source']
     for name in ('iter_num', 'best_val_loss', 'optimizer'):
         if name not in checkpoint:
-            raise UserError(f'{path} holds weights but no {name}, so no run can be resumed from '
-                            f'it; start one with --init_from={path} and another --out_dir')
+            raise UserError(f'{path} holds weights but no {name}, so no run can be resumed: start '
+                            f'one with --init_from={path} and another --out_dir')
+    saved = checkpoint['model_args'] | checkpoint.get('config', {})
+    different = []
+    for name, value in (model_args | {'seed': seed}).items():
+        # Dropout and flash may change when a run is resumed; gelu is taken from the checkpoint.
+        if name not in ('dropout', 'flash', 'gelu') and saved.get(name, value) != value:
+            different.append(f'{name} is {saved[name]}, not {value}')
+    if different:
+        raise UserError(f'{path} is of a run with other settings ({"; ".join(different)}): give '
+                        'those, or another --out_dir')
+    for split, fingerprint in checkpoint.get('fingerprints', {}).items():
+        if fingerprint != data.fingerprint(split):
+            raise UserError(f'{data.folder}/{split}.bin is not the one of the run in {path}: bring '
+                            f'that back, or start a run on this one with --init_from={path} and '
+                            'another --out_dir')
 
 
 def tokenizer_of(checkpoint):
@@ -247,127 +233,51 @@ def tokenizer_of(checkpoint):
 
 
 # ---- Saving --------------------------------------------------------------------------------------
-def save(path, checkpoint):
-    """Write a dictionary of tensors and plain values to path, whole or not at all.
+def save(paths, checkpoint):
+    """Write a dictionary of tensors and plain values to a path or to several, whole or not at all.
 
-    It is written to path.tmp, synced, then renamed. Raises UserError if that fails.
+    It is written once, synced, and renamed; further names are links to the same file, or copies
+    where the file system has none. Raises UserError if that fails.
     """
-    with replacing(path) as temporary, open(temporary, 'wb') as f:
-        torch.save(checkpoint | {'format': FORMAT}, f)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def save_again(saved, path):
-    """Give a checkpoint that was saved under one name a second name, path, whole or not at all.
-
-    The second name is a hard link, or a copy where the file system has no links. Raises UserError.
-    """
-    with replacing(path) as temporary:
-        try:
-            os.link(saved, temporary)
-        except OSError:
-            with open(saved, 'rb') as source, open(temporary, 'wb') as f:
-                shutil.copyfileobj(source, f, 2**24)
-                f.flush()
-                os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield the name path.tmp, to be written to; rename it to path at the end.
-
-    Raises UserError, and leaves path as it was, if the system cannot write it.
-    """
-    temporary = path + '.tmp'
+    if isinstance(paths, str):
+        paths = [paths]
     try:
-        # A killed run may have left path.tmp as a hard link to another checkpoint, which would be
-        # destroyed by writing into it.
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        yield temporary
-        os.replace(temporary, path)
+        for path in paths:
+            with replacing(path) as temporary:
+                if path == paths[0]:
+                    with open(temporary, 'wb') as f:
+                        torch.save(checkpoint | {'format': FORMAT}, f)
+                        f.flush()
+                        os.fsync(f.fileno())
+                else:
+                    link_or_copy(paths[0], temporary)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
         reason = e if isinstance(e, OSError) else e.__context__  # torch wraps a failed write
         if not isinstance(reason, OSError):
             raise
         raise UserError(f'could not write {path}: {reason.strerror}; what was there before is '
-                        'intact. Make room, then go on with --init_from=resume') from e
+                        'intact. Make room, then continue with --init_from=resume') from e
 
 
-# ---- The folder of a run -------------------------------------------------------------------------
-def holds_a_run(out_dir):
-    """Return whether a folder has a file that a run has written."""
-    return any(os.path.exists(os.path.join(out_dir, name)) for name in FILES_OF_A_RUN)
+@contextlib.contextmanager
+def replacing(path):
+    """Yield the name path.tmp, to be written to; rename it to path at the end."""
+    temporary = path + '.tmp'
+    # A killed run may have left path.tmp as a link to another checkpoint, which would be destroyed
+    # by writing into it.
+    if os.path.lexists(temporary):
+        os.remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
-def set_aside(out_dir):
-    """Move the run in a folder into a subfolder previous-1, or the next number that is free.
-
-    Return the folder it is in now, or None if there was no run.
-    """
-    if not holds_a_run(out_dir):
-        return None
-    number = 1
-    while os.path.exists(os.path.join(out_dir, f'previous-{number}')):
-        number += 1
-    previous = os.path.join(out_dir, f'previous-{number}')
-    os.makedirs(previous)
-    for name in (*FILES_OF_A_RUN, 'model.py'):
-        if os.path.exists(os.path.join(out_dir, name)):
-            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
-    return previous
-
-
-def read_log(path, damaged=None):
-    """Return the entries of a log.jsonl; the last is left out if it was cut short.
-
-    damaged: a list, to which the numbers of other damaged lines are added. None: raise UserError
-    for such a line.
-    """
-    entries = []
-    if not os.path.exists(path):
-        return entries
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                entries.append(dict(json.loads(line)))
-            except (ValueError, TypeError, RecursionError):
-                if not line.endswith('\n'):
-                    continue  # the last line, cut short by a kill
-                if damaged is None:
-                    raise UserError(f'{path}, line {number} is damaged; remove that line') from None
-                damaged.append(number)
-    return entries
-
-
-def steps_done(entry):
-    """Return the number of steps finished when a log line was written; -1 for a header.
-
-    A step's own loss is logged after the step. What else has an iter, such as an evaluation, is
-    logged before the step of that number.
-    """
-    if 'iter' not in entry:
-        return -1
-    return entry['iter'] + 1 if 'loss' in entry else entry['iter']
-
-
-def truncate_log(path, iter_num, is_validated):
-    """Drop what a killed run logged after its checkpoint at iter_num: it will be logged again.
-
-    is_validated: whether the checkpoint was saved after the evaluation at iter_num. Raises
-    UserError for a damaged line.
-    """
-    if not os.path.exists(path):
-        return
-    entries = []
-    for entry in read_log(path):
-        is_evaluation = entry.get('iter') == iter_num and 'val_loss' in entry
-        comes_again = is_evaluation and not is_validated
-        if steps_done(entry) <= iter_num and not comes_again:
-            entries.append(entry)
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(entry) + '\n' for entry in entries)
-    os.replace(path + '.tmp', path)
+def link_or_copy(path, other):
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, other)

@@ -155,7 +155,8 @@ def from_command_line(key, text, defaults):
 def checked(key, value, defaults, where):
     """Return a value for a setting if it has its type. Raises UserError.
 
-    An int is promoted to float; a setting that is 'auto' may become True or False too.
+    An int is promoted to float; a setting that is 'auto' may become True or False too; ~/ at the
+    beginning of a text is the user's home.
     """
     if key not in defaults:
         similar = difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
@@ -171,6 +172,8 @@ def checked(key, value, defaults, where):
     if type(value) is not type(default) and not may_be_bool:
         raise UserError(f'{key} = {value!r} {where}: it takes {type(default).__name__}, '
                         f'for example {default!r}')
+    if type(value) is str and value.startswith('~/'):
+        return os.path.expanduser(value)  # a shell leaves --out_dir=~/book as it is
     return value
 
 
@@ -257,4 +260,7 @@ def say_once(line):
         return
     except OSError:
         pass  # better twice than not at all
-    print(line, file=sys.stderr, flush=True)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody listens any more

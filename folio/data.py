@@ -54,8 +54,9 @@ class Dataset:
 
         Raises UserError if it is missing, or if its description is damaged.
         """
-        self.folder = os.path.join('data', name)
+        self.folder = os.path.join('data', name.removeprefix('data/'))
         self.meta = {}
+        self.arrays = {}  # {file: its memmap}: a run goes on with the files that it began with
         if not os.path.isfile(self.path('train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin): a prepare.py writes it; '
                             'of a text of your own, python prepare/book/prepare.py --book=my.txt '
@@ -106,12 +107,20 @@ class Dataset:
     def tokens(self, split):
         """Return the tokens of a split, a read-only array on disk (memmap). Raises UserError."""
         path = self.path(f'{split}.bin')
+        if path in self.arrays:
+            return self.arrays[path]
         dtype = token_dtype(self.meta)
         size = os.path.getsize(path) if os.path.isfile(path) else 0
         n_tokens = self.counts(split).get('tokens', size // dtype.itemsize)
         if size != n_tokens * dtype.itemsize or n_tokens < 2:
             raise UserError(f'{path} is missing, damaged or empty; run its prepare.py again')
-        return np.memmap(path, dtype=dtype, mode='r')
+        tokens = np.memmap(path, dtype=dtype, mode='r')
+        highest = tokens[:2**16].max()  # of the beginning: a look at all would take minutes
+        if highest >= self.vocab_size:
+            raise UserError(f'{path} holds the token {highest}, and its vocabulary has '
+                            f'{self.vocab_size}: a meta.json or meta.pkl that says more is missing')
+        self.arrays[path] = tokens
+        return tokens
 
     def mask(self, split):
         """Return an array with a byte for each token, 1 if it is a target; None if all tokens are.
@@ -119,6 +128,8 @@ class Dataset:
         Raises UserError if the mask is missing, does not fit, or leaves no target.
         """
         path = self.path(f'{split}.mask.bin')
+        if path in self.arrays:
+            return self.arrays[path]
         if os.path.isfile(path):
             mask = np.memmap(path, dtype=np.uint8, mode='r')
             fits = len(mask) == len(self.tokens(split))
@@ -130,24 +141,24 @@ class Dataset:
                             'again')
         if mask is not None and not mask.any():
             raise UserError(f'{path} leaves no target in {split}.bin; run its prepare.py again')
+        self.arrays[path] = mask
         return mask
 
     def fingerprint(self, split):
-        """Return a short text that changes when a split does, to tell on resume.
+        """Return a hash of samples of a split, to notice on resume that the data has changed.
 
-        It is a hash of the sizes of the token file and its mask, and of 64 blocks of 4 KiB of each,
-        spread from the beginning to the end: reading all of a large file would take minutes.
+        It is of the sizes of the token file and its mask, and of 64 blocks of 4 KiB of each, spread
+        from the beginning to the end: reading all of a large file would take minutes.
         """
         digest = hashlib.sha256()
-        for path in (self.path(f'{split}.bin'), self.path(f'{split}.mask.bin')):
-            if not os.path.isfile(path):
+        for array in (self.tokens(split), self.mask(split)):
+            if array is None:
                 continue
-            size = os.path.getsize(path)
-            digest.update(f'{os.path.basename(path)} {size} '.encode())
-            with open(path, 'rb') as f:
-                for i in range(64):
-                    f.seek(max(0, size - 4096) * i // 63)
-                    digest.update(f.read(4096))
+            array = array.view(np.uint8)
+            digest.update(f'{len(array)} '.encode())
+            for i in range(64):
+                start = max(0, len(array) - 4096) * i // 63
+                digest.update(array[start:start + 4096])
         return digest.hexdigest()[:16]
 
     def per_token(self, split, what):
@@ -226,6 +237,25 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
     return int((mask[positions % n_tokens] != 0).sum())
 
 
+def train_batches(tokens, mask, block_size, batch_size, micro_steps, seed, first, machine):
+    """Yield this process's micro-batches for ever: (idx_BT, targets_BT, weight).
+
+    first: the window of the stream to begin with. weight: multiply the mean loss of the batch by
+    it. Over all micro-batches of a step, averaged over the processes, that gives the mean over all
+    targets of the step, however many of them a micro-batch has.
+    """
+    windows_per_step = micro_steps * machine.world_size * batch_size
+    while True:
+        n_targets = count_targets(len(tokens), mask, block_size, seed, first, windows_per_step)
+        for micro_step in range(micro_steps):
+            n_before = micro_step * machine.world_size + machine.rank  # micro-batches of this step
+            idx_BT, targets_BT = train_batch(tokens, mask, block_size, batch_size, seed,
+                                             first=first + n_before * batch_size)
+            n_here = (targets_BT != -1).sum().item()
+            yield idx_BT, targets_BT, n_here * machine.world_size / max(1, n_targets)
+        first += windows_per_step
+
+
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before it is in use.
 
@@ -253,13 +283,12 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
     """Yield the first n_windows windows of a split (0: all of it), each token a target once.
 
     All batches have the same shape: the last window and the last batch are filled up with targets
-    of -1. A rank takes every world_size-th batch, and all ranks take equally many, so that they
-    can be asked to stop together.
+    of -1. A rank takes every world_size-th batch.
     """
     n_all = math.ceil((len(tokens) - 1) / block_size)
     n_windows = min(n_windows, n_all) if n_windows > 0 else n_all
-    for first in range(0, n_windows, world_size * batch_size):
-        windows_B1 = np.arange(batch_size)[:, None] + first + rank * batch_size
+    for first in range(rank * batch_size, n_windows, world_size * batch_size):
+        windows_B1 = np.arange(batch_size)[:, None] + first
         positions = windows_B1 * block_size + np.arange(block_size + 1)
         exists = (positions < len(tokens)) & (windows_B1 < n_windows)
         idx_BT, targets_BT = to_batch(tokens, mask, np.where(exists, positions, 0))
@@ -269,33 +298,31 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
 
 # ---- The loss on a split -------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, data, split, block_size, batch_size, n_windows, machine, should_stop=None):
+def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
     """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
 
     data: a Dataset. The loss is in nats per token; bits_per_byte and word_perplexity are left out
     where meta.json has no count of bytes or words. Each process takes its share of the windows, and
-    all return the same. should_stop: called before each batch; once it returns True, the evaluation
-    is given up and None returned. Raises UserError if no window has a target.
+    all return the same. Raises UserError if no window has a target.
     """
     was_training = model.training
     model.eval()
-    nats = 0.0
-    count = 0
+    losses = []
+    counts = []
     batches = eval_batches(data.tokens(split), data.mask(split), block_size, batch_size,
                            n_windows=n_windows, rank=machine.rank, world_size=machine.world_size)
     for idx_BT, targets_BT in batches:
-        if should_stop is not None and should_stop():
-            model.train(was_training)
-            return None
-        idx_BT = idx_BT.to(machine.device)
-        targets_BT = targets_BT.to(machine.device)
+        counts.append((targets_BT != -1).sum().item())
         with machine.autocast:
-            _, loss = model(idx_BT, targets_BT)
-        n_targets = (targets_BT != -1).sum().item()
-        nats += loss.item() * n_targets
-        count += n_targets
+            _, loss = model(idx_BT.to(machine.device), targets_BT.to(machine.device))
+        losses.append(loss)
     model.train(was_training)
-    nats, count = machine.sum(nats, count)
+    nats = 0.0
+    if losses:
+        # Only now, as looking at a number waits for the device.
+        for loss, n_targets in zip(torch.stack(losses).tolist(), counts):
+            nats += loss * n_targets
+    nats, count = machine.sum(nats, sum(counts))
     if count == 0:
         raise UserError(f'{data.folder}/{split}.bin has no targets in the windows that are '
                         'evaluated: its mask leaves all of them out; run its prepare.py again')

@@ -7,13 +7,15 @@ import contextlib
 import functools
 import os
 import platform
+import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from folio.configurator import UserError
+from folio.configurator import UserError, notice
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 # Processors without these instructions emulate bfloat16, slower than float32.
@@ -71,6 +73,31 @@ def default_device():
     return 'cpu'
 
 
+def catch_signals():
+    """Return a list to which SIGINT, SIGTERM and SIGHUP are added as they come.
+
+    Whoever looks at it can finish what is under way. A signal two seconds after the first ends the
+    process; within them it may be the same one, which torchrun and Slurm pass on twice.
+    """
+    signals = []
+
+    def on_signal(number, frame):
+        signals.append(number)
+        if len(signals) == 1:
+            on_signal.first = time.monotonic()
+            notice('stopping as soon as it is saved; once more stops at once, and saves nothing')
+        elif time.monotonic() > on_signal.first + 2:
+            notice('stopped; what came after the last checkpoint is lost')
+            os._exit(128 + number)
+
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # nohup makes the process ignore SIGHUP; don't undo that.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    return signals
+
+
 class Machine:
     """The device and the processes of a script, as its settings and torchrun say.
 
@@ -88,8 +115,11 @@ class Machine:
         device: cpu, cuda, cuda:1, mps …; dtype: one of DTYPES, or auto; trains: whether it is to
         train a model, for which auto may choose bfloat16 on a CPU.
         """
-        self.rank = int(os.environ.get('RANK', '0'))
-        self.world_size = int(os.environ.get('WORLD_SIZE', '1'))
+        self.rank = 0
+        self.world_size = 1
+        if dist.is_torchelastic_launched():  # otherwise such variables are a cluster's own
+            self.rank = int(os.environ['RANK'])
+            self.world_size = int(os.environ['WORLD_SIZE'])
         if dtype not in ('auto', *DTYPES):
             raise UserError(f'dtype is {dtype!r}; choose from auto, {", ".join(DTYPES)}')
         try:
@@ -136,9 +166,13 @@ class Machine:
                 f'torch {torch.__version__}')
 
     def print0(self, *words):
-        """Print on the first process only."""
-        if self.rank == 0:
+        """Print on the first process only. Where nobody listens any more, work goes on unheard."""
+        if self.rank != 0:
+            return
+        try:
             print(*words, flush=True)
+        except OSError:  # a closed pipe or terminal, a full disk
+            sys.stdout = open(os.devnull, 'w')
 
     def synchronize(self):
         """Wait until the device has finished its queued work."""

@@ -1,5 +1,5 @@
 """
-Make the optimizers, AdamW and Muon, find divergence, and compute each step's learning rate.
+Make the optimizers, AdamW and Muon, and compute each step's learning rate and momentum.
     python -c "from folio.optim import *; print(learning_rate_at(5, 100, 1.0, 0.0, warmup=10))"
 """
 import math
@@ -17,19 +17,18 @@ LARGE = 2**16  # a CPU orthogonalises matrices of more numbers than this faster 
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
-def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas,
-                    muon_weight_decay=None):
+def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay, betas):
     """Return a list of optimizers that together step every parameter once.
 
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
     the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay.
-    muon_weight_decay: None: as weight_decay. Each group carries its highest learning rate as
-    'peak_lr'. Raises UserError for a value outside its range.
+    Raises ValueError for a value outside its range.
     """
-    if muon_weight_decay is None:
-        muon_weight_decay = weight_decay
-    check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas,
-                          muon_weight_decay)
+    if kind not in OPTIMIZERS:
+        raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
+    if learning_rate <= 0 or muon_learning_rate <= 0:
+        raise ValueError('learning_rate and muon_learning_rate must be above 0, not '
+                         f'{learning_rate} and {muon_learning_rate}')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_muon = {}
     if kind == 'muon':
@@ -40,16 +39,16 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     vectors = [p for p in by_adamw if p.ndim < 2]
     groups = [{'params': matrices, 'weight_decay': weight_decay},
               {'params': vectors, 'weight_decay': 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
+                                    weight_decay=weight_decay, fused=True)]
     if by_muon:
         n_matrices = [count_matrices(model, name, p) for name, p in by_muon.items()]
         optimizers.append(Muon(list(by_muon.values()), n_matrices, lr=muon_learning_rate,
-                               weight_decay=muon_weight_decay))
+                               weight_decay=weight_decay))
 
     stepped = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['peak_lr'] = group['lr']
             stepped += group['params']
     assert sorted(map(id, stepped)) == sorted(map(id, params.values())), 'each parameter, once'
     return optimizers
@@ -58,33 +57,15 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
 def count_matrices(model, name, p):
     """Return how many matrices of one height a parameter holds, as the layer that it is of says.
 
-    A layer says so by its attribute n_matrices; without one it is a single matrix. Raises UserError
-    if the rows of the parameter cannot be divided so.
+    A layer says so by its attribute n_matrices; without one it is a single matrix. Raises
+    ValueError if the rows of the parameter cannot be divided so.
     """
     layer = model.get_submodule(name.rpartition('.')[0])
     n = getattr(layer, 'n_matrices', 1)
     if len(p) % n != 0:
-        raise UserError(f'Muon: {name} has {len(p)} rows, not {n} matrices of one height: in the '
-                        'model, set n_matrices of that layer to what it holds, or to 1')
+        raise ValueError(f'Muon: {name} has {len(p)} rows, not {n} matrices of one height: in the '
+                         'model, set n_matrices of that layer to what it holds, or to 1')
     return n
-
-
-def check_hyperparameters(kind, learning_rate, muon_learning_rate, weight_decay, betas,
-                          muon_weight_decay):
-    """Raise UserError for a value outside its range."""
-    if kind not in OPTIMIZERS:
-        raise UserError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
-    if weight_decay < 0:
-        raise UserError(f'weight_decay is {weight_decay}; it must be at least 0')
-    if muon_weight_decay < 0:
-        raise UserError(f'muon_weight_decay is {muon_weight_decay}; it must be at least 0')
-    for beta in betas:
-        if not 0 <= beta < 1:
-            raise UserError(f'beta1 and beta2 are {betas}; each must be at least 0 and below 1')
-    if learning_rate <= 0:
-        raise UserError(f'learning_rate is {learning_rate}; it must be above 0')
-    if muon_learning_rate <= 0:
-        raise UserError(f'muon_learning_rate is {muon_learning_rate}; it must be above 0')
 
 
 def load_states(optimizers, states):
@@ -220,30 +201,15 @@ def product_dtype(G):
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-# ---- Divergence ----------------------------------------------------------------------------------
-def first_not_finite(model):
-    """Return the name of the first tensor of a model that holds a NaN or an infinity, or None.
-
-    Call it before gradients are clipped: clipping by a norm that is not finite spoils all of them.
-    """
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            return f'the weight {name}'
-    for name, p in model.named_parameters():
-        if p.grad is not None and not p.grad.isfinite().all():
-            return f'the gradient of {name}'
-    return None
-
-
 # ---- Schedules -----------------------------------------------------------------------------------
-def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0):
+def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cooldown=0.7):
     """Return the learning rate of a step: a linear warm-up, then from peak down to floor.
 
     It reaches the floor at `steps` and stays there. schedule: 'cosine', half a cosine from the end
-    of the warm-up on, or 'trapezoid', constant, then linear over the last `cooldown` steps (Hägele
-    et al. 2024).
+    of the warm-up on, or 'trapezoid', constant, then linear over the last share `cooldown` of the
+    steps (Hägele et al. 2024).
 
-    >>> [learning_rate_at(i, 8, 1.0, 0.0, warmup=3, schedule='trapezoid', cooldown=4)
+    >>> [learning_rate_at(i, 8, 1.0, 0.0, warmup=3, schedule='trapezoid', cooldown=0.5)
     ...  for i in range(9)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
@@ -253,21 +219,22 @@ def learning_rate_at(step, steps, peak, floor, warmup=0, schedule='cosine', cool
     if step >= steps:
         return floor
     if schedule == 'trapezoid':
-        share = (steps - step) / max(1, cooldown)
+        share = (steps - step) / max(1, round(cooldown * steps))
         return floor + (peak - floor) * min(1.0, share)
     progress = (step - warmup) / (steps - warmup)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def momentum_at(step, warmup, peak):
-    """Return Muon's momentum of a step: up to peak, from 0.1 below, over the first `warmup` steps.
+def momentum_at(step, steps):
+    """Return Muon's momentum of a step: from 0.85 to 0.95 over the first fifth, at most 300 steps.
 
-    Early gradients change fast, and an average that reaches back far lags behind. modded-nanogpt
-    rises from 0.85 to 0.95.
+    Early gradients change fast, and an average that reaches back far lags behind. In two sweeps
+    (docs/notes.md) it was worth 0.02 nats.
 
-    >>> [round(momentum_at(step, warmup=4, peak=0.95), 3) for step in range(6)]
+    >>> [round(momentum_at(step, steps=20), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
     """
+    warmup = min(300, steps // 5)
     if step >= warmup:
-        return peak
-    return peak - 0.1 * (1 - step / warmup)
+        return 0.95
+    return 0.95 - 0.1 * (1 - step / warmup)

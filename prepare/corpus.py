@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import folio.tokenizer
 from folio.configurator import UserError
-from folio.lock import only_one
+from folio.log import only_one
 from prepare import documents
 
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')

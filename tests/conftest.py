@@ -8,17 +8,14 @@ What the tests share: a way to run the scripts as a user does, small data, small
 import argparse
 import contextlib
 import functools
-import gc
 import io
 import os
 import pathlib
-import runpy
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
@@ -37,8 +34,8 @@ LONGEST = 900  # seconds after which a test fails: it waits for something that n
 # In float32, whatever the processor: what should be equal is then equal to the last few digits.
 TINY = ['--dataset=book', '--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2',
         '--n_embd=32', '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1',
-        '--learning_rate=1e-3', '--warmup_iters=2', '--lr_decay_iters=30', '--max_iters=30',
-        '--eval_interval=10', '--eval_iters=4', '--log_interval=5', '--out_dir=out']
+        '--learning_rate=1e-3', '--warmup_iters=2', '--max_iters=30', '--eval_interval=10',
+        '--eval_iters=4', '--log_interval=5', '--out_dir=out']
 
 
 # ---- Which tests run -----------------------------------------------------------------------------
@@ -163,14 +160,17 @@ def checked(code, status, out, err):
 
 def exit_status(path):
     """Run a script as the main program, and return the status that its process would end with."""
+    namespace = {'__name__': '__main__', '__file__': path}
     try:
         try:
-            runpy.run_path(path, run_name='__main__')
+            exec(compile(pathlib.Path(path).read_text(encoding='utf-8'), path, 'exec'), namespace)
         except Exception:
             sys.excepthook(*sys.exc_info())  # the script's own, which may exit with another status
             return 1
     except SystemExit as e:
         return 0 if e.code is None else e.code
+    finally:
+        namespace.clear()  # with it go the lock on its out_dir and its thread
     return 0
 
 
@@ -185,7 +185,6 @@ def left_as_it_was():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     precision = torch.get_float32_matmul_precision()
-    threads = set(threading.enumerate())
     try:
         yield
     finally:
@@ -196,14 +195,18 @@ def left_as_it_was():
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
-        gc.collect()  # with its globals goes the lock on its out_dir
-        # The thread that prepares the next batch keeps the globals for as long as it is at work.
-        for _ in range(100):
-            begun = set(threading.enumerate()) - threads
-            if not any('ThreadPoolExecutor' in thread.name for thread in begun):
-                break
-            time.sleep(0.01)
-            gc.collect()
+
+
+# ---- A full disk ---------------------------------------------------------------------------------
+@contextlib.contextmanager
+def largest_file(n_bytes):
+    """Stand in for a full disk: the system refuses to write more than n_bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---- What may be missing -------------------------------------------------------------------------

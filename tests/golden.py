@@ -31,7 +31,7 @@ RUNS = {
     'gpt2, AdamW, exact GELU, attention written out': ['--gelu=none', '--flash=False'],
     'gpt2, AdamW, window, masks': ['--dataset=masked', '--window=5'],
     'gpt2, AdamW, float16': ['--dtype=float16'],
-    'gpt2, Muon, trapezoid': ['--optimizer=muon', '--schedule=trapezoid', '--cooldown_iters=8'],
+    'gpt2, Muon, trapezoid': ['--optimizer=muon', '--schedule=trapezoid', '--cooldown=0.4'],
     'modern, AdamW, bfloat16': ['--arch=modern', '--dtype=bfloat16'],
     'modern, AdamW, window in blocks': ['--arch=modern', '--block_size=256', '--window=16'],
     'modern, Muon, dropout, accumulation': ['--arch=modern', '--optimizer=muon', '--dropout=0.1',

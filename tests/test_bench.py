@@ -102,7 +102,7 @@ def test_a_mistake_gets_one_line(book_once, arg, says):
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
-    for name, value in {'RANK': '0', 'WORLD_SIZE': '2'}.items():
+    for name, value in {'TORCHELASTIC_RUN_ID': 'none', 'RANK': '0', 'WORLD_SIZE': '2'}.items():
         monkeypatch.setenv(name, value)
     _, error = run('bench.py', cwd=tmp_path, status=2)
     assert 'one process' in error

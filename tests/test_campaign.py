@@ -1,19 +1,21 @@
 """
-Kill training again and again, and compare what it ends with to an undisturbed run, to the last bit.
-    python tests/test_campaign.py         # 50 kills of one process, 20 of one among three
-    python tests/test_campaign.py --kills=5 --worker_kills=2
+Stop training again and again, and compare what it ends with to a run that was left alone.
+    python tests/test_campaign.py         # 50 kills, 20 kills of one among three, 20 other stops
+    python tests/test_campaign.py --kills=5 --worker_kills=2 --stops=3
 
-Every kill is a SIGKILL at a random moment, drawn from a fixed seed: in starting up, in a step, in
-an evaluation, and each fourth one while a checkpoint is being written. The run goes on by
---init_from=auto; with three processes torchrun restarts it. Weights, optimizers and log are
-compared: no step missing, none twice.
+A kill is a SIGKILL at a random moment, drawn from a fixed seed: while the run starts up, in a step,
+in an evaluation, and each fourth one while a checkpoint is being written. The other stops are, in
+turn, a pipe that nobody reads any more (and SIGTERM some time later), a terminal that is closed,
+and a disk that is full. Then --init_from=auto resumes; with three processes torchrun restarts them.
+Weights, optimizers and log are compared, to the last bit: no step missing, none twice.
 """
-
 import argparse
 import json
 import os
 import pathlib
+import pty
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,274 +27,224 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import folio.log  # noqa: E402
 from folio import checkpoint  # noqa: E402
 
-KILLS_IN_CI = 8
-WORKER_KILLS_IN_CI = 3
 # Steps of milliseconds and a checkpoint after each ten: thousands of moments at which it can hurt.
 TRAINING = [
-    '--dataset=book',
-    '--device=cpu',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=64',
-    '--block_size=32',
-    '--batch_size=4',
-    '--gradient_accumulation_steps=3',
-    '--dropout=0.1',
-    '--optimizer=muon',
-    '--arch=modern',
-    '--warmup_iters=10',
-    '--eval_interval=10',
-    '--eval_iters=2',
-    '--log_interval=1',
-    '--sample_interval=100',
-    '--init_from=auto',
-]
-
-
-def steps_for(kills):
-    """How many steps keep a run busy until it has been killed that often."""
-    return 400 + 150 * kills
+    '--dataset=book', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=64',
+    '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=3', '--dropout=0.1',
+    '--optimizer=muon', '--arch=modern', '--warmup_iters=10', '--eval_interval=10',
+    '--eval_iters=2', '--log_interval=1', '--sample_interval=100', '--init_from=auto']
 
 
 def make_data(folder):
     """Prepare data/book in a folder: 20,000 characters of Python's own reference."""
     from pydoc_data.topics import topics
-
     text = '\n\n'.join(topics[name] for name in sorted(topics))[:20000]
     (folder / 'book.txt').write_text(text, encoding='utf-8')
-    subprocess.run(
-        [sys.executable, str(ROOT / 'prepare/book/prepare.py'), '--book=book.txt'],
-        cwd=folder,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    subprocess.run([sys.executable, str(ROOT / 'prepare/book/prepare.py'), '--book=book.txt'],
+                   cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
-def command(n_processes, steps, restarts=0):
-    launcher = [sys.executable]
-    if n_processes > 1:
-        launcher += [
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            f'--nproc_per_node={n_processes}',
-            f'--max-restarts={restarts}',
-            '--monitor-interval=0.1',
-        ]
-    return [
-        *launcher,
-        str(ROOT / 'train.py'),
-        *TRAINING,
-        f'--max_iters={steps}',
-        f'--lr_decay_iters={steps}',
-    ]
+class Campaign:
+    """A run in folder/killed that is stopped `times` times, and one in folder/alone."""
 
+    def __init__(self, folder, times, n_processes=1):
+        self.folder = folder
+        self.run = folder / 'killed'
+        self.times = times
+        self.steps = 400 + 150 * times  # keep it busy until the last stop
+        self.n_processes = n_processes
+        self.rng = random.Random(15)
+        make_data(folder)
 
-def start(folder, out_dir, *args, **options):
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen(
-        [*command(*args, **options), f'--out_dir={out_dir}'],
-        cwd=folder,
-        env=environment,
-        stdout=open(folder / 'printed.txt', 'a'),
-        stderr=subprocess.STDOUT,
-    )
+    def start(self, out_dir='killed', restarts=0, **options):
+        command = [sys.executable]
+        if self.n_processes > 1:
+            command += ['-m', 'torch.distributed.run', '--standalone', '--monitor-interval=0.1',
+                        f'--nproc_per_node={self.n_processes}', f'--max-restarts={restarts}']
+        command += [str(ROOT / 'train.py'), *TRAINING, f'--max_iters={self.steps}',
+                    f'--out_dir={out_dir}']
+        if not options:
+            printed = open(self.folder / 'printed.txt', 'a')
+            options = {'stdout': printed, 'stderr': subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=self.folder, env=os.environ | {'OMP_NUM_THREADS': '1'},
+                                **options)
 
+    def wait_for_end(self, process):
+        assert process.wait() == 0, (self.folder / 'printed.txt').read_text()[-3000:]
 
-def entries(path):
-    return checkpoint.read_log(str(path), damaged=[])
+    def left_alone(self):
+        self.wait_for_end(self.start('alone'))
 
+    # ---- Moments ---------------------------------------------------------------------------------
+    def wait_for_log(self, process, began):
+        """Wait until a process that began then has written to its log, or has ended."""
+        while process.poll() is None and written(self.run / 'log.jsonl') <= began:
+            time.sleep(0.01)
 
-def run_alone(folder, n_processes, steps):
-    """An undisturbed run in folder/alone."""
-    assert start(folder, 'alone', n_processes, steps).wait() == 0, (
-        folder / 'printed.txt'
-    ).read_text()[-3000:]
+    def wait_for_moment(self, in_save=False):
+        """Sleep until a random moment, or until one in the writing of a checkpoint."""
+        time.sleep(self.rng.uniform(0.2, 3.0))
+        if in_save:
+            temporary = self.run / self.rng.choice(['ckpt.pt.tmp', 'best.pt.tmp', 'ckpt.pt.tmp'])
+            before = written(temporary)
+            deadline = time.monotonic() + 5
+            while written(temporary) in (before, 0) and time.monotonic() < deadline:
+                time.sleep(0.0001)
+            time.sleep(self.rng.uniform(0, 0.001))
 
+    # ---- Stops -----------------------------------------------------------------------------------
+    def kill(self):
+        """Kill the run `times` times."""
+        done = 0
+        while True:
+            began = time.time_ns()
+            process = self.start()
+            if done == self.times:
+                return self.wait_for_end(process)
+            # The first step comes after seconds: some kills shall fall there, most later.
+            in_save = done % 4 == 0
+            if in_save or self.rng.random() < 0.85:
+                self.wait_for_log(process, began)
+            self.wait_for_moment(in_save)
+            assert process.poll() is None, 'the run has ended before its last kill'
+            process.kill()
+            process.wait()
+            done += 1
 
-def wait_for_moment(rng, run, in_save):
-    """Sleep until a random moment, or until a random moment in the writing of a checkpoint."""
-    time.sleep(rng.uniform(0.2, 3.0))
-    if in_save:
-        temporary = run / rng.choice(['ckpt.pt.tmp', 'best.pt.tmp', 'ckpt.pt.tmp'])
-        before = written(temporary)
-        deadline = time.monotonic() + 5
-        while written(temporary) in (before, 0) and time.monotonic() < deadline:
-            time.sleep(0.0001)
-        time.sleep(rng.uniform(0, 0.001))
+    def kill_workers(self):
+        """Kill one of several processes, `times` times."""
+        process = self.start(restarts=self.times)
+        began = time.time_ns()
+        for number in range(self.times):
+            self.wait_for_log(process, began)
+            self.wait_for_moment(in_save=number % 4 == 0)
+            workers = subprocess.run(['ps', '--ppid', str(process.pid), '-o', 'pid='],
+                                     capture_output=True, text=True).stdout.split()
+            assert len(workers) == self.n_processes
+            # In a save it is the first one, which writes, that is killed.
+            victim = workers[0] if number % 4 == 0 else self.rng.choice(workers)
+            os.kill(int(victim), signal.SIGKILL)
+            time.sleep(1.0)  # until torchrun has ended the others, which may still write
+            began = time.time_ns()
+        self.wait_for_end(process)
+
+    def stop(self):
+        """Stop the run `times` times, by a pipe, a terminal and a disk in turn."""
+        for number in range(self.times):
+            began = time.time_ns()
+            ours, theirs = pty.openpty() if number % 3 == 1 else os.pipe()
+            process = self.start(stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+            os.close(theirs)
+            drain = subprocess.Popen(['cat'], stdin=ours, stdout=subprocess.DEVNULL)
+            os.close(ours)
+            self.wait_for_log(process, began)
+            self.wait_for_moment()
+            assert process.poll() is None, 'the run has ended before its last stop'
+            if number % 3 == 2:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+                assert process.wait() == 2
+            drain.kill()
+            drain.wait()
+            if number % 3 == 1:
+                process.send_signal(signal.SIGHUP)  # as the system does when a terminal is closed
+                assert process.wait() == 128 + signal.SIGHUP
+            if number % 3 == 0:
+                self.wait_for_moment()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait() == 128 + signal.SIGTERM
+        self.wait_for_end(self.start())
+
+    # ---- What must be equal ----------------------------------------------------------------------
+    def assert_nothing_lost(self):
+        figures = [figures_in(self.folder / name / 'log.jsonl') for name in ('killed', 'alone')]
+        assert figures[0] == figures[1]
+        losses = [entry['iter'] for entry in figures[0] if 'loss' in entry]
+        assert losses == list(range(self.steps))
+        for name in ('ckpt.pt', 'best.pt'):
+            ours = checkpoint.load(str(self.folder / 'killed' / name))
+            theirs = checkpoint.load(str(self.folder / 'alone' / name))
+            for key in ('model', 'optimizer', 'scaler', 'iter_num', 'windows', 'best_val_loss',
+                        'best_iter'):
+                assert_same(ours[key], theirs[key], f'{name}: {key}')
+
+    def resumes(self):
+        """Return how many resumes the log has kept."""
+        entries = folio.log.read(str(self.run / 'log.jsonl'))
+        return sum('config' in entry for entry in entries) - 1
 
 
 def written(path):
-    """When a file was written, in nanoseconds; 0 if it is not there."""
+    """Return when a file was written, in nanoseconds; 0 if it is not there."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-def unfinished(run):
-    """When the half-written checkpoints that a kill has left behind were written."""
-    return [written(path) for path in run.glob('*.pt.tmp')]
-
-
-def wait_for_log(process, run, began):
-    """Wait until a process that began then has written to its log, or has ended."""
-    while process.poll() is None and written(run / 'log.jsonl') <= began:
-        time.sleep(0.01)
-
-
-def kill_again_and_again(folder, kills, seed):
-    """Train in folder/killed by one process, killed so often; return (kills, those in a save)."""
-    rng = random.Random(seed)
-    run = folder / 'killed'
-    steps = steps_for(kills)
-    done = 0
-    in_saves = 0
-    while True:
-        began = time.time_ns()
-        process = start(folder, 'killed', 1, steps)
-        if done < kills:
-            # The first step comes after seconds: some kills shall fall there, most later.
-            in_save = done % 4 == 0
-            if in_save or rng.random() < 0.85:
-                wait_for_log(process, run, began)
-            wait_for_moment(rng, run, in_save)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-                done += 1
-                in_saves += any(moment > began for moment in unfinished(run))
-                continue
-        assert process.wait() == 0, (folder / 'printed.txt').read_text()[-3000:]
-        return done, in_saves
-
-
-def kill_workers(folder, kills, seed):
-    """Train in folder/killed by three processes, one of which is killed so often.
-
-    Return (kills, those in a save).
-    """
-    rng = random.Random(seed)
-    run = folder / 'killed'
-    process = start(folder, 'killed', 3, steps_for(kills), restarts=kills)
-    began = time.time_ns()
-    in_saves = 0
-    for number in range(kills):
-        wait_for_log(process, run, began)
-        wait_for_moment(rng, run, in_save=number % 4 == 0)
-        workers = subprocess.run(
-            ['ps', '--ppid', str(process.pid), '-o', 'pid='], capture_output=True, text=True
-        )
-        workers = workers.stdout.split()
-        assert len(workers) == 3, (folder / 'printed.txt').read_text()[-3000:]
-        # In a save it is the first one, which writes, that is killed.
-        victim = workers[0] if number % 4 == 0 else rng.choice(workers)
-        os.kill(int(victim), signal.SIGKILL)
-        time.sleep(1.0)  # until torchrun has ended the others, which may still write
-        in_saves += any(moment > began for moment in unfinished(run))
-        began = time.time_ns()
-    assert process.wait() == 0, (folder / 'printed.txt').read_text()[-3000:]
-    return kills, in_saves
-
-
-# ---- What must be equal --------------------------------------------------------------------------
-def figures(path):
-    """What a log says, without headers and without what depends on the clock."""
-    found = []
-    for entry in entries(path):
-        if 'iter' in entry:
-            found.append(
-                {k: v for k, v in entry.items() if k not in ('tokens_per_second', 'train_seconds')}
-            )
-    return found
+def figures_in(path):
+    """Return what a log says, without headers and without what depends on the clock."""
+    clock = ('tokens_per_second', 'train_seconds')
+    return [{key: value for key, value in entry.items() if key not in clock}
+            for entry in folio.log.read(str(path)) if 'iter' in entry]
 
 
 def assert_same(ours, theirs, where):
+    if isinstance(ours, list):
+        ours = dict(enumerate(ours))
+        theirs = dict(enumerate(theirs))
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), where
         for key in ours:
             assert_same(ours[key], theirs[key], f'{where}.{key}')
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs)):
-            assert_same(*pair, f'{where}.{i}')
     elif isinstance(ours, torch.Tensor):
         assert torch.equal(ours, theirs), where
     else:
         assert ours == theirs, where
 
 
-def assert_nothing_lost(folder, steps):
-    """The log has each step once, and the checkpoints are the undisturbed run's, bit for bit."""
-    assert figures(folder / 'killed' / 'log.jsonl') == figures(folder / 'alone' / 'log.jsonl')
-    losses = [
-        entry['iter'] for entry in figures(folder / 'killed' / 'log.jsonl') if 'loss' in entry
-    ]
-    assert losses == list(range(steps))
-    for name in ('ckpt.pt', 'best.pt'):
-        ours = checkpoint.load(str(folder / 'killed' / name))
-        theirs = checkpoint.load(str(folder / 'alone' / name))
-        for key in (
-            'model',
-            'optimizer',
-            'scaler',
-            'iter_num',
-            'windows',
-            'best_val_loss',
-            'evals_without_gain',
-        ):
-            assert_same(ours[key], theirs[key], f'{name}: {key}')
-
-
-def campaign(folder, kills, worker_kills, seed=15):
-    """Both parts, in folder/one and folder/three; return {what: count}."""
-    counted = {}
-    for name, n_processes, n in (('one', 1, kills), ('three', 3, worker_kills)):
-        if n == 0:
-            continue
-        part = folder / name
-        part.mkdir()
-        make_data(part)
-        began = time.monotonic()
-        run_alone(part, n_processes, steps_for(n))
-        counted[f'{name}: seconds undisturbed'] = round(time.monotonic() - began)
-        began = time.monotonic()
-        kill = kill_again_and_again if n_processes == 1 else kill_workers
-        done, in_saves = kill(part, n, seed)
-        counted[f'{name}: kills'] = done
-        counted[f'{name}: kills that left a half-written checkpoint'] = in_saves
-        counted[f'{name}: seconds disturbed'] = round(time.monotonic() - began)
-        assert_nothing_lost(part, steps_for(n))
-        counted[f'{name}: steps'] = steps_for(n)
-        resumes = [e['first_iter'] for e in entries(part / 'killed' / 'log.jsonl') if 'config' in e]
-        counted[f'{name}: resumes that the log has kept'] = len(resumes) - 1
-    return counted
+# ---- The tests -----------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_one_left_alone(tmp_path):
+    run = Campaign(tmp_path, times=8)
+    run.left_alone()
+    run.kill()
+    run.assert_nothing_lost()
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
-    counted = campaign(tmp_path, KILLS_IN_CI, worker_kills=0)
-    assert counted['one: kills'] == KILLS_IN_CI
+def test_a_run_whose_workers_are_killed_ends_as_one_left_alone(tmp_path):
+    run = Campaign(tmp_path, times=3, n_processes=3)
+    run.left_alone()
+    run.kill_workers()
+    run.assert_nothing_lost()
 
 
 @pytest.mark.slow
-def test_a_run_of_three_processes_whose_workers_are_killed_ends_as_an_undisturbed_one(tmp_path):
-    counted = campaign(tmp_path, kills=0, worker_kills=WORKER_KILLS_IN_CI)
-    assert counted['three: kills'] == WORKER_KILLS_IN_CI
+def test_a_run_that_nobody_hears_or_that_has_no_room_ends_as_one_left_alone(tmp_path):
+    run = Campaign(tmp_path, times=3)
+    run.left_alone()
+    run.stop()
+    run.assert_nothing_lost()
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n\n')[0])
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--worker_kills', type=int, default=20)
-    parser.add_argument('--seed', type=int, default=15)
+    parser.add_argument('--stops', type=int, default=20)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        print(
-            json.dumps(
-                campaign(pathlib.Path(work), options.kills, options.worker_kills, options.seed),
-                indent=2,
-            )
-        )
+    for what, times, n_processes in (('kill', options.kills, 1),
+                                     ('kill_workers', options.worker_kills, 3),
+                                     ('stop', options.stops, 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Campaign(pathlib.Path(folder), times, n_processes)
+            run.left_alone()
+            began = time.monotonic()
+            getattr(run, what)()
+            run.assert_nothing_lost()
+            print(json.dumps({
+                'what': what, 'times': times, 'steps': run.steps, 'resumes logged': run.resumes(),
+                'seconds': round(time.monotonic() - began)}))

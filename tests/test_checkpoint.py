@@ -1,7 +1,6 @@
 """folio/checkpoint.py: what is loaded, what is refused in one line, and files that are whole."""
 import dataclasses
 import errno
-import json
 import os
 import pickle
 
@@ -239,8 +238,7 @@ def twice(small, tmp_path):
     """Where best.pt is, saved at step 2, and ckpt.pt, which was of step 1 and is now the same."""
     best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
     checkpoint.save(ckpt, contents(small, iter_num=1))
-    checkpoint.save(best, contents(small, iter_num=2))
-    checkpoint.save_again(best, ckpt)
+    checkpoint.save([best, ckpt], contents(small, iter_num=2))
     return best, ckpt
 
 
@@ -263,8 +261,8 @@ def test_a_run_killed_before_the_second_name_was_there_does_not_write_into_the_f
     checkpoint.save(ckpt, contents(small, iter_num=3))
     assert checkpoint.load(best)['iter_num'] == 2
     os.link(best, ckpt + '.tmp')
-    checkpoint.save_again(best, ckpt)
-    assert checkpoint.load(ckpt)['iter_num'] == 2
+    checkpoint.save([best, ckpt], contents(small, iter_num=4))
+    assert checkpoint.load(ckpt)['iter_num'] == 4
 
 
 def test_a_second_name_is_a_copy_where_there_are_no_links(small, tmp_path, monkeypatch):
@@ -273,40 +271,10 @@ def test_a_second_name_is_a_copy_where_there_are_no_links(small, tmp_path, monke
 
     monkeypatch.setattr(os, 'link', link)
     best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
-    checkpoint.save(best, contents(small, iter_num=2))
-    checkpoint.save_again(best, ckpt)
+    checkpoint.save([best, ckpt], contents(small, iter_num=2))
     assert checkpoint.load(ckpt)['iter_num'] == 2
     assert not os.path.samefile(best, ckpt)
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
-
-
-# ---- The log -------------------------------------------------------------------------------------
-ENTRIES = [{'config': {}}, {'iter': 0, 'val_loss': 3.0}, {'iter': 0, 'loss': 3.0},
-           {'iter': 1, 'loss': 2.5}, {'iter': 2, 'val_loss': 2.4}, {'iter': 2, 'loss': 2.3}]
-
-
-@pytest.fixture
-def log(tmp_path):
-    path = tmp_path / 'log.jsonl'
-    path.write_text(''.join(json.dumps(entry) + '\n' for entry in ENTRIES))
-    return path
-
-
-def test_a_log_keeps_what_was_written_before_the_checkpoint(log):
-    """The loss of step 2 came after the checkpoint of step 2, its evaluation before."""
-    checkpoint.truncate_log(str(log), 2, is_validated=True)
-    assert checkpoint.read_log(str(log)) == ENTRIES[:5]
-
-
-def test_a_last_line_that_was_cut_short_is_left_out(log):
-    log.write_text(log.read_text()[:-5])
-    assert checkpoint.read_log(str(log)) == ENTRIES[:5]
-
-
-def test_a_damaged_line_before_the_last_is_named(log):
-    log.write_text(log.read_text().replace('"iter": 1', '"iter" 1'))
-    with pytest.raises(UserError, match='line 4 is damaged'):
-        checkpoint.read_log(str(log))
 
 
 # ---- Other people's weights ----------------------------------------------------------------------

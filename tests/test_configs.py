@@ -45,7 +45,7 @@ def test_a_config_describes_a_model_that_can_be(name):
 
 # ---- The published recipe ------------------------------------------------------------------------
 RECIPE = {
-    'max_iters': 19073, 'warmup_iters': 715, 'lr_decay_iters': 19073, 'learning_rate': 6e-4,
+    'max_iters': 19073, 'warmup_iters': 715, 'lr_decay_iters': 0, 'learning_rate': 6e-4,
     'min_lr': 6e-5, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'n_layer': 12, 'n_head': 12,
     'n_embd': 768, 'bias': True, 'arch': 'gpt2'}
 

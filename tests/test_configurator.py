@@ -198,4 +198,4 @@ def test_help_prints_what_a_script_does_and_each_setting_with_its_comment(tmp_pa
     assert out.startswith('Train a model')
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith('  --')]
     assert ['--batch_size=12', 'sequences in a micro-step'] in lines
-    assert ['--warmup_iters=2000'] in lines
+    assert all(len(line) == 2 for line in lines), lines

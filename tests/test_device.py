@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 
+import folio.log
 import folio.tokenizer
 import hellaswag
 from conftest import ROOT, TINY, run
-from folio import checkpoint, engine, fast
+from folio import engine, fast
 from folio.machine import Machine
 from model import GPT, GPTConfig
 
@@ -202,14 +203,14 @@ def test_hellaswag_has_the_scores_of_a_cpu(device):
 
 # ---- Runs ----------------------------------------------------------------------------------------
 RUN = [*TINY, '--n_embd=64', '--n_head=2', '--block_size=64', '--batch_size=8', '--max_iters=40',
-       '--lr_decay_iters=40', '--learning_rate=3e-3', '--eval_interval=20', '--log_interval=1']
+       '--learning_rate=3e-3', '--eval_interval=20', '--log_interval=1']
 MUON = ['--arch=modern', '--optimizer=muon']
 LEAST_FALL = 0.5  # nats by which the validation loss must fall in these 40 steps
 
 
 def losses(folder, key, out_dir='out'):
     """Return what a run has logged under a key: loss, of each step, or val_loss."""
-    entries = checkpoint.read_log(str(folder / out_dir / 'log.jsonl'))
+    entries = folio.log.read(str(folder / out_dir / 'log.jsonl'))
     return [entry[key] for entry in entries if key in entry]
 
 
@@ -223,7 +224,7 @@ def test_training_learns(book, arch, dtype, device):
 
 def test_a_resumed_run_has_the_losses_of_one_left_alone(book, device):
     """On a GPU to rounding: kernels of attention add in no fixed order."""
-    options = [*RUN, *MUON, f'--device={device}', '--dropout=0.1']
+    options = [*RUN, *MUON, f'--device={device}', '--dropout=0.1', '--lr_decay_iters=40']
     run('train.py', *options, cwd=book)
     run('train.py', *options, '--max_iters=20', '--out_dir=other', cwd=book)
     run('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=book)

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+import folio.log
 from conftest import ROOT, TINY, run
 from folio import checkpoint
 from folio.machine import CPU_HAS_BFLOAT16
@@ -43,7 +44,7 @@ def planted(folder, code):
 
 
 def log_of(folder):
-    return checkpoint.read_log(str(folder / 'out' / 'log.jsonl'))
+    return folio.log.read(str(folder / 'out' / 'log.jsonl'))
 
 
 def losses(folder):
@@ -126,7 +127,7 @@ def test_a_memory_that_is_too_small_in_one_process_ends_all_with_its_line(book):
 @pytest.mark.slow
 def test_a_resume_may_change_the_number_of_processes(book, one_process):
     """Four steps on two processes, four on one, four on two again."""
-    options = [*ACCUMULATED, *MUON, '--eval_interval=4']
+    options = [*ACCUMULATED, *MUON, '--eval_interval=4', '--lr_decay_iters=12']
     torchrun(*options, '--max_iters=4', cwd=book)
     run('train.py', *TINY, *options, '--init_from=resume', '--max_iters=8', cwd=book)
     torchrun(*options, '--init_from=auto', cwd=book)

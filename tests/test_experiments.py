@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import folio.log
 from conftest import ROOT, TINY, run
 from folio import checkpoint
 
@@ -56,12 +57,12 @@ def experiment(book):
 
 
 def header(folder):
-    return checkpoint.read_log(str(folder / 'out' / 'log.jsonl'))[0]
+    return folio.log.read(str(folder / 'out' / 'log.jsonl'))[0]
 
 
 # ---- A model that a config file brings -----------------------------------------------------------
 def test_a_copied_model_trains_resumes_and_is_sampled_with_its_cache(experiment):
-    options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--log_interval=1']
+    options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--lr_decay_iters=30']
     process('train.py', *options, cwd=experiment)
     process('train.py', *options, '--max_iters=13', '--out_dir=other', cwd=experiment)
     process('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=experiment)

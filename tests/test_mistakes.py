@@ -1,10 +1,7 @@
 """Every mistake a user can make: one line on standard error, exit status 2, nothing lost."""
-import contextlib
-import resource
-
 import pytest
 
-from conftest import TINY, run, run_process
+from conftest import TINY, largest_file, run, run_process
 
 
 def the_line(err):
@@ -55,7 +52,7 @@ def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     ('--learning_rate=0', 'learning_rate'),
     ('--max_iters=-1', 'max_iters'),
     ('--eval_iters=-1', 'eval_iters'),
-    ('--beta2=1', 'beta2'),
+    ('--beta2=1', 'beta'),
     ('--dtype=int8', 'bfloat16'),
     ('--device=tpu9', '--device=cpu'),
     ('--dropout=1.5', 'dropout'),
@@ -66,7 +63,7 @@ def test_training_settings_that_cannot_work(book_once, arg, says):
 
 
 def test_processes_must_divide_the_micro_steps(book_once, monkeypatch):
-    for name, value in {'RANK': '0', 'WORLD_SIZE': '3', 'LOCAL_RANK': '0'}.items():
+    for name, value in {'TORCHELASTIC_RUN_ID': 'none', 'RANK': '0', 'WORLD_SIZE': '3'}.items():
         monkeypatch.setenv(name, value)
     line = refused('train.py', *TINY, '--gradient_accumulation_steps=4', cwd=book_once)
     assert 'gradient_accumulation_steps (4)' in line
@@ -113,25 +110,12 @@ def test_an_out_dir_that_holds_a_run_of_another_shape(kept, how):
     assert '--out_dir' in line
 
 
-@pytest.mark.parametrize('arg, says', [
-    ('--max_iters=1', 'give a higher --max_iters'),
-    ('--optimizer=muon', 'give --optimizer as it was')])
-def test_a_run_that_cannot_be_resumed_so(kept, arg, says):
-    assert says in refused('train.py', *TINY, arg, '--init_from=resume', cwd=kept)
+def test_a_run_is_resumed_with_the_optimizer_that_it_had(kept):
+    line = refused('train.py', *TINY, '--optimizer=muon', '--init_from=resume', cwd=kept)
+    assert 'give --optimizer as it was' in line
 
 
 # ---- A full disk ---------------------------------------------------------------------------------
-@contextlib.contextmanager
-def largest_file(n_bytes):
-    """Stand in for a full disk: the system refuses to write more than n_bytes to a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_space_left_keeps_the_previous_checkpoint(kept):
     size = (kept / 'out' / 'ckpt.pt').stat().st_size
     with largest_file(size // 2):

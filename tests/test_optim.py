@@ -26,7 +26,7 @@ def test_cosine_follows_nanogpt(step, rate):
 
 @pytest.mark.parametrize('step, rate', [(10, 1), (30, 1), (60, 1), (70, 0.75), (80, 0.5), (100, 0)])
 def test_trapezoid_is_flat_then_falls_in_a_line(step, rate):
-    got = learning_rate_at(step, 100, 1.0, 0.0, warmup=10, schedule='trapezoid', cooldown=40)
+    got = learning_rate_at(step, 100, 1.0, 0.0, warmup=10, schedule='trapezoid', cooldown=0.4)
     assert got == pytest.approx(rate)
 
 
@@ -63,23 +63,15 @@ def test_muon_steps_the_matrices_of_the_blocks_and_no_other():
     assert adamw.param_groups[0]['lr'] == 0.1
 
 
-def test_muon_may_have_a_weight_decay_of_its_own():
-    model = GPT(GPTConfig(**SMALL, arch='modern'))
-    adamw, muon = optimizers_of(model, 'muon', muon_weight_decay=0.3)
-    assert muon.param_groups[0]['weight_decay'] == 0.3
-    assert adamw.param_groups[0]['weight_decay'] == 0.1
-
-
 @pytest.mark.parametrize('kind, options, says', [
     ('sgd', {}, 'adamw, muon'),
     ('adamw', {'learning_rate': 0.0}, 'learning_rate'),
     ('muon', {'muon_learning_rate': 0.0}, 'muon_learning_rate'),
     ('adamw', {'weight_decay': -1.0}, 'weight_decay'),
-    ('muon', {'muon_weight_decay': -1.0}, 'muon_weight_decay'),
-    ('adamw', {'betas': (0.9, 1.0)}, 'beta2'),
+    ('adamw', {'betas': (0.9, 1.0)}, 'beta parameter'),
 ])
 def test_a_value_out_of_its_range_is_refused(kind, options, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(ValueError, match=says):
         optimizers_of(GPT(GPTConfig(**SMALL)), kind, **options)
 
 

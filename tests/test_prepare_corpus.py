@@ -15,7 +15,7 @@ import folio.tokenizer
 from conftest import ROOT, run, shared
 from folio.data import Dataset
 from hub import Hub
-from folio.lock import only_one
+from folio.log import only_one
 
 HARD = ['plain', ' \n\n  spaces \t\n', '<|endoftext|>', 'a<|endoftext|>b', '<|endoftext|',
         '🙂‍↔️ naïve Ünïcode 漢字',

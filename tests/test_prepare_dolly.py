@@ -116,8 +116,7 @@ def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_
     run(DOLLY, '--source=my.jsonl', '--tokenizer=bpe', '--vocab_size=300', cwd=tmp_path)
     run('train.py', '--dataset=dolly', '--out_dir=tiny', '--max_iters=1', '--eval_iters=1', *TINY,
         cwd=tmp_path)
-    schedule = ['--max_iters=3', '--lr_decay_iters=3', '--warmup_iters=1', '--eval_interval=3',
-                '--log_interval=1']
+    schedule = ['--max_iters=3', '--warmup_iters=1', '--eval_interval=3', '--log_interval=1']
     run('train.py', ROOT / 'config/finetune_dolly.py', '--init_from=tiny/ckpt.pt', *TINY, *schedule,
         cwd=tmp_path)
     lines = (tmp_path / 'out/gpt2_dolly/log.jsonl').read_text().splitlines()

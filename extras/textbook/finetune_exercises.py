@@ -20,11 +20,10 @@ learning_rate = 4e-3
 muon_learning_rate = 0.01
 min_lr = 0.0
 beta1 = 0.8
-weight_decay = muon_weight_decay = 0.01
+weight_decay = 0.01
 warmup_iters = 20
 max_iters = 250
-lr_decay_iters = 250
-cooldown_iters = 200
+cooldown = 0.8
 eval_interval = 125
 eval_iters = 0  # the whole validation split
 log_interval = 20

@@ -22,8 +22,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from extras import confine
-from folio.checkpoint import read_log
 from folio.configurator import UserError, configure
+from folio.log import read
 
 # ---- Settings ------------------------------------------------------------------------------------
 out_dir = 'out/textbook_study'  # holds a folder for each run
@@ -138,7 +138,7 @@ def result_of(name, seed):
 # ---- The table -----------------------------------------------------------------------------------
 def val_losses(name, seed):
     """Return the validation losses in the log of a run, oldest first."""
-    log = read_log(os.path.join(folder_of(name, seed), 'log.jsonl'))
+    log = read(os.path.join(folder_of(name, seed), 'log.jsonl'))
     return [entry['val_loss'] for entry in log if 'val_loss' in entry]
 
 

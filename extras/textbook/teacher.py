@@ -30,7 +30,7 @@ import urllib3
 from tqdm import tqdm
 
 from folio.configurator import UserError
-from folio.lock import only_one
+from folio.log import only_one
 
 BACKOFF = 1.0  # seconds before the second try, doubled before each further one
 TIMEOUT = (10, 300)  # seconds to connect, and to wait for the answer
@@ -114,7 +114,7 @@ class Teacher:
 
     def close(self):
         self.file.close()
-        self.lock.close()
+        self.lock.release()
 
     def key(self, prompt):
         """Return the key of this model's answer to a prompt, 32 hexadecimal digits."""

@@ -19,11 +19,9 @@ gradient_accumulation_steps = 1
 learning_rate = 8e-3
 min_lr = 0.0
 beta1 = 0.8
-weight_decay = muon_weight_decay = 0.01
+weight_decay = 0.01
 warmup_iters = 20
 max_iters = 600
-lr_decay_iters = 600
-cooldown_iters = 420
 eval_interval = 300
 eval_iters = 0  # the whole validation split
 log_interval = 20

@@ -14,7 +14,7 @@ import pytest
 import folio.tokenizer
 from conftest import ROOT, run, shared
 from extras.textbook import generator, prepare, study
-from folio.checkpoint import read_log
+from folio.log import read
 from folio.configurator import UserError
 from folio.data import Dataset
 from hub import Hub
@@ -275,8 +275,7 @@ def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tm
                                                                monkeypatch):
     shutil.copytree(prepared_once[0] / 'data', tmp_path / 'data')
     tiny = ('--device=cpu --n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 '
-            '--max_iters=2 --lr_decay_iters=2 --cooldown_iters=1 --warmup_iters=0 --eval_iters=2 '
-            '--eval_interval=1')
+            '--max_iters=2 --warmup_iters=0 --eval_iters=2 --eval_interval=1')
     command = [STUDY, '--seeds=1', '--max_new_tokens=4', '--allow_code_execution=True',
                f'--settings={tiny}']
     out, _ = run(*command, cwd=tmp_path)
@@ -287,7 +286,7 @@ def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tm
     assert names == ['raw code', 'textbook', 'raw code, exercises', 'textbook, exercises']
     results = tmp_path / 'out/textbook_study'
     assert len(list(results.glob('*/result.json'))) == 4
-    log = read_log(results / 'textbook_exercises_1/log.jsonl')
+    log = read(results / 'textbook_exercises_1/log.jsonl')
     losses = [entry['val_loss'] for entry in log if 'val_loss' in entry]
     assert rows[1][1] == f'{losses[0]:.3f}' and rows[3][1] == f'{losses[-1]:.3f}'
 
