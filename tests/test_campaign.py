@@ -149,12 +149,10 @@ class Campaign:
             drain.kill()
             drain.wait()
             if number % 3 == 1:
-                process.send_signal(signal.SIGHUP)  # as the system does when a terminal is closed
-                assert process.wait() == 128 + signal.SIGHUP
+                end(process, signal.SIGHUP)  # as the system does when a terminal is closed
             if number % 3 == 0:
                 self.wait_for_moment()
-                process.send_signal(signal.SIGTERM)
-                assert process.wait() == 128 + signal.SIGTERM
+                end(process, signal.SIGTERM)
         self.wait_for_end(self.start())
 
     # ---- What must be equal ----------------------------------------------------------------------
@@ -174,6 +172,12 @@ class Campaign:
         """Return how many resumes the log has kept."""
         entries = folio.log.read(str(self.run / 'log.jsonl'))
         return sum('config' in entry for entry in entries) - 1
+
+
+def end(process, number):
+    """Send a signal, which saves, or ends the process at once if it comes before the first step."""
+    process.send_signal(number)
+    assert process.wait() in (128 + number, -number)
 
 
 def written(path):
