@@ -262,5 +262,5 @@ def say_once(line):
         pass  # better twice than not at all
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:
-        pass  # nobody listens any more
+    except OSError:  # nobody listens any more, and flushing at the end would fail too
+        sys.stderr = open(os.devnull, 'w')

@@ -69,8 +69,10 @@ class Campaign:
         if not options:
             printed = open(self.folder / 'printed.txt', 'a')
             options = {'stdout': printed, 'stderr': subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=self.folder, env=os.environ | {'OMP_NUM_THREADS': '1'},
-                                **options)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options,
+            # What nohup starts has SIGHUP ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
     def wait_for_end(self, process):
         assert process.wait() == 0, (self.folder / 'printed.txt').read_text()[-3000:]
@@ -177,7 +179,8 @@ class Campaign:
 def end(process, number):
     """Send a signal, which saves, or ends the process at once if it comes before the first step."""
     process.send_signal(number)
-    assert process.wait() in (128 + number, -number)
+    status = process.wait()
+    assert status in (128 + number, -number), status
 
 
 def written(path):
