@@ -175,18 +175,6 @@ def test_runs_on_one_data_set_share_a_picture_and_those_of_equal_name_are_told_a
     assert pictures(page) == ['loss1.png', 'loss2.png']
 
 
-def test_a_log_that_is_damaged_within_is_reported_without_that_line(trained):
-    log = trained / 'out' / 'a' / 'log.jsonl'
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text(''.join([*lines[:4], lines[4][:20] + '\n', *lines[5:]]))
-    page = written(trained, 'out/a', '--num_samples=0')
-    assert 'left out as damaged: line 5 of its log' in page
-    assert row(page, 'a')['at step'] == '30'
-    _, err = run('train.py', *TINY, '--out_dir=out/a', '--init_from=resume', '--max_iters=31',
-                 cwd=trained, status=2)
-    assert 'log.jsonl, line 5 is damaged; remove that line' in err
-
-
 def test_runs_of_other_vocabularies_share_no_picture(trained):
     prepare_other_book(trained)
     run('train.py', *TINY, '--out_dir=out/b', cwd=trained)
