@@ -16,16 +16,16 @@ import statistics
 import sys
 import time
 
-import folio  # first: it sets what torch reads when it is loaded
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 import numpy as np
 import torch
 
 import folio.checkpoint
-from folio import engine, fast
+from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 user_errors)
 from folio.data import Dataset, train_batch
-from folio.machine import Machine, default_device, recompute_blocks
+from folio.machine import Machine, default_device
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -54,7 +54,6 @@ grad_clip = 1.0  # highest norm of the gradient; 0: no limit
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 compile = 'auto'  # True, False; auto: on a GPU
-activation_checkpointing = False  # less memory: compute activations twice
 config = configure(globals(), strict=False)
 require_at_least(1, config, 'steps', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size',
                  'block_size', 'gradient_accumulation_steps')
@@ -86,7 +85,7 @@ def median_seconds(function, times):
 
 
 # ---- Machine, data, model ------------------------------------------------------------------------
-machine = Machine(device, dtype, trains=True)
+machine = Machine(device, dtype)
 if machine.world_size > 1:
     raise UserError('speed is measured in one process, without torchrun; for several, train.py '
                     'logs their tokens/s')
@@ -117,11 +116,9 @@ tokens_per_step = math.prod(sizes)
 print(f'{machine}, compile {compile}')
 print(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {origin}; '
       f'{" x ".join(map(str, sizes))} = {tokens_per_step:,} tokens a step')
-fast.accelerate(model).to(machine.device)
-if activation_checkpointing:
-    recompute_blocks(model)
+model.to(machine.device)
 if compile:
-    model.compile()
+    model.compile(options={'realize_opcount_threshold': 40})  # see train.py
 optimizers = make_optimizers(
     model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
     weight_decay=weight_decay, betas=(beta1, beta2))
@@ -190,7 +187,7 @@ show('batches from token files', batch_size * block_size / batch_seconds, 'token
      f'{100 * share:.2g} % of a step')
 
 # ---- Text: how fast prompts are read (prefill), and how fast tokens follow (decoding) ------------
-machine = Machine(device, dtype)  # on a CPU train.py may train in bfloat16, but sample.py does not
+model.to(machine.torch_dtype)  # as sample.py has it
 length = min(prompt_tokens, max(1, block_size - new_tokens))
 shape = (decode_batch, length)
 # Where there are too few tokens, np.resize repeats them.
@@ -200,12 +197,11 @@ decode_seconds = []
 for i in range(4):  # the first warms up, and does not count
     machine.synchronize()
     start = time.perf_counter()
-    with machine.autocast:
-        for n, _ in enumerate(engine.generate(model, idx_BT, new_tokens, strategy='greedy')):
-            # The first token comes when the whole prompt has been read.
-            if n == 0:
-                machine.synchronize()
-                first = time.perf_counter() - start
+    for n, _ in enumerate(engine.generate(model, idx_BT, new_tokens, strategy='greedy')):
+        # The first token comes when the whole prompt has been read.
+        if n == 0:
+            machine.synchronize()
+            first = time.perf_counter() - start
     machine.synchronize()
     if i > 0:
         prefill_seconds.append(first)

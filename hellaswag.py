@@ -27,13 +27,11 @@ import itertools
 import json
 import os
 
-import folio  # first: it sets what torch reads when it is loaded
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import folio.checkpoint
-from folio import fast
 from folio.configurator import UserError, configure, require_at_least
 from folio.download import download
 from folio.engine import KVCache, send
@@ -216,7 +214,7 @@ def main():
     if limit > 0:
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
+    model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     rows = render(items, tokenizer, model.config.block_size)
     sums, counts = score(model, rows, machine, progress=True)

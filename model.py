@@ -20,9 +20,12 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
 NORM_EPS = 1e-6  # modern: keeps the norm of zeros from being 0 / 0
+SMALLEST_BLOCK = 64  # queries in a window; smaller blocks waste time on many tiny products
+LOSS_ROWS = 1024  # with activation_checkpointing: tokens whose logits are in memory at a time
 
 
 @dataclass
@@ -38,6 +41,7 @@ class GPTConfig:
     gelu: str = 'tanh'  # gpt2 only: OpenAI's approximation; 'none', torch's word: exact
     window: int = 0  # each token sees this many tokens, itself included; 0: all before it
     flash: bool = True  # False: attention written out, to read and to check against
+    activation_checkpointing: bool = False  # less memory: compute activations twice
 
     def __post_init__(self):
         """Raise ValueError for a shape that cannot be."""
@@ -87,16 +91,32 @@ def make_norm(config):
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-def rotate(x_BHTD, cos, sin):
+def rotary_table(block_size, head_size):
+    """Return cosine and sine, each (block_size, D), of the angles pos / 10000^(2i/D).
+
+    Both halves of a row have the same angles, for channels i and i + D/2, but for the sine's sign.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
+    angle = torch.arange(block_size)[:, None] * frequency
+    cos = torch.cat((angle.cos(), angle.cos()), dim=1)
+    sin = torch.cat((angle.sin(), -angle.sin()), dim=1)
+    return cos, sin
+
+
+def rotate(x_BHTD, cos_TD, sin_TD):
     """Turn each pair (i, i + D/2) of a head's channels by an angle that grows with the position."""
     # After this the product of a query and a key depends only on how far apart they are.
-    a, b = x_BHTD.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BHTD)
+    swapped_BHTD = x_BHTD.roll(x_BHTD.size(-1) // 2, dims=-1)
+    return x_BHTD * cos_TD + swapped_BHTD * sin_TD
 
 
-def can_see(pos_T, key_pos_S, window):
-    """Return (T, S): whether a query sees a key, not a later one and fewer than window back."""
-    distance = pos_T[:, None] - key_pos_S
+def can_see(T, S, window, device):
+    """Return (T, S): whether each of the last T of S tokens sees a key.
+
+    It sees its own and those before it, `window` of them in all.
+    """
+    pos_S = torch.arange(S, device=device)
+    distance = pos_S[-T:, None] - pos_S
     return (distance >= 0) & (distance < window)
 
 
@@ -105,12 +125,13 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer  # the cache keeps keys and values layer by layer
+        self.window = config.window
         # Query, key and value in one product: one large matrix is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_attn.n_matrices = 3  # for Muon, which steps each by itself
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, cos_sin, mask, cache):
+    def forward(self, x, cos_sin, cache):
         B, T, C = x.shape
         H = self.config.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -118,40 +139,70 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, H, C // H).transpose(1, 2)
         v = v.view(B, T, H, C // H).transpose(1, 2)
         if self.config.arch == 'modern':
-            q = self.rotate_and_norm(q, *cos_sin)
-            k = self.rotate_and_norm(k, *cos_sin)
+            # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
+            q = rms_norm(rotate(q, *cos_sin))
+            k = rms_norm(rotate(k, *cos_sin))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now of all tokens so far, (B, H, S, D)
-        y = self.attend(q, k, v, mask)
+        y = self.attend(q, k, v, self.window)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
-    def rotate_and_norm(self, x_BHTD, cos, sin):
-        """Return queries or keys turned by their positions, each of mean square 1, (B, H, T, D)."""
-        # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
-        return rms_norm(rotate(x_BHTD, cos, sin))
-
-    def attend(self, q_BHTD, k_BHSD, v_BHSD, mask):
+    def attend(self, q_BHTD, k_BHSD, v_BHSD, window):
         """Return softmax(q k' / sqrt(D)) v, (B, H, T, D).
 
-        mask: True where a query sees a key; None: plain causal attention.
+        The queries are those of the last T of S tokens. Each sees its own key and those before it,
+        `window` of them in all; 0: every one.
         """
         T, D = q_BHTD.shape[-2:]
+        S = k_BHSD.size(-2)
+        if window == 0 or window > S:
+            window = S
+        if T == S and T > 2 * max(window, SMALLEST_BLOCK):
+            return self.attend_in_blocks(q_BHTD, k_BHSD, v_BHSD, window)
         dropout = self.config.dropout if self.training else 0.0
-        # A single query is the newest token, and all keys are its past. Of several queries without
-        # a mask the keys are those of the same T tokens, and the future is to be hidden.
-        causal = mask is None and T > 1
+        is_causal = 1 < T == S == window
+        if self.config.flash and is_causal:
+            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout,
+                                                  is_causal=True)
+        if window < S:  # no query sees further back than the first one
+            k_BHSD = k_BHSD[..., 1 - T - window:, :]
+            v_BHSD = v_BHSD[..., 1 - T - window:, :]
+        mask = None  # a single query sees all that is left
+        if T > 1:
+            mask = can_see(T, k_BHSD.size(-2), window, q_BHTD.device)
         if self.config.flash:
-            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask,
-                                                  dropout_p=dropout, is_causal=causal)
+            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, mask, dropout)
         # The same, written out.
-        scores_BHTS = q_BHTD @ k_BHSD.mT / math.sqrt(D)
-        if causal:
-            mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()
+        scores_BHTS = q_BHTD / math.sqrt(D) @ k_BHSD.mT
         if mask is not None:
             scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
         weights_BHTS = F.dropout(scores_BHTS.softmax(dim=-1), dropout)
         return weights_BHTS @ v_BHSD
+
+    def attend_in_blocks(self, q_BHTD, k_BHTD, v_BHTD, window):
+        """Return what `attend` does for a whole text, at a cost of T * window.
+
+        The text is cut into blocks of at least the window's length, so that a query sees keys of
+        its own block and of the one before, nothing else.
+        """
+        B, H, T, D = q_BHTD.shape
+        size = max(window, SMALLEST_BLOCK)
+
+        def to_blocks(x_BHTD):
+            """(B, H, T, D) -> (B * H, blocks, size, D): blocks stand where `attend` has heads."""
+            x_BHTD = F.pad(x_BHTD, (0, 0, 0, -T % size))
+            return x_BHTD.reshape(B * H, -1, size, D)
+
+        def with_the_block_before(x):
+            return torch.cat((x[:, :-1], x[:, 1:]), dim=2)
+
+        q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
+        # The first block has none before it.
+        first = self.attend(q[:, :1], k[:, :1], v[:, :1], window)
+        rest = self.attend(q[:, 1:], with_the_block_before(k), with_the_block_before(v), window)
+        y = torch.cat((first, rest), dim=1)
+        return y.view(B, H, -1, D)[:, :, :T]
 
 
 class MLP(nn.Module):
@@ -178,9 +229,9 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos_sin, mask, cache):
+    def forward(self, x, cos_sin, cache):
         # What is added is normalised first, the stream itself never: gradients pass straight on.
-        x = x + self.attn(self.ln_1(x), cos_sin, mask, cache)
+        x = x + self.attn(self.ln_1(x), cos_sin, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -200,6 +251,10 @@ class GPT(nn.Module):
         if config.arch == 'gpt2':
             # Tied: one matrix reads tokens and writes them.
             self.transformer.wte.weight = self.lm_head.weight
+        else:
+            cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -227,79 +282,64 @@ class GPT(nn.Module):
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
         """Return (logits, loss).
 
-        With targets: logits (B, T, V), and the mean loss in nats over targets that are not -1.
-        Without: the logits of the last position, (B, 1, V), or of all if all_logits; loss is None.
-        cache: an engine.KVCache, which is read and extended.
+        With targets: the mean loss in nats over those that are not -1, and logits (B, T, V) only if
+        all_logits. Without: the logits of the last position, (B, 1, V), or of all if all_logits;
+        loss is None. cache: an engine.KVCache, which is read and extended.
         """
         B, T = idx_BT.shape
-        assert T <= self.config.block_size, f'{T} tokens exceed block_size {self.config.block_size}'
-        if cache is None:
-            pos_T = torch.arange(T, device=idx_BT.device)
-            key_pos_S = pos_T
-        else:
-            pos_T, key_pos_S = cache.positions(T)
-
+        past = 0 if cache is None else cache.length  # tokens that were read before these
+        assert past + T <= self.config.block_size, f'{past + T} tokens exceed block_size'
+        pos_T = torch.arange(past, past + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT)
         cos_sin = None
         if self.config.arch == 'gpt2':
             x = x + self.transformer.wpe(pos_T)
         else:
             x = rms_norm(x)
-            # Under bfloat16 autocast all that the blocks add is bfloat16. If the stream is so too,
-            # half as many bytes are moved. In float16 it could overflow.
-            device = x.device.type
-            if torch.is_autocast_enabled(device):
-                if torch.get_autocast_dtype(device) == torch.bfloat16:
-                    x = x.bfloat16()
-            cos_sin = self.rotary_angles(pos_T)
+            cos_sin = self.cos[pos_T].type_as(x), self.sin[pos_T].type_as(x)
         x = F.dropout(x, self.config.dropout, self.training)
-        hides_keys = cache is not None and cache.hides_keys
-        mask = self.attention_mask(pos_T, key_pos_S, hides_keys)
         for block in self.transformer.h:
-            x = block(x, cos_sin, mask, cache)
-        # To draw the next token the last position is enough, and the head is expensive.
+            if self.config.activation_checkpointing and self.training:
+                # Keep only the input of a block; the backward pass computes the rest again (Chen et
+                # al. 2016): the same numbers, a third more arithmetic, much less memory.
+                x = checkpoint(block, x, cos_sin, cache, use_reentrant=False)
+            else:
+                x = block(x, cos_sin, cache)
         if targets_BT is None and not all_logits:
-            x = x[:, -1:]
+            x = x[:, -1:]  # enough to draw the next token, and the head is expensive
         x = self.transformer.ln_f(x)
         if targets_BT is None:
             return self.logits(x), None
-        return self.logits_and_loss(x, targets_BT)
-
-    def rotary_angles(self, pos_T):
-        """Return cosine and sine, each (T, D/2), of the angles pos / 10000^(2i/D)."""
-        D = self.config.n_embd // self.config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=pos_T.device) / D)
-        angle = pos_T[:, None] * frequency
-        return angle.cos(), angle.sin()
-
-    def attention_mask(self, pos_T, key_pos_S, hides_keys):
-        """Return (T, S), True where a query sees a key, or None: plain causal attention.
-
-        hides_keys: whether there are keys that no query may see, the empty slots of a cache.
-        """
-        T, S = len(pos_T), len(key_pos_S)
-        window = self.config.window or S
-        whole_text = T == S
-        newest_token = T == 1
-        if (whole_text or newest_token) and window >= S and not hides_keys:
-            return None  # attend() hides the future by itself
-        return can_see(pos_T, key_pos_S, window)
+        # Compiled, to return the logits too would cost 13 GB at 64 x 1,024. So they are computed
+        # again where someone asks for both.
+        logits_BTV = self.logits(x) if all_logits else None
+        return logits_BTV, self.loss(x, targets_BT)
 
     def logits(self, x):
-        """Return float32 logits of the tokens that exist, (B, T, V)."""
-        # float32 even under autocast: a softmax over a large vocabulary needs the digits.
-        logits_BTV = self.lm_head(x).float()
+        """Return float32 logits of the tokens that exist, (..., V)."""
+        # float32 in every number format: a softmax over a large vocabulary needs the digits.
+        logits = self.lm_head(x).float()
         if self.config.arch == 'modern':
-            logits_BTV = LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
-        return logits_BTV[..., :self.config.vocab_size]
+            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+        return logits[..., :self.config.vocab_size]
 
-    def logits_and_loss(self, x, targets_BT):
-        """Return the logits and their mean loss over the targets that are not -1, in nats."""
-        logits_BTV = self.logits(x)
-        total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-1,
-                                reduction='sum')
-        n_targets = (targets_BT != -1).sum()
-        return logits_BTV, total / n_targets.clamp(min=1)  # without any target: 0, not NaN
+    def loss(self, x, targets_BT):
+        """Return the mean of -log p(target), in nats, over the targets that are not -1."""
+        x_NC = x.flatten(0, 1)
+        targets_N = targets_BT.flatten()
+        if self.config.activation_checkpointing:
+            # The logits would be the largest tensor of all. Compute them a few rows at a time, and
+            # again in the backward pass.
+            total = 0.0
+            for x_nC, targets_n in zip(x_NC.split(LOSS_ROWS), targets_N.split(LOSS_ROWS)):
+                total = total + checkpoint(self.sum_of_losses, x_nC, targets_n, use_reentrant=False)
+        else:
+            total = self.sum_of_losses(x_NC, targets_N)
+        n_targets = (targets_N != -1).sum()
+        return total / n_targets.clamp(min=1)  # without any target: 0, not NaN
+
+    def sum_of_losses(self, x_NC, targets_N):
+        return F.cross_entropy(self.logits(x_NC), targets_N, ignore_index=-1, reduction='sum')
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass for one token.

@@ -10,14 +10,14 @@ if its data had one (see prepare/dolly); any other model goes on with the text.
 
 Needs model.py and folio/.
 """
-import contextlib
+import os
 import sys
 
-import folio  # first: it sets what torch reads when it is loaded
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 import torch
 
 import folio.checkpoint
-from folio import engine, fast
+from folio import engine
 from folio.configurator import UserError, configure, require_at_least
 from folio.machine import Machine, default_device
 from model import GPT
@@ -36,20 +36,17 @@ stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
 seed = 1337
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
-compile = False  # a small model then writes faster, after the half minute that compiling takes
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 config = configure(globals(), strict=False)
 
 # ---- Machine -------------------------------------------------------------------------------------
 require_at_least(1, config, 'num_samples', 'max_new_tokens')
 engine.check_sampling(strategy, temperature, top_k, top_p)
 machine = Machine(device, dtype)
-with contextlib.redirect_stdout(sys.stderr):  # what it says is not part of the text
-    compile = compile and machine.can_compile()
 
 # ---- Model and prompt ----------------------------------------------------------------------------
 checkpoint = folio.checkpoint.load(init_from, out_dir)
-model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
+model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
 tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
@@ -81,8 +78,7 @@ def write(ids, n, seed):
     """Yield the n texts so far that continue a prompt, a list of strings, each step."""
     return engine.stream_text(
         model, tokenizer, torch.tensor([ids] * n), max_new_tokens, find_end=find_stop,
-        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        compile=compile)
+        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
 def show(steps):
@@ -127,14 +123,13 @@ def talk():
         turns[-1] = turn + tokenizer.encode(answer)
 
 
-with machine.autocast:
-    if chat:
-        talk()
-    elif num_samples == 1:
-        print(start, end='', flush=True)
-        show(write(ids, 1, seed))
-    else:
-        texts = []
-        for texts in write(ids, num_samples, seed):
-            pass  # until all of them have ended
-        print('\n---------------\n'.join(start + text for text in texts))
+if chat:
+    talk()
+elif num_samples == 1:
+    print(start, end='', flush=True)
+    show(write(ids, 1, seed))
+else:
+    texts = []
+    for texts in write(ids, num_samples, seed):
+        pass  # until all of them have ended
+    print('\n---------------\n'.join(start + text for text in texts))

@@ -18,18 +18,20 @@ import sys
 import time
 from dataclasses import asdict
 
-import folio  # first: it sets what torch reads when it is loaded
+# Threads that wait spin, and on a busy laptop keep the one that they wait for from running. This is
+# read when torch is loaded.
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import folio.checkpoint
 import folio.tokenizer
-from folio import engine, fast
+from folio import engine
 from folio.configurator import (UserError, configure, model_settings, report, require_at_least,
                                 require_choice, user_errors)
 from folio.data import Dataset, evaluate, prefetch, train_batch, train_batches
 from folio.log import Log, NoLog, start_wandb
-from folio.machine import Machine, catch_signals, default_device, recompute_blocks
+from folio.machine import Machine, catch_signals, default_device
 from folio.optim import SCHEDULES, learning_rate_at, load_states, make_optimizers, momentum_at
 from model import GPT, GPTConfig
 
@@ -66,6 +68,7 @@ bias = False  # gpt2: biases in Linear and LayerNorm
 gelu = 'tanh'  # gpt2: tanh, the approximation that OpenAI used, or none, the exact GELU
 window = 0  # attend only to this many previous tokens; 0: to all
 flash = True  # fused attention; False: the same written out
+activation_checkpointing = False  # less memory: compute activations twice, a third more work
 # Optimizer
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the peak
@@ -86,7 +89,6 @@ backend = 'nccl'  # between GPUs; between CPUs it is always gloo
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16 (with loss scaling); auto: bfloat16 where that is fast
 compile = 'auto'  # True, False; auto: on a GPU
-activation_checkpointing = False  # less memory: compute activations twice, a third more work
 config = configure(globals())
 require_at_least(1, config, 'gradient_accumulation_steps', 'batch_size', 'block_size',
                  'eval_interval', 'log_interval')
@@ -97,7 +99,7 @@ require_choice(config, 'schedule', SCHEDULES)
 
 # ---- Machine -------------------------------------------------------------------------------------
 # Under torchrun this script runs once for each GPU, told apart by rank; rank 0 does the talking.
-machine = Machine(device, dtype, trains=True)
+machine = Machine(device, dtype)
 device = machine.device  # under torchrun each process has its own
 rank = machine.rank
 world_size = machine.world_size
@@ -150,9 +152,6 @@ else:
         folio.checkpoint.require_same_run(checkpoint, model_args, data, seed)
     model = folio.checkpoint.build(GPT, checkpoint, None if eval_only else model_args)
 block_size = model.config.block_size
-model = fast.accelerate(model)  # the same numbers, sooner; without this line everything still works
-if activation_checkpointing:
-    recompute_blocks(model)
 model.to(device)
 with user_errors():
     optimizers = make_optimizers(
@@ -192,7 +191,10 @@ n_parameters = sum(p.numel() for p in model.parameters())
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens of a vocabulary of {data.vocab_size:,}')
 if compile:
-    model.compile()  # in place: parameters keep their names, and model.forward stays eager
+    # In place: parameters keep their names, and model.forward stays eager. With torch's own limit
+    # of 30 the gradient of modern's capped logits would be two kernels, which pass float32 logits
+    # to each other: 13 GB at 64 x 1,024.
+    model.compile(options={'realize_opcount_threshold': 40})
 
 
 def evaluate_split(split, n_windows):
@@ -294,7 +296,9 @@ def is_due(interval):
 # which changes how their sums are rounded: a resumed run would have other bits than one left alone.
 if compile:
     print0('compiling, which may take minutes')
-ddp_model = DistributedDataParallel(model) if world_size > 1 else model
+ddp_model = model
+if world_size > 1:
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
 idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, seed,
                                  first=first_window)
 with machine.autocast:
@@ -404,13 +408,14 @@ while True:
     # Log
     if iter_num % log_interval == 0:
         loss = machine.sum(loss_sum.item())[0] / world_size  # .item() waits for the device
+        grad_norm = norm.item()
         require_finite('the loss', loss)
         seconds = train_seconds + time.perf_counter() - step_start
         speed = (iter_num + 1 - logged_iter) * tokens_per_step / (seconds - logged_seconds)
         entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
-                 'grad_norm': norm.item(), 'tokens': windows_before(iter_num + 1) * block_size,
+                 'grad_norm': grad_norm, 'tokens': windows_before(iter_num + 1) * block_size,
                  'tokens_per_second': speed, 'train_seconds': seconds}
-        line = f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, norm {norm:.2f}'
+        line = f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, norm {grad_norm:.2f}'
         line += f', {speed:,.0f} tokens/s'
         if machine.peak_flops:  # model FLOPs utilization: the share of the GPUs' peak speed
             entry['mfu'] = model.flops_per_token() * speed / (machine.peak_flops * world_size)

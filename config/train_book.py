@@ -1,8 +1,10 @@
 # A book, one character a token: 0.8 M parameters on a CPU, nanoGPT's 6 layers of 384 on a GPU.
 #     python prepare/book/prepare.py && python train.py config/train_book.py
-# CPU: loss 1.300 in 63 s (the default book, in bfloat16; two cores of an Intel Xeon with AMX, torch
-# 2.13, 2026-11-26). Without AVX512-BF16 a CPU trains in float32: on that Xeon to 1.303 in 87 s.
+# CPU: loss 1.296 in 65 s (the default book, in bfloat16; two cores of an AMD EPYC, torch 2.13,
+# 2026-11-30). A CPU without AVX512-BF16 trains in float32: on that EPYC to 1.304 in 90 s.
 # GPU: not measured yet.
+import folio.machine
+
 out_dir = 'out/book'
 dataset = 'book'
 arch = 'modern'
@@ -22,6 +24,8 @@ if device == 'cpu':
     max_iters = 560
     warmup_iters = 20
     eval_interval, log_interval = 140, 20
+    # In bfloat16 a CPU computes short contexts faster where attention is written out.
+    flash = not folio.machine.CPU_HAS_BFLOAT16
 else:
     n_layer, n_head, n_embd = 6, 6, 384
     dropout = 0.2

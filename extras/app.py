@@ -21,11 +21,10 @@ import threading
 import time
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
-import folio  # first: it sets what torch reads when it is loaded
 import torch
 
 import folio.checkpoint
-from folio import engine, fast
+from folio import engine
 from folio.configurator import UserError, configure
 from folio.machine import Machine, default_device
 from model import GPT, GPTConfig
@@ -87,14 +86,13 @@ def load_once(choice, modified):
             model = GPT(GPTConfig(**checkpoint['model_args']))
         else:
             model = folio.checkpoint.build(GPT, checkpoint)
-    model = fast.accelerate(model)
     n_parameters = sum(p.numel() for p in model.parameters())
     facts = f'{n_parameters / 1e6:,.2f} M parameters'
     if 'iter_num' in checkpoint:
         step = 0 if untrained else checkpoint['iter_num']
         facts += f', step {step:,}'
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    return machine.for_inference(model), tokenizer, facts
+    return model.to(machine.device, machine.torch_dtype), tokenizer, facts
 
 
 def as_spans(tokenizer, steps):

@@ -13,7 +13,6 @@ import shutil
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
-import folio  # first: it sets what torch reads when it is loaded
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import folio.checkpoint
 from extras.confine import execute, permit
-from folio import engine, fast
+from folio import engine
 from folio.configurator import UserError, configure
 from folio.data import read_jsonl, write_jsonl
 from folio.download import download
@@ -282,7 +282,7 @@ def sample_model(tasks):
     """Load the model that the settings name, and return the samples that it draws for the tasks."""
     machine = Machine(device, dtype)
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
+    model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]

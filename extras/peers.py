@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the chec
 import torch
 import torch.nn.functional as F
 
-from folio import engine, fast
+from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 require_choice, user_errors)
 from folio.hugging_face import to_hugging_face
@@ -78,7 +78,7 @@ def show(name, ours, theirs):
 def compare_training(model_config, dtype):
     """Show the speed of a training step with AdamW, its loss included."""
     machine = Machine(device, dtype)
-    ours = fast.accelerate(GPT(model_config)).to(machine.device)
+    ours = GPT(model_config).to(machine.device)
     theirs = in_transformers(ours)
     idx_BT = torch.randint(model_config.vocab_size, (batch_size, train_tokens),
                            device=machine.device)
@@ -126,14 +126,13 @@ def compare_decoding(model_config, dtype):
     """Show the speed of greedy decoding with a cache, the prompt not counted."""
     machine = Machine(device, dtype)
     ours = GPT(model_config).to(machine.device)
-    theirs = in_transformers(ours).to(getattr(torch, dtype))
-    ours = machine.for_inference(fast.accelerate(ours))
+    theirs = in_transformers(ours).to(machine.torch_dtype)
+    ours = ours.to(machine.torch_dtype)
     idx_BT = torch.randint(model_config.vocab_size, (decode_batch, prompt_tokens),
                            device=machine.device)
 
     def write_ours(n_tokens):
-        with machine.autocast:
-            return list(engine.generate(ours, idx_BT, n_tokens, strategy='greedy'))
+        return list(engine.generate(ours, idx_BT, n_tokens, strategy='greedy'))
 
     def write_theirs(n_tokens):
         # As many tokens as ours in any case: at least and at most n_tokens.

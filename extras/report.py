@@ -19,14 +19,13 @@ import sys
 import types
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
-import folio  # first: it sets what torch reads when it is loaded
 import numpy as np
 import torch
 
 import folio.checkpoint
 import folio.tokenizer
 from extras import ngrams, plots
-from folio import engine, fast
+from folio import engine
 from folio.configurator import UserError, configure
 from folio.data import Dataset, evaluate
 from folio.log import read
@@ -444,8 +443,8 @@ def examine(run, picture, temperature_list):
     try:
         folio.checkpoint.refuse_other_code(checkpoint, GPT)
         # In the format it was trained in, so that the figures are those of train.py --eval_only
-        machine = Machine(device, run.config.get('dtype', 'auto'), trains=True)
-        model = machine.for_inference(fast.accelerate(folio.checkpoint.build(GPT, checkpoint)))
+        machine = Machine(device, run.config.get('dtype', 'auto'))
+        model = folio.checkpoint.build(GPT, checkpoint).to(machine.device)
         if run.data and 'test' in run.data.splits():
             run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,

@@ -23,7 +23,8 @@ from folio.data import Dataset
 from folio.tokenizer import spec_hash
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
-FREE = ('dropout', 'flash', 'window', 'block_size')  # fields that the weights do not decide
+# Fields that the weights do not decide
+FREE = ('dropout', 'flash', 'window', 'block_size', 'activation_checkpointing')
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -198,10 +199,10 @@ def require_same_run(checkpoint, model_args, data, seed):
             raise UserError(f'{path} holds weights but no {name}, so no run can be resumed: start '
                             f'one with --init_from={path} and another --out_dir')
     saved = checkpoint['model_args'] | checkpoint.get('config', {})
+    may_change = ('dropout', 'flash', 'activation_checkpointing', 'gelu')  # gelu is the weights'
     different = []
     for name, value in (model_args | {'seed': seed}).items():
-        # Dropout and flash may change when a run is resumed; gelu is taken from the checkpoint.
-        if name not in ('dropout', 'flash', 'gelu') and saved.get(name, value) != value:
+        if name not in may_change and saved.get(name, value) != value:
             different.append(f'{name} is {saved[name]}, not {value}')
     if different:
         raise UserError(f'{path} is of a run with other settings ({"; ".join(different)}): give '

@@ -27,83 +27,36 @@ def send(tensor, device):
 class KVCache:
     """Keep the keys and values of the tokens read so far, as many in each row.
 
-    A forward pass calls `positions` once, then `append` in each layer.
+    A forward pass reads `length` and calls `append` in each layer.
     """
-    hides_keys = False
 
     def __init__(self, model, size=None):
         """Make an empty cache. size: tokens that fit into a row; None: block_size."""
         self.n_layer = model.config.n_layer
         self.size = size or model.config.block_size
+        self.length = 0  # tokens in each row
         self.kv = None  # allocated at the first append, in the shape of its keys
-        self.device = model.lm_head.weight.device
-        self.length = 0  # tokens in each row, including those of the current pass
-        self.begin = 0  # where the tokens of the current pass begin
-
-    def positions(self, n_new):
-        """Make room for n_new tokens; return their positions, (T,), and those of all keys, (S,)."""
-        self.begin = self.length
-        self.length += n_new
-        assert self.length <= self.size, f'{self.length} tokens, but room for {self.size}'
-        key_pos_S = torch.arange(self.length, device=self.device)
-        return key_pos_S[self.begin:], key_pos_S
 
     def append(self, layer, k_BHTD, v_BHTD):
         """Store a layer's new keys and values; return all of its keys and values, (B, H, S, D)."""
+        B, H, T, D = k_BHTD.shape  # with grouped queries there are fewer heads than of queries
         if self.kv is None:
-            # Under autocast, normalised keys are float32, and attention would cast all of them
-            # again for each new token. So store them in the format that attention casts them to.
-            dtype = k_BHTD.dtype
-            if torch.is_autocast_enabled(self.device.type):
-                dtype = torch.get_autocast_dtype(self.device.type)
-            B, H, _, D = k_BHTD.shape  # with grouped queries there are fewer heads of keys
-            # Not zeros: on a CPU, slots that are never written to then take no memory.
-            self.kv = k_BHTD.new_empty(self.n_layer, 2, B, H, self.size, D, dtype=dtype)
+            # Not zeros: on a CPU, slots that are never written to then take no memory. The format
+            # is that of the values: under autocast normalised keys may be in float32.
+            self.kv = v_BHTD.new_empty(self.n_layer, 2, B, H, self.size, D)
+        end = self.length + T
         keys_BHSD, values_BHSD = self.kv[layer]
-        keys_BHSD[:, :, self.begin:self.length] = k_BHTD
-        values_BHSD[:, :, self.begin:self.length] = v_BHTD
-        return keys_BHSD[:, :, :self.length], values_BHSD[:, :, :self.length]
+        keys_BHSD[:, :, self.length:end] = k_BHTD
+        values_BHSD[:, :, self.length:end] = v_BHTD
+        if layer == self.n_layer - 1:
+            self.length = end  # this pass is done
+        return keys_BHSD[:, :, :end], values_BHSD[:, :, :end]
 
     def rows(self, indices):
         """Return a cache of these rows, in this order; a row may be taken several times."""
         other = copy.copy(self)
-        other.kv = self.kv.index_select(2, send(torch.tensor(indices), self.device))
+        other.kv = self.kv.index_select(2, send(torch.tensor(indices), self.kv.device))
         return other
-
-
-class StaticKVCache:
-    """A KVCache of fixed shapes, for compiled steps of one token per row.
-
-    Each query gets all slots, including those still empty, and a mask hides what it may not see.
-    Call `advance` after each step, outside of what is compiled.
-    """
-    hides_keys = True
-
-    def __init__(self, cache):
-        """Take over the contents of a KVCache."""
-        self.length = torch.tensor(cache.length, device=cache.device)
-        # One tensor for each layer's keys and one for its values: a compiled write into a part of a
-        # larger tensor would copy all of it.
-        self.kv = [[part.clone() for part in layer] for layer in cache.kv]
-        for part in sum(self.kv, []):
-            part[:, :, cache.length:] = 0  # hidden by the mask, but 0 times NaN is NaN
-        for part in [self.length, *sum(self.kv, [])]:
-            # CUDA graphs may then write into it in place, instead of into a copy.
-            torch._dynamo.mark_static_address(part, guard=False)
-
-    def positions(self, n_new):
-        """Return the position of the new token, (1,), and those of all slots, (S,)."""
-        assert n_new == 1, 'compiled steps read one token per row'
-        return self.length[None], torch.arange(self.kv[0][0].size(2), device=self.length.device)
-
-    def advance(self):
-        self.length += 1
-
-    def append(self, layer, k_BHTD, v_BHTD):
-        """Store a layer's new keys and values; return all slots, each (B, H, S, D)."""
-        for whole_BHSD, new_BHTD in zip(self.kv[layer], (k_BHTD, v_BHTD)):
-            whole_BHSD.index_copy_(2, self.length[None], new_BHTD.type_as(whole_BHSD))
-        return self.kv[layer]
 
 
 # ---- Drawing a token -----------------------------------------------------------------------------
@@ -176,22 +129,16 @@ def generate(model, idx_BT, max_new_tokens, **options):
 
 @torch.no_grad()
 def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', temperature=1.0,
-                         top_k=50, top_p=0.9, seed=None, compile=False):
+                         top_k=50, top_p=0.9, seed=None):
     """Continue B prompts of the same length: yield (token ids (B,), the model's logits (B, V)).
 
     Of a prompt longer than the context the model sees the end. A full context is cut to its newer
     half. The tokens are drawn by the rules of next_token_logits. seed: of the draws; None: use
-    torch's own random state. compile: compile the steps of one token per row. Raises UserError for
-    a value outside its range.
+    torch's own random state. Raises UserError for a value outside its range.
     """
     limit = model.config.block_size
     device = model.lm_head.weight.device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    # Call model.forward, which stays eager after model.compile(): prompts come in all shapes.
-    decode = model.forward
-    if compile:
-        mode = 'reduce-overhead' if device.type == 'cuda' else None
-        decode = torch.compile(model.forward, dynamic=False, mode=mode)
     idx_BT = send(idx_BT, device)[:, -limit:]
     unread_BT = idx_BT
     cache = None
@@ -206,14 +153,8 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
                 cache = None
             if cache is None:
                 cache = KVCache(model)
-                logits_BTV, _ = model.forward(unread_BT, cache=cache)
-                if compile:
-                    cache = StaticKVCache(cache)
-            else:
-                logits_BTV, _ = decode(unread_BT, cache=cache)
-                if compile:
-                    cache.advance()
-                    logits_BTV = logits_BTV.clone()  # a CUDA graph overwrites its output
+            # Not model(…), which may be compiled: prompts come in all shapes.
+            logits_BTV, _ = model.forward(unread_BT, cache=cache)
             logits_BV = logits_BTV[:, -1]
             next_B = draw_token(logits_BV, strategy, temperature, top_k, top_p, generator=rng)
             unread_BT = next_B[:, None]

@@ -47,7 +47,7 @@ ROPE = {'rope_type': 'default', 'rope_theta': 10000.0}
 GELU = {'tanh': 'gelu_new', 'none': 'gelu'}  # our gelu: their activation_function
 # The fields of GPTConfig that are exported, or change nothing in what a model computes
 FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch',
-          'gelu', 'window', 'flash')
+          'gelu', 'window', 'flash', 'activation_checkpointing')
 MATRICES = {  # of a block: (rows, columns), in multiples of n_embd
     'attn.c_attn': (3, 1),
     'attn.c_proj': (1, 1),

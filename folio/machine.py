@@ -4,7 +4,6 @@ Describe the machine a script runs on: device, number format, and torchrun's oth
 """
 import atexit
 import contextlib
-import functools
 import os
 import platform
 import signal
@@ -13,7 +12,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from folio.configurator import UserError, notice
 
@@ -51,17 +49,6 @@ PEAK_TFLOPS = {
     'Tesla V100-PCIE-16GB': 112,
     'Tesla T4': 65,
 }
-
-
-def recompute_blocks(model):
-    """Make a model keep only the inputs of its blocks for the backward pass; return the model.
-
-    It is changed in place. The backward pass computes the rest of each block again (Chen et al.
-    2016): the same numbers, with a third more arithmetic and much less memory.
-    """
-    for block in model.transformer.h:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    return model
 
 
 def default_device():
@@ -103,17 +90,16 @@ class Machine:
 
     device, type     such as cuda:1 and cuda; under torchrun each process gets a GPU of its own
     name             name of the GPU or CPU
-    dtype            float32, bfloat16 or float16, as decided
+    dtype            float32, bfloat16 or float16, as decided; torch_dtype: the same for torch
     autocast         a context in which matrix products are computed in dtype
     peak_flops       FLOP/s in dtype by the GPU's data sheet; None where they are unknown
     rank, world_size number of this process, and how many processes there are
     """
 
-    def __init__(self, device, dtype, trains=False):
+    def __init__(self, device, dtype):
         """Decide device and number format. Raises UserError.
 
-        device: cpu, cuda, cuda:1, mps …; dtype: one of DTYPES, or auto; trains: whether it is to
-        train a model, for which auto may choose bfloat16 on a CPU.
+        device: cpu, cuda, cuda:1, mps …; dtype: one of DTYPES, or auto.
         """
         self.rank = 0
         self.world_size = 1
@@ -133,10 +119,11 @@ class Machine:
             reason = str(e).partition('\n')[0]
             raise UserError(f'device {device}: {reason}; try --device=cpu') from None
         self.device = device
-        self.dtype = self.default_dtype(trains) if dtype == 'auto' else dtype
+        self.dtype = self.default_dtype() if dtype == 'auto' else dtype
+        self.torch_dtype = getattr(torch, self.dtype)
         self.autocast = contextlib.nullcontext()
         if self.dtype != 'float32':
-            self.autocast = torch.autocast(self.type, getattr(torch, self.dtype))
+            self.autocast = torch.autocast(self.type, self.torch_dtype)
         self.name = platform.processor() or platform.machine()
         if self.type == 'cuda':
             self.name = torch.cuda.get_device_name(device)
@@ -145,15 +132,13 @@ class Machine:
             self.peak_flops = 1e12 * PEAK_TFLOPS[self.name]
         torch.set_float32_matmul_precision('high')  # TF32 where there are tensor cores
 
-    def default_dtype(self, trains):
-        """Return what 'auto' stands for.
+    def default_dtype(self):
+        """Return what 'auto' stands for: bfloat16 where the device multiplies it.
 
-        On a GPU: bfloat16 where it has it, else float16. On a CPU: float32, but to train, bfloat16
-        where the processor multiplies it. The book's recipe then takes 0.7 of the time, to the same
-        loss (docs/notes.md). Elsewhere: float32.
+        Otherwise float16 on a GPU, and float32 elsewhere.
         """
-        if self.type == 'cpu' and trains and CPU_HAS_BFLOAT16:
-            return 'bfloat16'
+        if self.type == 'cpu':
+            return 'bfloat16' if CPU_HAS_BFLOAT16 else 'float32'
         if self.type != 'cuda':
             return 'float32'
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -178,21 +163,6 @@ class Machine:
         """Wait until the device has finished its queued work."""
         if self.type != 'cpu':
             getattr(torch, self.type).synchronize()
-
-    def for_inference(self, model):
-        """Move a model to the device, for inference only, and return it: the same numbers, sooner.
-
-        Autocast casts the weights of linear layers to dtype in each forward pass. So a compiled
-        model reads all of them in float32 for each token, and an eager one keeps them in memory
-        twice. Here they are cast once. Embeddings and norms stay float32, as under autocast;
-        therefore a tied head gets a matrix of its own.
-        """
-        for layer in model.modules():
-            if self.dtype != 'float32' and isinstance(layer, torch.nn.Linear):
-                for name, p in list(layer.named_parameters(recurse=False)):
-                    p = torch.nn.Parameter(p.to(getattr(torch, self.dtype)), requires_grad=False)
-                    setattr(layer, name, p)
-        return model.to(self.device).eval()
 
     def can_compile(self):
         """Return whether torch.compile works here; print the reason if it does not."""

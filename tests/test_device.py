@@ -15,7 +15,7 @@ import folio.log
 import folio.tokenizer
 import hellaswag
 from conftest import ROOT, TINY, run
-from folio import engine, fast
+from folio import engine
 from folio.machine import Machine
 from model import GPT, GPTConfig
 
@@ -100,7 +100,7 @@ def assert_close(ours, theirs, dtype):
 def test_logits_loss_and_gradients_are_those_of_float32_on_a_cpu(arch, dtype, device):
     plain = make_model(arch)
     expected = logits_of(plain, 'cpu', 'float32') | gradients_and_loss(plain, 'cpu', 'float32')
-    ours = fast.accelerate(make_model(arch)).to(device)
+    ours = make_model(arch).to(device)
     found = logits_of(ours, device, dtype) | gradients_and_loss(ours, device, dtype)
     assert_close(found, expected, dtype)
 
@@ -115,7 +115,7 @@ def needs_a_compiler(device):
 @in_each_format
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(arch, dtype, device):
     needs_a_compiler(device)
-    model = fast.accelerate(make_model(arch)).to(device)
+    model = make_model(arch).to(device)
     expected = gradients_and_loss(model, device, dtype)
     torch.compiler.reset()
     model.compile()
@@ -128,7 +128,7 @@ def test_at_the_size_of_a_recipe_compiled_gradients_are_those_of_the_eager_model
     """64 rows of 1,024 tokens: at this size compilers and kernels have been wrong before."""
     needs_a_compiler(device)
     model = make_model(arch, block_size=1024, vocab_size=50257, n_head=12, n_embd=768)
-    model = fast.accelerate(model).to(device)
+    model.to(device)
     expected = gradients_and_loss(model, device, 'bfloat16', n_rows=64)
     torch.compiler.reset()
     model.compile()
@@ -141,31 +141,26 @@ def test_at_the_size_of_a_recipe_compiled_gradients_are_those_of_the_eager_model
 N_NEW = 24  # tokens to continue each prompt with
 
 
-def decode(model, prompts_BT, compile):
+def decode(model, prompts_BT):
     """Return (tokens (B, N), logits (B, N, V)) of greedy decoding with a cache."""
     tokens = []
     logits = []
     for next_B, logits_BV in engine.generate_with_logits(model, prompts_BT, N_NEW,
-                                                         strategy='greedy', compile=compile):
-        tokens.append(next_B.clone())  # a CUDA graph's next step overwrites its output
-        logits.append(logits_BV.float().clone())
+                                                         strategy='greedy'):
+        tokens.append(next_B)
+        logits.append(logits_BV.float())
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
 
 @torch.no_grad()
 @of_each_arch
 @in_each_format
-@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)],
-                         ids=['eager', 'compiled'])
-def test_decoding_with_a_cache_has_the_logits_of_the_whole_text(arch, dtype, compile, device):
-    if compile:
-        needs_a_compiler(device)
-    model = fast.accelerate(make_model(arch)).to(device).eval()
+def test_decoding_with_a_cache_has_the_logits_of_the_whole_text(arch, dtype, device):
+    model = make_model(arch).to(device, getattr(torch, dtype)).eval()
     prompts_BT = batch_for(model, 3)[0][:, :16]
-    with autocast(device, dtype):
-        tokens_BN, logits_BNV = decode(model, prompts_BT, compile)
-        text_BT = torch.cat((prompts_BT, tokens_BN), dim=1)
-        expected_BTV, _ = model(text_BT[:, :-1], all_logits=True)
+    tokens_BN, logits_BNV = decode(model, prompts_BT)
+    text_BT = torch.cat((prompts_BT, tokens_BN), dim=1)
+    expected_BTV, _ = model(text_BT[:, :-1], all_logits=True)
     expected_BNV = expected_BTV[:, -N_NEW:].float()
     assert_close({'logits': logits_BNV.cpu()}, {'logits': expected_BNV.cpu()}, dtype)
     if dtype == 'float32':  # in 16 bits two logits may be so close that rounding decides
@@ -190,7 +185,7 @@ def test_hellaswag_has_the_scores_of_a_cpu(device):
         context = 'the quick brown fox jumps over the lazy dog'[i:]
         items.append({'ctx': context, 'endings': ['and so on', 'or', 'a' * (i + 1), 'then it ran'],
                       'label': i % 4, 'where': f'item {i}'})
-    model = fast.accelerate(make_model('gpt2', vocab_size=27)).eval()
+    model = make_model('gpt2', vocab_size=27).eval()
     rows = hellaswag.render(items, letters, model.config.block_size)
     scores = []
     for where in ('cpu', device):

@@ -1,14 +1,11 @@
 """folio/engine.py: how a token is drawn, the cache, and text as it comes."""
-import functools
-
 import pytest
 import torch
 
 import folio.tokenizer
 from folio import engine
 from folio.configurator import UserError
-from folio.engine import KVCache, StaticKVCache, draw_token, next_token_logits
-from folio.machine import Machine
+from folio.engine import KVCache, draw_token, next_token_logits
 from model import GPT, GPTConfig
 
 
@@ -40,7 +37,7 @@ class RecitingModel(GPT):
 
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
         B, T = idx_BT.shape
-        cache.positions(T)
+        cache.length += T
         logits_BTV = torch.zeros(B, 1, self.config.vocab_size)
         for b, ids in enumerate(self.rows):
             logits_BTV[b, 0, ids[min(cache.length, len(ids) - 1)]] = 100.0
@@ -115,7 +112,8 @@ def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(model):
 @pytest.mark.parametrize('window', [0, 5])
 def test_cached_equals_uncached_logits(model, window):
     """The prompts in one go, then token by token, then several at once."""
-    model.config.window = window
+    for block in model.transformer.h:
+        block.attn.window = window
     rows_BT = torch.randint(50, (3, 16))
     cache = KVCache(model)
     pieces = rows_BT.split([7, 1, 1, 1, 4, 1, 1], dim=1)
@@ -151,70 +149,19 @@ def test_a_full_context_is_cut_to_its_newer_half(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('is_static', [False, True], ids=['growing', 'static'])
-def test_under_autocast_a_cache_holds_what_attention_takes(model, is_static):
+@pytest.mark.parametrize('autocast', [True, False])
+def test_in_16_bits_a_cache_holds_what_attention_takes(model, autocast):
     rows_BT = torch.randint(50, (3, 16))
     cache = KVCache(model)
-    with torch.autocast('cpu', torch.bfloat16):
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         whole_BTV, _ = model(rows_BT, all_logits=True)
         parts = [model(rows_BT[:, :9], all_logits=True, cache=cache)[0]]
-        if is_static:
-            cache = StaticKVCache(cache)
         for t in range(9, 16):
             parts.append(model(rows_BT[:, t:t + 1], cache=cache)[0])
-            if is_static:
-                cache.advance()
-    assert {part.dtype for layer in cache.kv for part in layer} == {torch.bfloat16}
+    assert cache.kv.dtype == torch.bfloat16
     torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTV, atol=0.1, rtol=0.02)
-
-
-@torch.no_grad()
-def test_what_lies_in_the_empty_slots_of_a_cache_does_not_matter(model):
-    cache = KVCache(model)
-    model(torch.tensor([[1, 2, 3]]), cache=cache)
-    cache.kv[:, :, :, :, 3:] = float('nan')
-    static = StaticKVCache(cache)
-    growing_logits, _ = model(torch.tensor([[4]]), cache=cache)
-    static_logits, _ = model(torch.tensor([[4]]), cache=static)
-    torch.testing.assert_close(static_logits, growing_logits)
-
-
-@torch.no_grad()
-def test_weights_cast_once_give_the_logits_of_autocast(model):
-    machine = Machine('cpu', 'bfloat16')
-    rows_BT = torch.randint(50, (3, 16))
-    with machine.autocast:
-        expected, _ = model(rows_BT, all_logits=True)
-        machine.for_inference(model)
-        assert torch.equal(model(rows_BT, all_logits=True)[0], expected)
-    assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    assert model.transformer.wte.weight.dtype == torch.float32
-
-
-def test_in_float32_a_model_is_read_as_it_is(model):
-    before = dict(model.named_parameters())
-    Machine('cpu', 'float32').for_inference(model)
-    assert all(p is before[name] for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize('window', [0, 5])
-def test_compiled_decoding_gives_the_same_tokens_and_compiles_once(model, window, monkeypatch):
-    """Past a full context, twice; the backend here only counts."""
-    torch.compiler.reset()
-    model.config.window = window
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile = functools.partial(torch.compile, backend=count, fullgraph=True)
-    monkeypatch.setattr(torch, 'compile', compile)
-    for prompts in (PROMPTS, [ids * 3 for ids in PROMPTS]):
-        eager = tokens(model, prompts, 40, strategy='greedy')
-        assert torch.equal(tokens(model, prompts, 40, strategy='greedy', compile=True), eager)
-    assert len(graphs) == 1
 
 
 def test_a_model_that_was_training_goes_on_training(model):

@@ -1,14 +1,20 @@
 """An experiment is a copied file: a model of one's own in every script, and which code ran."""
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import folio.log
 from conftest import ROOT, TINY, run
 from folio import checkpoint
+from folio.data import Dataset, train_batch
+from model import GPT, GPTConfig
 
 ENVIRONMENT = os.environ | {'PYTHONPATH': str(ROOT)}
 
@@ -40,10 +46,10 @@ GROUPED = edited(
      '        q, k, v = self.c_attn(x).split([C, C // H * K, C // H * K], dim=2)\n'),
     ('k = k.view(B, T, H, C // H)', 'k = k.view(B, T, K, C // H)'),
     ('v = v.view(B, T, H, C // H)', 'v = v.view(B, T, K, C // H)'),
-    ('        y = self.attend(q, k, v, mask)\n',
+    ('        y = self.attend(q, k, v, self.window)\n',
      '        k = k.repeat_interleave(H // K, dim=1)\n'
      '        v = v.repeat_interleave(H // K, dim=1)\n'
-     '        y = self.attend(q, k, v, mask)\n'))
+     '        y = self.attend(q, k, v, self.window)\n'))
 # Two lines of config: with n_embd 32 and two heads
 CONFIG = 'from my_model import GPT, GPTConfig\nn_kv_head = 1\n'
 
@@ -160,6 +166,83 @@ def test_layers_differ_own_values_stay_and_what_gets_no_gradient_is_named_once(b
     text, _ = process('sample.py', 'moe.py', '--start=The', '--device=cpu', '--max_new_tokens=5',
                       cwd=book)
     assert text.startswith('The')
+
+
+# ---- What is read is what runs -------------------------------------------------------------------
+# Edits of a line or two: of the loss, of attention (ALiBi, Press et al. 2022), of the rotation
+# (none for queries), of one layer's window
+EDITS = {
+    'loss': [("ignore_index=-1, reduction='sum')",
+              "ignore_index=-1, reduction='sum',\n                               "
+              "label_smoothing=0.3)")],
+    'attention': [('        if self.config.flash and is_causal:\n', '        if False:\n'),
+                  ('        if self.config.flash:\n',
+                   '        pos_S = torch.arange(S, device=q_BHTD.device)\n'
+                   '        bias = (pos_S - pos_S[:, None]) * 0.5\n'
+                   '        mask = bias.masked_fill(~mask, -math.inf).type_as(q_BHTD)\n'
+                   '        if self.config.flash:\n')],
+    'rotation': [('            q = rms_norm(rotate(q, *cos_sin))\n',
+                  '            q = rms_norm(q)\n')],
+    'window': [('        self.window = config.window\n',
+                '        self.window = 1 if layer == 1 else 0\n')],
+}
+
+
+@pytest.fixture(scope='module')
+def sharp(book_once, tmp_path_factory):
+    """A folder with data/book and sharp.pt, weights so large that each token seen matters."""
+    folder = tmp_path_factory.mktemp('sharp')
+    os.symlink(book_once / 'data', folder / 'data')
+    data = Dataset(str(folder / 'data' / 'book'))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=data.vocab_size, n_layer=2, n_head=2, n_embd=32,
+                          arch='modern'))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    checkpoint.save(str(folder / 'sharp.pt'), {
+        'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config),
+        'tokenizer': data.spec})
+    return folder
+
+
+def module_from(path):
+    """Import a file as a module, whatever was imported under that name before."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def loss_by_logits(path, folder, label_smoothing=0.0):
+    """Return the loss of the first training batch, in float32, from the logits of a model file."""
+    model = module_from(path).GPT.from_pretrained(checkpoint.load(str(folder / 'sharp.pt')))
+    tokens = Dataset(str(folder / 'data' / 'book')).tokens('train')
+    idx_BT, targets_BT = train_batch(tokens, None, block_size=32, batch_size=4, seed=1337, first=0)
+    logits_BTV, _ = model(idx_BT, all_logits=True)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(),
+                           label_smoothing=label_smoothing).item()
+
+
+@pytest.mark.parametrize('options', [
+    ['--dtype=float32'], ['--dtype=bfloat16'],
+    pytest.param(['--dtype=bfloat16', '--compile=True'], marks=pytest.mark.slow)], ids=' '.join)
+@pytest.mark.parametrize('what', EDITS)
+def test_an_edit_changes_the_training_loss_as_it_should(sharp, what, options, tmp_path):
+    (tmp_path / 'edited_model.py').write_text(edited('model.py', *EDITS[what]), encoding='utf-8')
+    (tmp_path / 'mine.py').write_text('from edited_model import GPT, GPTConfig\n')
+    out, _ = run('train.py', tmp_path / 'mine.py', *TINY, '--init_from=sharp.pt', '--max_iters=1',
+                 '--arch=modern', '--log_interval=1', f'--out_dir={tmp_path / "out"}', *options,
+                 cwd=sharp, env=ENVIRONMENT)
+    if 'compile is off: ' in out:
+        pytest.skip('no compiler here, as train.py said')
+    log = folio.log.read(str(tmp_path / 'out' / 'log.jsonl'))
+    logged = [entry['loss'] for entry in log if 'loss' in entry]
+    smoothing = 0.3 if what == 'loss' else 0.0
+    expected = loss_by_logits(tmp_path / 'edited_model.py', sharp, label_smoothing=smoothing)
+    tolerance = 1e-4 if options == ['--dtype=float32'] else 0.005
+    assert logged == [pytest.approx(expected, abs=tolerance)]
+    assert abs(expected - loss_by_logits(ROOT / 'model.py', sharp)) > 2 * tolerance
 
 
 # ---- Which code ran ------------------------------------------------------------------------------

@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_module
 from conftest import ROOT
 from folio import engine
 from folio.optim import make_optimizers
@@ -41,13 +45,15 @@ def test_overfits_one_batch(arch, optimizer):
     assert loss.item() < 0.05
 
 
-def test_a_call_with_targets_returns_all_logits_and_their_mean_loss(model):
+def test_a_call_with_targets_returns_their_mean_loss_and_logits_if_asked_for(model):
     idx_BT = torch.randint(50, (2, 8))
     targets_BT = torch.randint(50, (2, 8))
-    logits_BTV, loss = model(idx_BT, targets_BT)
+    logits_BTV, loss = model(idx_BT, targets_BT, all_logits=True)
     assert logits_BTV.shape == (2, 8, 50)
     expected = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model(idx_BT, targets_BT)[0] is None
+    assert torch.equal(model(idx_BT, targets_BT)[1], loss)
 
 
 def test_a_call_without_targets_returns_the_last_position_and_no_loss(model):
@@ -62,7 +68,7 @@ def test_targets_of_minus_one_do_not_count(model):
     idx_BT = torch.randint(50, (2, 8))
     targets_BT = torch.randint(50, (2, 8))
     targets_BT[:, :5] = -1
-    logits_BTV, loss = model(idx_BT, targets_BT)
+    logits_BTV, loss = model(idx_BT, targets_BT, all_logits=True)
     expected = F.cross_entropy(logits_BTV[:, 5:].flatten(0, 1), targets_BT[:, 5:].flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -117,6 +123,38 @@ def test_a_window_shows_its_length_of_tokens_and_no_older_one(model):
     assert has_changed_T.nonzero().flatten().tolist() == [4, 5, 6]
 
 
+@pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
+def test_a_window_in_blocks_equals_one_by_a_mask_and_so_do_its_gradients(window):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=300, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
+    attention = GPT(config).transformer.h[0].attn
+    results = []
+    qkv = torch.randn(3, 2, 2, 300, 16, requires_grad=True)
+    pos_T = torch.arange(300)
+    distance = pos_T[:, None] - pos_T
+    mask = (distance >= 0) & (distance < window)
+    for y in (attention.attend(*qkv, window), F.scaled_dot_product_attention(*qkv, mask)):
+        gradient, = torch.autograd.grad(y.square().sum(), qkv)
+        results.append((y, gradient))
+    for ours, masked in zip(*results):
+        torch.testing.assert_close(ours, masked, atol=1e-5, rtol=1e-5)
+
+
+def flops_of_attention(window, T):
+    config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
+    attention = GPT(config).transformer.h[0].attn
+    q, k, v = torch.randn(3, 1, 2, T, 16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        attention.attend(q, k, v, window)
+    return counter.get_total_flops()
+
+
+def test_attention_in_a_window_costs_the_window_not_the_context():
+    short = flops_of_attention(100, 1000)
+    assert flops_of_attention(100, 4000) == pytest.approx(4 * short, rel=0.1)
+    assert flops_of_attention(100, 4000) < flops_of_attention(0, 4000) / 10
+
+
 @pytest.mark.parametrize('flash', [True, False])
 def test_attention_drops_out_when_it_trains_and_only_then(flash):
     """The projection and all else pass through: what differs is the attention's own."""
@@ -128,26 +166,44 @@ def test_attention_drops_out_when_it_trains_and_only_then(flash):
     outputs = {}
     for mode in (True, False):
         attention.train(mode)
-        outputs[mode] = [attention.attend(q, k, v, None) for _ in range(2)]
+        outputs[mode] = [attention.attend(q, k, v, window=0) for _ in range(2)]
     assert torch.equal(*outputs[False])
     assert not torch.equal(*outputs[True])
 
 
+# ---- Less memory ---------------------------------------------------------------------------------
+def loss_and_gradients(model, idx_BT):
+    torch.manual_seed(0)  # of dropout
+    _, loss = model(idx_BT, idx_BT.roll(-1, dims=1))
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def test_activations_computed_twice_give_the_same_loss_and_gradients(model, monkeypatch):
+    monkeypatch.setattr(model_module, 'LOSS_ROWS', 7)
+    model = GPT(dataclasses.replace(model.config, dropout=0.1))
+    idx_BT = torch.randint(50, (3, 16))
+    plain = loss_and_gradients(model, idx_BT)
+    model.config.activation_checkpointing = True
+    for ours, expected in zip(loss_and_gradients(model, idx_BT), plain):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_blocks_and_logits_are_computed_again_in_the_backward_pass(model, monkeypatch):
+    monkeypatch.setattr(model_module, 'LOSS_ROWS', 4)
+    model.config.activation_checkpointing = True
+    calls = []
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(lambda *args: calls.append('mlp'))
+    model.lm_head.register_forward_pre_hook(lambda *args: calls.append('head'))
+    idx_BT = torch.zeros(1, 8, dtype=torch.long)
+    _, loss = model.train()(idx_BT, idx_BT)
+    assert sorted(calls) == ['head', 'head', 'mlp', 'mlp']
+    calls.clear()
+    loss.backward()
+    assert sorted(calls) == ['head', 'head', 'mlp', 'mlp']
+
+
 # ---- The vocabulary ------------------------------------------------------------------------------
-@pytest.mark.parametrize('arch, dtype, expected', [
-    ('modern', torch.bfloat16, torch.bfloat16),
-    ('modern', torch.float16, torch.float32),  # which could overflow
-    ('gpt2', torch.bfloat16, torch.float32),  # as nanoGPT's
-], ids=str)
-def test_the_residual_stream_of_modern_is_bfloat16_under_its_autocast(arch, dtype, expected):
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16, arch=arch))
-    formats = []
-    model.transformer.ln_f.register_forward_pre_hook(lambda _, args: formats.append(args[0].dtype))
-    with torch.autocast('cpu', dtype):
-        model(torch.zeros(1, 8, dtype=torch.long))
-    assert formats == [expected]
-
-
 def test_the_vocabulary_is_padded_to_a_multiple_of_64(model):
     assert model.config.vocab_size == 50
     assert model.transformer.wte.weight.shape[0] == 64
@@ -237,3 +293,23 @@ def test_model_copied_alone_trains_and_generates(tmp_path):
     done = subprocess.run([sys.executable, '-I', '-c', ALONE], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.stdout == 'trained and generated\n', done.stderr
+
+
+# ---- Compiled ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('options', [
+    {}, {'window': 16}, {'flash': False}, {'dropout': 0.1}, {'activation_checkpointing': True}],
+    ids=str)
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_training_and_evaluation_are_two_graphs(arch, options):
+    """Whole, without breaks, and used again: torch.compile need not come back to a model."""
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(block_size=64, vocab_size=50, n_layer=2, n_head=2, n_embd=32, arch=arch,
+                          **options))
+    counter = CompileCounterWithBackend('eager')
+    model.compile(backend=counter, fullgraph=True)
+    idx_BT = torch.randint(50, (2, 64))
+    for is_training in (True, False, True, False):
+        model.train(is_training)
+        with torch.set_grad_enabled(is_training):
+            model(idx_BT, idx_BT)
+    assert counter.frame_count == 2

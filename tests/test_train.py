@@ -16,7 +16,7 @@ import folio.log
 from conftest import ROOT, TINY, run, run_process
 from folio import checkpoint
 from folio.data import Dataset
-from folio.machine import Machine, recompute_blocks
+from folio.machine import Machine
 from folio.tokenizer import CharTokenizer
 from model import GPT
 from prepare.corpus import write_dataset
@@ -372,20 +372,6 @@ def test_activations_computed_twice_are_the_same(book, options):
     kept = newest(book)
     run('train.py', *options, '--activation_checkpointing=True', cwd=book)
     assert_same_run(newest(book), kept)
-
-
-def test_a_block_computes_its_activations_again_in_the_backward_pass(model):
-    calls = []
-    for block in model.transformer.h:
-        block.mlp.register_forward_pre_hook(lambda *args: calls.append('mlp'))
-    idx_BT = torch.zeros(1, 4, dtype=torch.long)
-    _, loss = recompute_blocks(model)(idx_BT, idx_BT)
-    assert len(calls) == 2
-    loss.backward()
-    assert len(calls) == 4
-    with torch.no_grad():
-        model(idx_BT)
-    assert len(calls) == 6
 
 
 @pytest.fixture

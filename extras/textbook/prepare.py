@@ -26,7 +26,6 @@ import sysconfig
 import zlib
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
-import folio  # first: it sets what torch reads when it is loaded
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -81,13 +81,13 @@ def torch_without_a_mask(monkeypatch):
 
 
 def half_a_gradient(monkeypatch):
-    from folio import fast
-    backward = fast.HeadLoss.backward
+    from model import GPT
+    loss = GPT.loss
 
-    def halved(ctx, dtotal):
-        dx, *others = backward(ctx, dtotal)
-        return dx / 2, *others
-    monkeypatch.setattr(fast.HeadLoss, 'backward', halved)
+    def halved(*args):
+        whole = loss(*args)
+        return whole / 2 + whole.detach() / 2
+    monkeypatch.setattr(GPT, 'loss', halved)
 
 
 def merges_in_another_order(monkeypatch):
