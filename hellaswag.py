@@ -22,8 +22,6 @@ longer than the model's context loses its beginning. The harness's own task clea
 
 Needs model.py and folio/.
 """
-import collections
-import itertools
 import json
 import os
 
@@ -34,7 +32,7 @@ from tqdm import tqdm
 import folio.checkpoint
 from folio.configurator import UserError, configure, require_at_least
 from folio.download import download
-from folio.engine import KVCache, send
+from folio.engine import KVCache
 from folio.machine import Machine, default_device
 from model import GPT
 
@@ -45,14 +43,11 @@ source = ''  # a file in HellaSwag's format; empty: its validation split, downlo
 limit = 0  # items to score; 0: all
 scores = ''  # a file to write the four scores of each item to
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'
-BATCH_SIZE = 64  # endings in a pass
-
-# One of the four texts of an item, as token ids: context and ending are tuples.
-Row = collections.namedtuple('Row', 'item choice context ending')
+ITEMS_IN_A_PASS = 8  # 32 rows
 
 
 # ---- Items ---------------------------------------------------------------------------------------
@@ -60,7 +55,7 @@ def load(source='', machine=None):
     """Return the items of a file in HellaSwag's format, or of its validation split for ''.
 
     The split is downloaded once, by rank 0, while the other processes wait. Raises UserError if a
-    file cannot be had, or a line is not an item.
+    file cannot be had, or a line isn't an item.
     """
     path = source
     if not source:
@@ -79,117 +74,105 @@ def load(source='', machine=None):
         raise UserError(f"{path} cannot be read ({e.strerror}); --source= takes a file like "
                         "HellaSwag's") from None
     if not items:
-        raise UserError(f"{path} is empty; --source= takes a file like HellaSwag's, an item on "
-                        'each line')
+        raise UserError(f"{path} is empty; --source= takes a file like HellaSwag's")
     return items
 
 
 def read_item(line, where):
-    """Return the item in a line, its label as an int from 0 to 3. Raises UserError.
-
-    where: the file and the line, for messages; the item keeps it under that key.
-    """
+    """Return the item in a line, its label as an int. where: file and line, for the UserError."""
     try:
         item = json.loads(line)
         item['label'] = int(item['label'])
+        if len(item['endings']) != 4 or not all([item['ctx'], *item['endings']]):
+            raise ValueError('a text is missing')
         if not 0 <= item['label'] <= 3:
-            raise ValueError(f"the label is '{item['label']}'")
-        item['where'] = where
-        texts = [item['ctx'], *item['endings']]
-        if len(texts) != 5 or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError('a text is missing or empty')
-        return item
+            raise ValueError(f'the label is {item["label"]}')
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{where}: an item has ctx, four endings and label, 0 to 3 '
                         f'({type(e).__name__}: {e})') from None
+    return item
 
 
 def render(items, tokenizer, block_size):
-    """Return the rows of all items, four of each. Raises UserError.
+    """Return four rows for each item: (token ids, number of tokens in the ending).
 
-    A long text is cut to its last block_size + 1 tokens: the model reads all but the very last one,
-    which is only predicted.
+    A long text loses its beginning: the model sees block_size tokens, and predicts one more.
     """
-    rows = []
-    for i, item in enumerate(items):
-        try:
-            context = tokenizer.encode(item['ctx'])
-            endings = [tokenizer.encode(' ' + ending) for ending in item['endings']]
-        except UserError as e:
-            raise UserError(f'{item["where"]}: {e}') from None
-        for choice, ending in enumerate(endings):
+    rendered = []
+    for item in items:
+        context = tokenizer.encode(item['ctx'])
+        rows = []
+        for text in item['endings']:
+            ending = tokenizer.encode(' ' + text)
             ids = (context + ending)[-(block_size + 1):]
-            n = min(len(ending), block_size)
-            rows.append(Row(i, choice, context=tuple(ids[:-n]), ending=tuple(ids[-n:])))
-    return rows
+            rows.append((ids, min(len(ending), len(ids) - 1)))
+        rendered.append(rows)
+    return rendered
 
 
 # ---- Scores --------------------------------------------------------------------------------------
-def make_batches(rows):
-    """Return lists of at most BATCH_SIZE rows whose contexts have the same length."""
-    def context_length(row):
-        return len(row.context)
-
-    batches = []
-    for _, alike in itertools.groupby(sorted(rows, key=context_length), key=context_length):
-        alike = list(alike)
-        for first in range(0, len(alike), BATCH_SIZE):
-            batches.append(alike[first:first + BATCH_SIZE])
-    return batches
+def shared_length(rendered):
+    """Return how many tokens of its context each item's four rows share, the least of all items."""
+    n = min(len(ids) - 1 - n_ending for rows in rendered for ids, n_ending in rows)
+    for rows in rendered:
+        n = min(n, len(os.path.commonprefix([ids for ids, _ in rows])))
+    return n
 
 
-def score_batch(model, batch, device):
-    """Return the log-probability of each row's ending, in nats, (rows,); it waits for no GPU.
+def score_items(model, rendered, device):
+    """Return the log-probability of each ending in nats, (items, 4).
 
-    Each context is read once, into a cache, for all of its endings.
+    rendered: some of what `render` returns. The context of an item is read once for its four rows.
     """
-    contexts = list(dict.fromkeys(row.context for row in batch))
-    owners = [contexts.index(row.context) for row in batch]
-    # Padding behind an ending changes nothing in front of it: attention is causal.
-    longest = max(len(row.ending) for row in batch)
-    inputs_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-    targets_BT = torch.full((len(batch), longest), -1)
-    for b, row in enumerate(batch):
-        T = len(row.ending)
-        # The last token of the context predicts the first one of the ending.
-        inputs_BT[b, :T] = torch.tensor(row.context[-1:] + row.ending[:-1])
-        targets_BT[b, :T] = torch.tensor(row.ending)
+    rows = sum(rendered, [])
+    longest = max(len(ids) for ids, _ in rows)
+    # Padding behind a text changes nothing in front of it: attention is causal.
+    idx_BT = torch.zeros(len(rows), longest - 1, dtype=torch.long)
+    targets_BT = torch.full((len(rows), longest - 1), -1)
+    for b, (ids, n_ending) in enumerate(rows):
+        end = len(ids) - 1
+        idx_BT[b, :end] = torch.tensor(ids[:-1])
+        targets_BT[b, end - n_ending:end] = torch.tensor(ids[-n_ending:])
+    idx_BT = idx_BT.to(device)
 
-    cache = None
-    contexts_BT = torch.tensor(contexts)[:, :-1]
-    if contexts_BT.size(1) > 0:
-        cache = KVCache(model, size=contexts_BT.size(1) + longest)
-        model.forward(send(contexts_BT, device), cache=cache)
-        cache = cache.rows(owners)
-    logits_BTV, _ = model.forward(send(inputs_BT, device), all_logits=True, cache=cache)
-    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), send(targets_BT, device).flatten(),
-                               ignore_index=-1, reduction='none')
-    return -losses_N.view_as(targets_BT).sum(dim=1)
+    n_shared = shared_length(rendered)
+    cache = KVCache(model, size=longest)
+    # Not model(...), which may be compiled: rows come in all lengths.
+    if n_shared > 0:
+        model.forward(idx_BT[::4, :n_shared], cache=cache)  # one row of each item
+        cache.repeat(4)
+    logits_BTV, _ = model.forward(idx_BT[:, n_shared:], all_logits=True, cache=cache)
+    targets_N = targets_BT[:, n_shared:].flatten().to(device)
+    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, ignore_index=-1,
+                               reduction='none')
+    return -losses_N.view(len(rendered), 4, -1).sum(dim=2)
+
+
+def lengths(rows):
+    """Return the lengths of an item's shortest context and longest row, by which items are sorted.
+
+    Items of about the same lengths are scored together, so that little is padding.
+    """
+    return (min(len(ids) - n_ending for ids, n_ending in rows), max(len(ids) for ids, _ in rows))
 
 
 @torch.no_grad()
-def score(model, rows, machine, progress=False):
-    """Return (sums, counts) of the endings, both (items, 4): log-probabilities, and tokens."""
-    batches = make_batches(rows)[machine.rank::machine.world_size]
-    mine = []  # rows that this process has scored
-    logps = []  # tensors of their log-probabilities, one for each batch
+def score(model, rendered, machine, progress=False):
+    """Return log-probability and number of tokens of each ending, both (items, 4)."""
+    order = sorted(range(len(rendered)), key=lambda i: lengths(rendered[i]))
+    passes = [order[first:first + ITEMS_IN_A_PASS]
+              for first in range(0, len(order), ITEMS_IN_A_PASS)]
+    passes = passes[machine.rank::machine.world_size]
+    sums = torch.zeros(len(rendered), 4, dtype=torch.float64)
+    counts = torch.tensor([[n_ending for _, n_ending in rows] for rows in rendered])
     was_training = model.training
     model.eval()
-    for batch in tqdm(batches, desc='HellaSwag', disable=not progress or machine.rank > 0):
+    for indices in tqdm(passes, desc='HellaSwag', disable=not progress or machine.rank > 0):
         with machine.autocast:
-            logps.append(score_batch(model, batch, machine.device))
-        mine += batch
+            logps = score_items(model, [rendered[i] for i in indices], machine.device)
+        sums[indices] = logps.double().cpu()
     model.train(was_training)
-    shape = (rows[-1].item + 1, 4)
-    sums = torch.zeros(shape, dtype=torch.float64)
-    counts = torch.zeros(shape, dtype=torch.float64)
-    if mine:
-        places = ([row.item for row in mine], [row.choice for row in mine])
-        sums[places] = torch.cat(logps).cpu().double()  # one copy: each one waits for the device
-        counts[places] = torch.tensor([len(row.ending) for row in mine], dtype=torch.float64)
-    # What one process has scored is zero on the others, so a sum puts all together.
-    sums, counts = machine.sum_tensor(torch.stack((sums, counts)))
-    return sums, counts
+    return machine.sum_tensor(sums), counts  # what other processes have scored is zero here
 
 
 def accuracies(items, sums, counts):
@@ -216,8 +199,8 @@ def main():
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    rows = render(items, tokenizer, model.config.block_size)
-    sums, counts = score(model, rows, machine, progress=True)
+    rendered = render(items, tokenizer, model.config.block_size)
+    sums, counts = score(model, rendered, machine, progress=True)
     metrics = accuracies(items, sums, counts)
     shown = []
     for name in ('acc', 'acc_norm', 'acc_mean'):
@@ -230,6 +213,7 @@ def main():
                 entry = {'ind': item.get('ind'), 'scores': item_scores, 'label': item['label']}
                 f.write(json.dumps(entry) + '\n')
         os.replace(scores + '.tmp', scores)
+    machine.end_processes()
 
 
 if __name__ == '__main__':

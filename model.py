@@ -94,7 +94,7 @@ def make_norm(config):
 def rotary_table(block_size, head_size):
     """Return cosine and sine, each (block_size, D), of the angles pos / 10000^(2i/D).
 
-    Both halves of a row have the same angles, for channels i and i + D/2, but for the sine's sign.
+    Channels i and i + D/2 are a pair, with the same angle; in the second half the sine is negative.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
     angle = torch.arange(block_size)[:, None] * frequency
@@ -154,29 +154,34 @@ class CausalSelfAttention(nn.Module):
         The queries are those of the last T of S tokens. Each sees its own key and those before it,
         `window` of them in all; 0: every one.
         """
-        T, D = q_BHTD.shape[-2:]
+        T = q_BHTD.size(-2)
         S = k_BHSD.size(-2)
-        if window == 0 or window > S:
+        if window == 0:
             window = S
         if T == S and T > 2 * max(window, SMALLEST_BLOCK):
             return self.attend_in_blocks(q_BHTD, k_BHSD, v_BHSD, window)
-        dropout = self.config.dropout if self.training else 0.0
-        is_causal = 1 < T == S == window
-        if self.config.flash and is_causal:
+        if T == S and T <= window and self.config.flash:
+            dropout = self.config.dropout if self.training else 0.0
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout,
                                                   is_causal=True)
-        if window < S:  # no query sees further back than the first one
-            k_BHSD = k_BHSD[..., 1 - T - window:, :]
-            v_BHSD = v_BHSD[..., 1 - T - window:, :]
-        mask = None  # a single query sees all that is left
+        # No query sees further back than the first one does.
+        first = max(0, S - T + 1 - window)
+        k_BHSD = k_BHSD[..., first:, :]
+        v_BHSD = v_BHSD[..., first:, :]
+        mask_TS = None  # a single query sees all that is left
         if T > 1:
-            mask = can_see(T, k_BHSD.size(-2), window, q_BHTD.device)
+            mask_TS = can_see(T, S - first, window, q_BHTD.device)
+        return self.attend_where(mask_TS, q_BHTD, k_BHSD, v_BHSD)
+
+    def attend_where(self, mask_TS, q_BHTD, k_BHSD, v_BHSD):
+        """Return what `attend` does, where mask_TS says which keys a query sees; None: all."""
+        dropout = self.config.dropout if self.training else 0.0
         if self.config.flash:
-            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, mask, dropout)
+            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, mask_TS, dropout)
         # The same, written out.
-        scores_BHTS = q_BHTD / math.sqrt(D) @ k_BHSD.mT
-        if mask is not None:
-            scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
+        scores_BHTS = q_BHTD / math.sqrt(q_BHTD.size(-1)) @ k_BHSD.mT
+        if mask_TS is not None:
+            scores_BHTS = scores_BHTS.masked_fill(~mask_TS, -math.inf)
         weights_BHTS = F.dropout(scores_BHTS.softmax(dim=-1), dropout)
         return weights_BHTS @ v_BHSD
 
@@ -190,19 +195,20 @@ class CausalSelfAttention(nn.Module):
         size = max(window, SMALLEST_BLOCK)
 
         def to_blocks(x_BHTD):
-            """(B, H, T, D) -> (B * H, blocks, size, D): blocks stand where `attend` has heads."""
+            """(B, H, T, D) -> (B, blocks, H, size, D)"""
             x_BHTD = F.pad(x_BHTD, (0, 0, 0, -T % size))
-            return x_BHTD.reshape(B * H, -1, size, D)
-
-        def with_the_block_before(x):
-            return torch.cat((x[:, :-1], x[:, 1:]), dim=2)
+            return x_BHTD.view(B, H, -1, size, D).transpose(1, 2)
 
         q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
         # The first block has none before it.
-        first = self.attend(q[:, :1], k[:, :1], v[:, :1], window)
-        rest = self.attend(q[:, 1:], with_the_block_before(k), with_the_block_before(v), window)
-        y = torch.cat((first, rest), dim=1)
-        return y.view(B, H, -1, D)[:, :, :T]
+        first = self.attend(q[:, 0], k[:, 0], v[:, 0], window)
+        # For the rest, blocks are rows of a batch.
+        rest = self.attend_where(can_see(size, 2 * size, window, q.device),
+                                 q[:, 1:].flatten(0, 1),
+                                 torch.cat((k[:, :-1], k[:, 1:]), dim=3).flatten(0, 1),
+                                 torch.cat((v[:, :-1], v[:, 1:]), dim=3).flatten(0, 1))
+        y = torch.cat((first[:, None], rest.view(B, -1, H, size, D)), dim=1)
+        return y.transpose(1, 2).reshape(B, H, -1, D)[:, :, :T]
 
 
 class MLP(nn.Module):
@@ -305,13 +311,15 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, cos_sin, cache, use_reentrant=False)
             else:
                 x = block(x, cos_sin, cache)
+        if cache is not None:
+            cache.length += T
         if targets_BT is None and not all_logits:
             x = x[:, -1:]  # enough to draw the next token, and the head is expensive
         x = self.transformer.ln_f(x)
         if targets_BT is None:
             return self.logits(x), None
-        # Compiled, to return the logits too would cost 13 GB at 64 x 1,024. So they are computed
-        # again where someone asks for both.
+        # Computed a second time, only if asked for: a compiled model that returned them next to the
+        # loss would keep 13 GB at 64 x 1,024.
         logits_BTV = self.logits(x) if all_logits else None
         return logits_BTV, self.loss(x, targets_BT)
 
@@ -358,13 +366,13 @@ class GPT(nn.Module):
         return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * span
 
     @classmethod
-    def from_pretrained(cls, checkpoint, **overrides):
+    def from_pretrained(cls, saved, **overrides):
         """Return the model in a dictionary that folio.checkpoint.load has returned.
 
         overrides: fields of GPTConfig that fit the same weights, such as dropout, flash, window and
         a smaller block_size. Raises ValueError where the weights cannot be such a model.
         """
-        args = checkpoint['model_args']
+        args = saved['model_args']
         unknown = args.keys() - {field.name for field in fields(GPTConfig)}
         if unknown:
             raise ValueError('the model was made with settings that GPTConfig lacks: '
@@ -374,7 +382,7 @@ class GPT(nn.Module):
             raise ValueError(f'block_size {config.block_size} is longer than that of the weights, '
                              f'{args["block_size"]}')
         model = cls(config)
-        weights = dict(checkpoint['model'])
+        weights = dict(saved['model'])
         # A shorter context has no use for the later positions; rotary ones are not stored.
         if 'transformer.wpe.weight' in weights:
             wpe = weights['transformer.wpe.weight']
@@ -394,19 +402,20 @@ class GPT(nn.Module):
     def generate(self, idx_BT, max_new_tokens, temperature=1.0, top_k=None):
         """Return idx_BT and max_new_tokens more, drawn one by one: (B, T + max_new_tokens).
 
-        top_k: draw from this many of the likeliest tokens; None: from all. Call eval() first, or
-        dropout is at work. This is the plain way, which reads the whole text again for each token;
-        folio/engine.py has the fast one.
+        temperature: 0 is greedy. top_k: draw from this many of the likeliest tokens; None: of all.
+        Call eval() first, or dropout is at work. This is the plain way, which reads the whole text
+        again for each token; folio/engine.py has the fast one.
         """
         for _ in range(max_new_tokens):
             # A text longer than the context loses its beginning.
             context_BT = idx_BT[:, -self.config.block_size:]
             logits_BTV, _ = self(context_BT)
-            logits_BV = logits_BTV[:, -1] / temperature
+            logits_BV = logits_BTV[:, -1] / max(temperature, 1e-9)
             # Rule out what is less likely than the k-th best.
             if top_k is not None:
                 best_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).values
                 logits_BV = logits_BV.masked_fill(logits_BV < best_BK[:, -1:], -math.inf)
-            next_B1 = torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1)
-            idx_BT = torch.cat((idx_BT, next_B1), dim=1)
+            p_BV = logits_BV.softmax(dim=-1).cpu()  # a Mac's GPU may draw what has probability 0
+            next_B1 = torch.multinomial(p_BV, num_samples=1)
+            idx_BT = torch.cat((idx_BT, next_B1.to(idx_BT.device)), dim=1)
         return idx_BT

@@ -51,7 +51,7 @@ tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # Windows may put a mark in front of a text
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
@@ -74,10 +74,10 @@ def find_stop(text):
     return None
 
 
-def write(ids, n, seed):
-    """Yield the n texts so far that continue a prompt, a list of strings, each step."""
+def continuations(prompt, n, seed):
+    """Return an iterator over lists of n growing texts that continue a prompt of token ids."""
     return engine.stream_text(
-        model, tokenizer, torch.tensor([ids] * n), max_new_tokens, find_end=find_stop,
+        model, tokenizer, torch.tensor([prompt] * n), max_new_tokens, find_end=find_stop,
         strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
@@ -99,6 +99,7 @@ def talk():
     template = checkpoint.get('template') or '{}'
     is_tuned = template != '{}'
     turns = []  # token ids of each question with its answer
+    n_answers = 0
     while True:
         try:
             question = input('> ' if sys.stdin.isatty() else '')
@@ -115,11 +116,12 @@ def talk():
         if is_tuned or not turns:
             turn = [tokenizer.start] + turn
         turns.append(turn)
-        # The oldest turns are forgotten, so that the answer has room in the context too.
-        room = max(1, model.config.block_size - max_new_tokens)
-        while len(turns) > 1 and sum(map(len, turns)) > room:
+        # The oldest turns are forgotten: the context has room for the answer too, up to half of it.
+        longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
+        while len(turns) > 1 and sum(map(len, turns)) > longest_prompt:
             del turns[0]
-        answer = show(write(sum(turns, []), 1, seed=seed + len(turns)))
+        n_answers += 1
+        answer = show(continuations(sum(turns, []), 1, seed=seed + n_answers))
         turns[-1] = turn + tokenizer.encode(answer)
 
 
@@ -127,9 +129,7 @@ if chat:
     talk()
 elif num_samples == 1:
     print(start, end='', flush=True)
-    show(write(ids, 1, seed))
+    show(continuations(ids, 1, seed))
 else:
-    texts = []
-    for texts in write(ids, num_samples, seed):
-        pass  # until all of them have ended
+    *_, texts = continuations(ids, num_samples, seed)  # the last, when all of them have ended
     print('\n---------------\n'.join(start + text for text in texts))

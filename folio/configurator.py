@@ -113,7 +113,7 @@ def run_file(path, namespace):
         raise UserError(f'no config file {path} ({e.strerror}); to list them: ls config') from None
     except UnicodeDecodeError as e:
         raise UserError(f'{path} cannot be read as UTF-8 text: {e}') from None
-    sys.path.append(os.path.dirname(path) or '.')  # a model may lie beside the file
+    sys.path.insert(0, os.path.dirname(path) or '.')  # a model may lie next to the file
     before = dict(namespace)
     try:
         exec(compile(source, path, 'exec'), namespace)
@@ -163,9 +163,6 @@ def checked(key, value, defaults, where):
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
         raise UserError(f'unknown setting {key} {where}: {hint}')
     default = defaults[key]
-    if type(value) in (int, float) and not -2**63 <= value < 2**63:  # a NaN is in no range
-        raise UserError(f'{key} = {value} {where}: it takes a finite number below 2**63, '
-                        f'for example {default!r}')
     if type(default) is float and type(value) is int:
         return float(value)
     may_be_bool = default == 'auto' and type(value) is bool

@@ -3,10 +3,9 @@ Generate text fast: with a cache of keys and values, rules for drawing a token, 
     python sample.py --out_dir=out/book --strategy=nucleus
 
 `generate` continues prompts token by token, and `stream_text` turns the tokens into text.
-GPT.generate in model.py does the same in a dozen plain lines, without a cache.
+GPT.generate in model.py is a dozen plain lines: temperature and top_k only, and no cache.
 """
 import codecs
-import copy
 import math
 
 import torch
@@ -14,32 +13,26 @@ import torch
 from folio.configurator import UserError
 
 STRATEGIES = ('greedy', 'sample', 'top_k', 'nucleus')
-
-
-def send(tensor, device):
-    """Return a copy on a device of a CPU tensor, without waiting for a GPU's queued work."""
-    # CUDA has read an unpinned tensor when .to returns. Other devices might still be reading it
-    # when the caller frees it.
-    return tensor.to(device, non_blocking=torch.device(device).type == 'cuda')
+COLDEST = 1e-9  # a temperature below this is greedy: float32 cannot divide by much less
 
 
 # ---- The cache -----------------------------------------------------------------------------------
 class KVCache:
     """Keep the keys and values of the tokens read so far, as many in each row.
 
-    A forward pass reads `length` and calls `append` in each layer.
+    A forward pass reads `length`, calls `append` in each layer, and then adds to `length`.
     """
 
-    def __init__(self, model, size=None):
-        """Make an empty cache. size: tokens that fit into a row; None: block_size."""
+    def __init__(self, model, size):
+        """Make an empty cache. size: tokens that fit into a row."""
         self.n_layer = model.config.n_layer
-        self.size = size or model.config.block_size
+        self.size = size
         self.length = 0  # tokens in each row
         self.kv = None  # allocated at the first append, in the shape of its keys
 
     def append(self, layer, k_BHTD, v_BHTD):
         """Store a layer's new keys and values; return all of its keys and values, (B, H, S, D)."""
-        B, H, T, D = k_BHTD.shape  # with grouped queries there are fewer heads than of queries
+        B, H, T, D = k_BHTD.shape
         if self.kv is None:
             # Not zeros: on a CPU, slots that are never written to then take no memory. The format
             # is that of the values: under autocast normalised keys may be in float32.
@@ -48,15 +41,11 @@ class KVCache:
         keys_BHSD, values_BHSD = self.kv[layer]
         keys_BHSD[:, :, self.length:end] = k_BHTD
         values_BHSD[:, :, self.length:end] = v_BHTD
-        if layer == self.n_layer - 1:
-            self.length = end  # this pass is done
         return keys_BHSD[:, :, :end], values_BHSD[:, :, :end]
 
-    def rows(self, indices):
-        """Return a cache of these rows, in this order; a row may be taken several times."""
-        other = copy.copy(self)
-        other.kv = self.kv.index_select(2, send(torch.tensor(indices), self.kv.device))
-        return other
+    def repeat(self, n):
+        """Make n rows of each, next to one another."""
+        self.kv = self.kv.repeat_interleave(n, dim=2)
 
 
 # ---- Drawing a token -----------------------------------------------------------------------------
@@ -66,13 +55,14 @@ def draw_token(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9, genera
     generator: a torch.Generator for the noise; None: torch's own. Raises UserError for a value
     outside its range.
     """
-    if strategy == 'greedy' or temperature == 0:
+    if strategy == 'greedy' or temperature < COLDEST:
         check_sampling(strategy, temperature, top_k, top_p)
-        return logits_BV.argmax(dim=-1)  # without the logits that rule all others out
+        return logits_BV.argmax(dim=-1)  # no noise is drawn
     logits_BV = next_token_logits(logits_BV, strategy, temperature, top_k, top_p)
     # If each p_i is divided by exponential noise, token i has the largest quotient with probability
     # p_i. Unlike torch.multinomial, this never makes the CPU wait for the GPU.
     noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
+    noise_BV = noise_BV.clamp(min=1e-30)  # a Mac's GPU may draw 0, and 0 / 0 would win
     return (logits_BV.softmax(dim=-1) / noise_BV).argmax(dim=-1)
 
 
@@ -88,7 +78,7 @@ def next_token_logits(logits_BV, strategy, temperature=1.0, top_k=50, top_p=0.9)
     tensor([[-inf, 2., 3.]])
     """
     check_sampling(strategy, temperature, top_k, top_p)
-    if strategy == 'greedy' or temperature == 0:
+    if strategy == 'greedy' or temperature < COLDEST:
         likeliest_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits_BV, -math.inf).scatter(1, likeliest_B1, 0.0)
     logits_BV = logits_BV / temperature
@@ -139,7 +129,7 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
     limit = model.config.block_size
     device = model.lm_head.weight.device
     rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-    idx_BT = send(idx_BT, device)[:, -limit:]
+    idx_BT = idx_BT.to(device)[:, -limit:]
     unread_BT = idx_BT
     cache = None
 
@@ -152,7 +142,7 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
                 unread_BT = idx_BT
                 cache = None
             if cache is None:
-                cache = KVCache(model)
+                cache = KVCache(model, size=limit)
             # Not model(…), which may be compiled: prompts come in all shapes.
             logits_BTV, _ = model.forward(unread_BT, cache=cache)
             logits_BV = logits_BTV[:, -1]

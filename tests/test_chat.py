@@ -1,4 +1,5 @@
 """Talking with a model: sample.py --chat, at a terminal and through a pipe."""
+import io
 import os
 import pty
 import select
@@ -11,7 +12,8 @@ import torch
 
 import folio.checkpoint
 import folio.tokenizer
-from conftest import ROOT
+from conftest import ROOT, run
+from folio import engine
 from model import GPT, GPTConfig
 
 TEMPLATE = 'Q: {}\nA: '
@@ -84,3 +86,17 @@ def test_a_model_without_a_template_goes_on_with_the_text(tuned):
                           capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('\nA: me')
+
+
+def test_earlier_turns_stay_in_the_context_and_an_empty_line_ends_nothing(tuned, monkeypatch):
+    """Even if an answer may be longer than the context, of 48 tokens."""
+    prompts = []
+
+    def answer_x(model, tokenizer, idx_BT, max_new_tokens, **options):
+        prompts.append(tokenizer.decode(idx_BT[0, 1:].tolist()))
+        yield ['x']
+    monkeypatch.setattr(engine, 'stream_text', answer_x)
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('one\n\ntwo\n'))
+    run('sample.py', '--init_from=plain.pt', '--chat=True', '--device=cpu', '--max_new_tokens=1000',
+        cwd=tuned)
+    assert prompts == ['one', 'onex', 'onexxtwo']

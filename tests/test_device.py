@@ -184,7 +184,7 @@ def test_hellaswag_has_the_scores_of_a_cpu(device):
     for i in range(12):
         context = 'the quick brown fox jumps over the lazy dog'[i:]
         items.append({'ctx': context, 'endings': ['and so on', 'or', 'a' * (i + 1), 'then it ran'],
-                      'label': i % 4, 'where': f'item {i}'})
+                      'label': i % 4})
     model = make_model('gpt2', vocab_size=27).eval()
     rows = hellaswag.render(items, letters, model.config.block_size)
     scores = []

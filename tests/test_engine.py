@@ -61,6 +61,7 @@ MIRRORED = [0.05, 0.15, 0.3, 0.5]
     (dict(strategy='greedy'), 1),
     (dict(strategy='sample'), 4),
     (dict(strategy='sample', temperature=0.0), 1),
+    (dict(strategy='sample', temperature=1e-40), 1),
     (dict(strategy='top_k', top_k=3), 3),
     (dict(strategy='top_k', top_k=9), 4),
     (dict(strategy='nucleus', top_p=0.79), 2),
@@ -85,6 +86,31 @@ def test_top_k_keeps_exactly_k_of_equals(k):
     assert kept.sum(dim=1).tolist() == [min(k, 5)] * 2
     lowest_kept = logits.masked_fill(~kept, 9.0).amin(dim=1)
     assert (logits.masked_fill(kept, -9.0).amax(dim=1) <= lowest_kept).all()
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    """Noise of exactly 0, as a Mac's GPU draws now and then (pytorch#192577)."""
+    monkeypatch.setattr(torch.Tensor, 'exponential_', lambda self, *args, **kw: self.zero_())
+
+
+@pytest.mark.parametrize('options', [
+    dict(strategy='top_k', top_k=2), dict(strategy='nucleus', top_p=0.7),
+    dict(strategy='sample', temperature=1e-6)], ids=str)
+def test_a_token_that_was_ruled_out_is_never_drawn(no_noise, options):
+    logits_BV = torch.tensor([MIRRORED]).log()
+    assert draw_token(logits_BV, **options).item() in (2, 3)
+
+
+def test_the_plain_generate_draws_no_token_that_was_ruled_out(no_noise):
+    model = FixedModel(torch.tensor(MIRRORED).log().tolist())
+    drawn = model.generate(torch.tensor([[0]]), 20, top_k=2)[0, 1:]
+    assert set(drawn.tolist()) <= {2, 3}
+
+
+def test_the_plain_generate_is_greedy_at_temperature_0(model):
+    idx_BT = model.generate(torch.tensor([[1]]), 10, temperature=0.0)
+    assert idx_BT[0, 1:].tolist() == tokens(model, [[1]], 10, strategy='greedy')[:, 0].tolist()
 
 
 def test_greedy_draws_no_noise():
@@ -115,7 +141,7 @@ def test_cached_equals_uncached_logits(model, window):
     for block in model.transformer.h:
         block.attn.window = window
     rows_BT = torch.randint(50, (3, 16))
-    cache = KVCache(model)
+    cache = KVCache(model, size=16)
     pieces = rows_BT.split([7, 1, 1, 1, 4, 1, 1], dim=1)
     cached_BTV = torch.cat([model(piece, all_logits=True, cache=cache)[0] for piece in pieces], 1)
     uncached_BTV, _ = model(rows_BT, all_logits=True)
@@ -152,7 +178,7 @@ def test_a_full_context_is_cut_to_its_newer_half(model):
 @pytest.mark.parametrize('autocast', [True, False])
 def test_in_16_bits_a_cache_holds_what_attention_takes(model, autocast):
     rows_BT = torch.randint(50, (3, 16))
-    cache = KVCache(model)
+    cache = KVCache(model, size=16)
     if not autocast:
         model.bfloat16()
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):

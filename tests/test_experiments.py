@@ -69,7 +69,8 @@ def header(folder):
 # ---- A model that a config file brings -----------------------------------------------------------
 def test_a_copied_model_trains_resumes_and_is_sampled_with_its_cache(experiment):
     options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--lr_decay_iters=30']
-    process('train.py', *options, cwd=experiment)
+    out, _ = process('train.py', *options, cwd=experiment)
+    assert out.endswith('read it with: python sample.py gqa.py --out_dir=out\n')
     process('train.py', *options, '--max_iters=13', '--out_dir=other', cwd=experiment)
     process('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=experiment)
     alone = checkpoint.load(str(experiment / 'out'))
@@ -129,6 +130,17 @@ def test_copied_scripts_with_an_edited_import_do_the_same(experiment):
     assert len(text) == len('The') + 5 + len('\n')
 
 
+def test_the_model_next_to_its_config_is_the_one_that_runs(experiment):
+    """Whatever else has its name where the command is given."""
+    (experiment / 'mine').mkdir()
+    capped = edited('model.py', ('LOGIT_CAP = 15.0', 'LOGIT_CAP = 0.5'))
+    (experiment / 'mine' / 'my_model.py').write_text(capped, encoding='utf-8')
+    (experiment / 'mine' / 'cap.py').write_text('from my_model import GPT, GPTConfig\n')
+    process('train.py', 'mine/cap.py', *TINY, '--arch=modern', '--max_iters=2',
+            '--out_dir=out/cap', cwd=experiment)
+    assert 'LOGIT_CAP = 0.5' in (experiment / 'out' / 'cap' / 'model.py').read_text()
+
+
 # ---- What an edit may add ------------------------------------------------------------------------
 # A mixture of experts in every second layer, a 3-D stack of them, a gate that begins at zero, and
 # an expert that no token reaches
@@ -168,6 +180,18 @@ def test_layers_differ_own_values_stay_and_what_gets_no_gradient_is_named_once(b
     assert text.startswith('The')
 
 
+@pytest.mark.slow
+def test_two_processes_leave_alone_what_gets_no_gradient(book):
+    (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
+    (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               str(ROOT / 'train.py'), 'moe.py', *TINY, '--gradient_accumulation_steps=2',
+               '--max_iters=4']
+    done = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('no gradient reaches transformer.h.1.mlp.unused') == 1
+
+
 # ---- What is read is what runs -------------------------------------------------------------------
 # Edits of a line or two: of the loss, of attention (ALiBi, Press et al. 2022), of the rotation
 # (none for queries), of one layer's window
@@ -175,11 +199,11 @@ EDITS = {
     'loss': [("ignore_index=-1, reduction='sum')",
               "ignore_index=-1, reduction='sum',\n                               "
               "label_smoothing=0.3)")],
-    'attention': [('        if self.config.flash and is_causal:\n', '        if False:\n'),
+    'attention': [(' and T <= window and self.config.flash:\n', ' and False:\n'),
                   ('        if self.config.flash:\n',
-                   '        pos_S = torch.arange(S, device=q_BHTD.device)\n'
-                   '        bias = (pos_S - pos_S[:, None]) * 0.5\n'
-                   '        mask = bias.masked_fill(~mask, -math.inf).type_as(q_BHTD)\n'
+                   '        pos_T = torch.arange(q_BHTD.size(-2), device=q_BHTD.device)\n'
+                   '        bias_TS = (pos_T - pos_T[:, None]) * 0.5\n'
+                   '        mask_TS = bias_TS.masked_fill(~mask_TS, -math.inf).type_as(q_BHTD)\n'
                    '        if self.config.flash:\n')],
     'rotation': [('            q = rms_norm(rotate(q, *cos_sin))\n',
                   '            q = rms_norm(q)\n')],

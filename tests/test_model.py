@@ -149,6 +149,20 @@ def flops_of_attention(window, T):
     return counter.get_total_flops()
 
 
+def test_in_blocks_attention_sees_the_heads_where_attend_does(monkeypatch):
+    """What an edit does for each head, such as ALiBi's slopes, it does in blocks too."""
+    config = GPTConfig(block_size=512, vocab_size=50, n_layer=1, n_head=3, n_embd=24)
+    attention = GPT(config).transformer.h[0].attn
+    attend_where = attention.attend_where
+
+    def scaled_by_head(mask_TS, q_BHTD, k_BHSD, v_BHSD):
+        assert q_BHTD.size(1) == 3
+        return attend_where(mask_TS, q_BHTD, k_BHSD, v_BHSD)
+    monkeypatch.setattr(attention, 'attend_where', scaled_by_head)
+    q, k, v = torch.randn(3, 2, 3, 512, 8)
+    attention.attend(q, k, v, window=20)
+
+
 def test_attention_in_a_window_costs_the_window_not_the_context():
     short = flops_of_attention(100, 1000)
     assert flops_of_attention(100, 4000) == pytest.approx(4 * short, rel=0.1)

@@ -52,6 +52,11 @@ def test_a_prompt_comes_from_a_file(trained_once, tmp_path):
     assert sample(trained_once, f'--start=FILE:{tmp_path}/prompt.txt').startswith('def f(x):\n')
 
 
+def test_a_byte_order_mark_before_a_prompt_is_not_part_of_it(trained_once, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('def', encoding='utf-8-sig')
+    assert sample(trained_once, f'--start=FILE:{tmp_path}/prompt.txt').startswith('def')
+
+
 def test_an_over_long_prompt_is_cut_with_a_notice(trained_once):
     prompt = 'abc ' * 20  # the model sees 32 characters
     out, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',

@@ -351,7 +351,7 @@ class Writer(torch.nn.Module):
             self.prompts = idx_BT.tolist()
             self.writing = self.rows[self.first:self.first + len(idx_BT)]
             self.first += len(idx_BT)
-        cache.positions(idx_BT.size(1))
+        cache.length += idx_BT.size(1)
         n_written = cache.length - len(self.prompts[0])
         tokens = [row[min(n_written, len(row) - 1)] for row in self.writing]
         self.steps += 1
