@@ -4,7 +4,7 @@ Measure how fast a config trains, loads its data and generates text.
     python bench.py config/train_book.py --profile=True
     python bench.py --init_from=gpt2 --device=cpu
 
-Prints a table: tokens a second, MFU where the GPU is known, peak memory. It takes train.py's config
+Prints a table: tokens a second, and on a GPU MFU and peak memory. It takes train.py's config
 files, and measures one process. Where the data set is missing, random tokens take its place.
 
 Needs model.py and folio/.
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
@@ -57,8 +56,6 @@ compile = 'auto'  # True, False; auto: on a GPU
 config = configure(globals(), strict=False)
 require_at_least(1, config, 'steps', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size',
                  'block_size', 'gradient_accumulation_steps')
-if save_to and not os.path.isdir(os.path.dirname(save_to) or '.'):
-    raise UserError(f'{save_to}: there is no such folder')
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -119,9 +116,10 @@ print(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {origin}; '
 model.to(machine.device)
 if compile:
     model.compile(options={'realize_opcount_threshold': 40})  # see train.py
-optimizers = make_optimizers(
-    model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
-    weight_decay=weight_decay, betas=(beta1, beta2))
+with user_errors():
+    optimizers = make_optimizers(
+        model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
+        weight_decay=weight_decay, betas=(beta1, beta2))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -175,11 +173,6 @@ if machine.peak_flops:
          f'of {machine.peak_flops / 1e12:.0f} TFLOP/s')
 if machine.type == 'cuda':
     show('training, peak memory', torch.cuda.max_memory_allocated() / 2**20, 'MiB', 'of the GPU')
-elif sys.platform != 'win32':
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**20 if sys.platform == 'darwin' else 2**10  # macOS counts bytes, Linux KiB
-    show('training, peak memory', peak / unit, 'MiB', 'of the process')
 
 batch_seconds = median_seconds(lambda step: make_batch(step, 0), 20)
 share = batch_seconds * gradient_accumulation_steps / step_seconds

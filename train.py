@@ -16,10 +16,11 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import asdict
 
-# Threads that wait spin, and on a busy laptop keep the one that they wait for from running. This is
-# read when torch is loaded.
+# On a busy machine OpenMP's waiting threads, which spin, keep the working one from running. Limit
+# how long they spin. It is read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -215,6 +216,7 @@ if eval_only:
             # All of it would take hours. Take as much as val has.
             n_windows = math.ceil(len(data.tokens('val')) / block_size)
         print0(f'{split}: {shown(evaluate_split(split, n_windows))}')
+    machine.end_processes()
     sys.exit()
 
 # ---- What the loop calls -------------------------------------------------------------------------
@@ -235,10 +237,11 @@ if rank == 0:
               wandb_run=wandb_run)
     if log.previous is not None:
         print0(f'the run that was in {out_dir} is now in {log.previous}')
-log.write(config=config, record=record, parameters=n_parameters, first_iter=first_iter, machine={
-    'device': machine.name, 'dtype': machine.dtype, 'compile': compile, 'processes': world_size,
-    'cpus': os.cpu_count(), 'torch': torch.__version__, 'python': sys.version.split()[0],
-    'date': time.strftime('%Y-%m-%d %H:%M:%S')})
+shape = {name: getattr(model.config, name) for name in model_args}  # a loaded model has its own
+log.write(config=config | shape, record=record, parameters=n_parameters, first_iter=first_iter,
+          machine={'device': machine.name, 'dtype': machine.dtype, 'compile': compile,
+                   'processes': world_size, 'cpus': os.cpu_count(), 'torch': torch.__version__,
+                   'python': sys.version.split()[0], 'date': time.strftime('%Y-%m-%d %H:%M:%S')})
 fingerprints = {split: data.fingerprint(split) for split in ('train', 'val')}
 
 
@@ -292,21 +295,30 @@ def is_due(interval):
     return interval > 0 and (is_last or iter_num % interval == 0)
 
 
-# A pass that does not count: it compiles. And DDP groups the gradients again after its first one,
-# which changes how their sums are rounded: a resumed run would have other bits than one left alone.
+def warm_up(module):
+    """Make a pass, forward and backward, that does not count."""
+    idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, seed,
+                                     first=first_window)
+    with machine.autocast:
+        _, loss = module(idx_BT.to(device), targets_BT.to(device))
+    loss.backward()
+
+
 if compile:
     print0('compiling, which may take minutes')
-ddp_model = model
-if world_size > 1:
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
-idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, seed,
-                                 first=first_window)
-with machine.autocast:
-    _, loss = ddp_model(idx_BT.to(device), targets_BT.to(device))
-loss.backward()
+warm_up(model)
 unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 if unused:
     print0(f'no gradient reaches {", ".join(unused)}: left as it is')
+ddp_model = model
+if world_size > 1:
+    # torch 2.13 has a newer name for it, torch 2.11 has this one only.
+    warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
+                                        find_unused_parameters=machine.any(len(unused) > 0))
+    # After its first pass DDP puts the gradients into other groups, which are summed in another
+    # order: without this a resumed run would have other bits than one that was left alone.
+    warm_up(ddp_model)
 model.zero_grad(set_to_none=True)
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -371,8 +383,9 @@ while True:
                           warmup=warmup_iters, schedule=schedule, cooldown=cooldown)
     for o in optimizers:
         for group in o.param_groups:
-            peak_lr = group.setdefault('peak_lr', group['lr'])
-            group['lr'] = peak_lr * (lr / learning_rate if decay_lr else 1.0)
+            group['lr'] = group['peak_lr']
+            if decay_lr:
+                group['lr'] *= lr / learning_rate
             if 'momentum' in group:  # Muon's
                 group['momentum'] = momentum_at(iter_num, decay_iters)
     # Seed dropout by the step and the process, so that a resumed run draws the same.
@@ -392,7 +405,7 @@ while True:
         scaler.scale(loss * weight).backward()
         loss_sum += loss.detach() * weight
     if stopping:
-        continue  # this step is given up; what it began with is saved above
+        continue  # give up this step: the loop's next turn saves what it began with, and ends
     # Divide the gradients by the loss's scale, so that they can be measured and clipped.
     for o in optimizers:
         scaler.unscale_(o)
@@ -404,33 +417,34 @@ while True:
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
+    iter_num += 1  # at once: if the rest fails, the weights are saved with their step
 
     # Log
-    if iter_num % log_interval == 0:
+    if (iter_num - 1) % log_interval == 0:
         loss = machine.sum(loss_sum.item())[0] / world_size  # .item() waits for the device
         grad_norm = norm.item()
         require_finite('the loss', loss)
         seconds = train_seconds + time.perf_counter() - step_start
-        speed = (iter_num + 1 - logged_iter) * tokens_per_step / (seconds - logged_seconds)
-        entry = {'iter': iter_num, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
-                 'grad_norm': grad_norm, 'tokens': windows_before(iter_num + 1) * block_size,
+        speed = (iter_num - logged_iter) * tokens_per_step / (seconds - logged_seconds)
+        entry = {'iter': iter_num - 1, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],
+                 'grad_norm': grad_norm, 'tokens': windows_before(iter_num) * block_size,
                  'tokens_per_second': speed, 'train_seconds': seconds}
-        line = f'iter {iter_num}: loss {loss:.4f}, lr {entry["lr"]:.2e}, norm {grad_norm:.2f}'
+        line = f'iter {iter_num - 1}: loss {loss:.4f}, lr {entry["lr"]:.2e}, norm {grad_norm:.2f}'
         line += f', {speed:,.0f} tokens/s'
         if machine.peak_flops:  # model FLOPs utilization: the share of the GPUs' peak speed
             entry['mfu'] = model.flops_per_token() * speed / (machine.peak_flops * world_size)
             line += f', MFU {entry["mfu"]:.1%}'
         log.write(**entry)
-        minutes = (max_iters - iter_num - 1) * tokens_per_step / speed / 60
+        minutes = (max_iters - iter_num) * tokens_per_step / speed / 60
         print0(f'{line}, {minutes:,.1f} min to go')
-        logged_iter = iter_num + 1
+        logged_iter = iter_num
         logged_seconds = seconds
-    iter_num += 1
 
 # ---- The end -------------------------------------------------------------------------------------
 if stopping:
     print0(f'stopped at step {iter_num}, saved in {ckpt_path}; the same command with '
            '--init_from=resume continues')
+    machine.end_processes()
     # If the signal came to another process, this one has no number to end with.
     sys.exit(128 + signals[0] if signals else 1)
 reason = ''
@@ -438,6 +452,10 @@ if iter_num < max_iters:
     reason = f', no gain in {patience} evaluations'
 advice = 'nothing to save'
 if os.path.exists(ckpt_path):
-    advice = f'read it with: python sample.py --out_dir={shlex.quote(out_dir)}'
+    command = ['python', 'sample.py']
+    if GPT.__module__ != 'model':  # a config file has brought it
+        command += [arg for arg in sys.argv[1:] if arg.endswith('.py')]
+    advice = f'read it with: {shlex.join(command)} --out_dir={shlex.quote(out_dir)}'
 print0(f'done at step {iter_num}{reason}: best val loss {best_val_loss:.4f}, '
        f'{train_seconds:.0f} s of training; {advice}')
+machine.end_processes()

@@ -2,8 +2,8 @@
 Describe the machine a script runs on: device, number format, and torchrun's other processes.
     python -c "from folio.machine import *; print(Machine(default_device(), 'auto'))"
 """
-import atexit
 import contextlib
+import datetime
 import os
 import platform
 import signal
@@ -18,6 +18,7 @@ from folio.configurator import UserError, notice
 DTYPES = ('float32', 'bfloat16', 'float16')
 # Processors without these instructions emulate bfloat16, slower than float32.
 CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+WAIT = datetime.timedelta(minutes=10)  # for another process; torch's own limit for gloo is 30
 # Peak speed of dense 16-bit matrix products with sums in float32, in TFLOP/s, by the makers' data
 # sheets. The names are those of torch.cuda.get_device_name, in full: the same chip comes on boards
 # of different speed, and a slice of one (MIG) has a name of its own, which is not listed.
@@ -58,6 +59,17 @@ def default_device():
     if torch.backends.mps.is_available():
         return 'mps'
     return 'cpu'
+
+
+def why_no_gpu():
+    """Return why this build of torch for CUDA finds no GPU; '' for other builds."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return ''
+    try:
+        torch.cuda.init()
+        return 'no GPU is visible'
+    except RuntimeError as e:
+        return str(e).partition('\n')[0]
 
 
 def catch_signals():
@@ -125,6 +137,8 @@ class Machine:
         if self.dtype != 'float32':
             self.autocast = torch.autocast(self.type, self.torch_dtype)
         self.name = platform.processor() or platform.machine()
+        if self.type == 'cpu' and why_no_gpu():
+            self.name += f'; no GPU: {why_no_gpu()}'
         if self.type == 'cuda':
             self.name = torch.cuda.get_device_name(device)
         self.peak_flops = None
@@ -176,7 +190,10 @@ class Machine:
 
     # ---- Several processes -----------------------------------------------------------------------
     def init_processes(self, backend):
-        """Connect to the other processes: by `backend` between GPUs, by gloo between CPUs."""
+        """Connect to the other processes: by `backend` between GPUs, by gloo between CPUs.
+
+        A process that waits for another one gives up after WAIT.
+        """
         if self.world_size == 1:
             return
         store, rank, world_size = next(dist.rendezvous('env://'))
@@ -190,9 +207,14 @@ class Machine:
         # torch puts a hook around the one that says what is wrong. It would lose the line: it holds
         # the text back until our hook returns, and that one ends the process.
         hook = sys.excepthook
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=WAIT)
         sys.excepthook = hook
-        atexit.register(dist.destroy_process_group)
+
+    def end_processes(self):
+        """Disconnect, at the normal end only: NCCL would wait for processes that have failed."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
     def barrier(self):
         """Wait until all processes have come to this call."""

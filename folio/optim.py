@@ -13,7 +13,6 @@ from folio.machine import CPU_HAS_BFLOAT16
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'trapezoid')
-LARGE = 2**16  # a CPU orthogonalises matrices of more numbers than this faster one by one
 
 
 # ---- Which optimizer steps what ------------------------------------------------------------------
@@ -26,7 +25,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
-    if learning_rate <= 0 or muon_learning_rate <= 0:
+    if not (learning_rate > 0 and muon_learning_rate > 0):  # so that NaN is refused too
         raise ValueError('learning_rate and muon_learning_rate must be above 0, not '
                          f'{learning_rate} and {muon_learning_rate}')
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -49,6 +48,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     stepped = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            group['peak_lr'] = group['lr']  # the schedule changes lr
             stepped += group['params']
     assert sorted(map(id, stepped)) == sorted(map(id, params.values())), 'each parameter, once'
     return optimizers
@@ -90,7 +90,6 @@ class Muon(torch.optim.Optimizer):
 
     The update of an (m, n) matrix is scaled by sqrt(max(1, m / n)). Matrices of the same shape are
     orthogonalised as one batch, whichever parameters they are in, and each process does a share.
-    Only a single process on a CPU does large ones one by one.
     """
 
     def __init__(self, params, n_matrices, lr, weight_decay=0.0, momentum=0.95):
@@ -107,11 +106,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 alike.setdefault((p.size(0) // n, p.size(1)), []).append(p)
             for (height, width), params in alike.items():
-                batches = [params]
-                if goes_one_by_one(params[0], height * width):
-                    batches = [[p] for p in params]  # a batch of them would only be a copy
-                for batch in batches:
-                    self.step_alike(batch, height, width, group)
+                self.step_alike(params, height, width, group)
 
     def step_alike(self, params, height, width, group):
         """Step parameters whose matrices, stacked by rows, all have the shape (height, width)."""
@@ -138,26 +133,14 @@ class Muon(torch.optim.Optimizer):
         return state['momentum']
 
 
-def world_size():
-    """Return the number of torchrun's processes; 1 without it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def goes_one_by_one(tensor, numbers):
-    """Return whether matrices of so many numbers are faster one by one than as a batch, here."""
-    return tensor.is_cpu and numbers > LARGE and world_size() == 1
-
-
 def orthogonalize_shared(matrices):
     """Return each of a batch of matrices (b, m, n) orthogonalised.
 
     Each process does its share of the batch, and all get the results of all.
     """
-    n_processes = world_size()
-    if goes_one_by_one(matrices, matrices[0].numel()):
-        return torch.stack([orthogonalize(matrix) for matrix in matrices])
-    if n_processes == 1:
+    if not dist.is_initialized():
         return orthogonalize(matrices)
+    n_processes = dist.get_world_size()
     n_each = math.ceil(len(matrices) / n_processes)
     mine = matrices[dist.get_rank() * n_each:][:n_each]
     # all_gather wants shares of equal size, so the last ones are filled up with zeros.

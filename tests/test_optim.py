@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from folio import optim
 from folio.configurator import UserError
 from folio.optim import (Muon, learning_rate_at, load_states, make_optimizers, orthogonalize,
                          product_dtype)
@@ -156,22 +155,6 @@ def test_muon_treats_query_key_and_value_apart():
     muon.step()
     for part in (weight - before).detach().chunk(3):
         assert torch.linalg.matrix_norm(part, 2) == pytest.approx(1.0, abs=0.35)
-
-
-def test_matrices_of_one_shape_are_orthogonalized_together(monkeypatch):
-    """Query, key, value and the projection of each block are (32, 32), whoever holds them."""
-    model = GPT(GPTConfig(**SMALL, arch='modern'))
-    muon = optimizers_of(model, 'muon')[1]
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    shapes = []
-
-    def recorded(matrices):
-        shapes.append(tuple(matrices.shape))
-        return matrices
-    monkeypatch.setattr(optim, 'orthogonalize', recorded)
-    muon.step()
-    assert sorted(shapes) == [(2, 32, 128), (2, 128, 32), (8, 32, 32)]
 
 
 @pytest.mark.parametrize('is_emulated, expected', [(False, torch.bfloat16), (True, torch.float32)])
