@@ -230,7 +230,7 @@ def test_a_run_whose_workers_are_killed_ends_as_one_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_nobody_hears_or_that_has_no_room_ends_as_one_left_alone(tmp_path):
+def test_a_run_survives_a_closed_pipe_and_a_full_log_bit_for_bit(tmp_path):
     run = Campaign(tmp_path, times=3)
     run.left_alone()
     run.stop()

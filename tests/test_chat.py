@@ -81,7 +81,7 @@ def test_a_tuned_model_answers_line_by_line_at_a_terminal_until_ctrl_d(tuned):
 
 
 @pytest.mark.slow
-def test_a_model_without_a_template_goes_on_with_the_text(tuned):
+def test_a_model_without_a_template_continues_the_text(tuned):
     done = subprocess.run(command('--init_from=plain.pt'), cwd=tuned, input='Q: who?', text=True,
                           capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr

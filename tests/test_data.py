@@ -173,7 +173,7 @@ class Planted:
 
 
 @pytest.mark.parametrize('planted', [Planted(), {'itos': print}], ids=['command', 'function'])
-def test_pickled_meta_can_build_nothing_but_plain_values(tmp_path, monkeypatch, planted):
+def test_pickled_meta_builds_plain_values_only(tmp_path, monkeypatch, planted):
     monkeypatch.chdir(tmp_path)
     np.arange(9, dtype='<u2').tofile(tmp_path / 'train.bin')
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(planted))
@@ -266,7 +266,7 @@ def test_a_mask_that_was_lost_is_missed(masked, tmp_path):
         data.mask('val')
 
 
-def test_a_data_set_written_anew_has_no_mask_of_the_old_one(masked, tmp_path):
+def test_a_data_set_written_again_loses_the_old_mask(masked, tmp_path):
     _, tokenizer = masked
     (tmp_path / 'val.mask.bin').rename(tmp_path / 'train.mask.bin.tmp')  # as a kill may leave it
     write_dataset(tmp_path, tokenizer, {'train': ['no prompt'], 'val': ['here']}, source='here')

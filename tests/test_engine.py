@@ -102,7 +102,7 @@ def test_a_token_that_was_ruled_out_is_never_drawn(no_noise, options):
     assert draw_token(logits_BV, **options).item() in (2, 3)
 
 
-def test_the_plain_generate_draws_no_token_that_was_ruled_out(no_noise):
+def test_the_plain_generate_draws_from_the_top_k(no_noise):
     model = FixedModel(torch.tensor(MIRRORED).log().tolist())
     drawn = model.generate(torch.tensor([[0]]), 20, top_k=2)[0, 1:]
     assert set(drawn.tolist()) <= {2, 3}
@@ -190,7 +190,7 @@ def test_in_16_bits_a_cache_holds_what_attention_takes(model, autocast):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTV, atol=0.1, rtol=0.02)
 
 
-def test_a_model_that_was_training_goes_on_training(model):
+def test_a_model_that_was_training_is_left_training(model):
     model.train()
     tokens(model, [[1]], 2)
     assert model.training

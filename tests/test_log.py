@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 # ---- What goes wrong while a run is under way ----------------------------------------------------
-def test_a_full_disk_keeps_whole_lines_and_ends_no_run(tmp_path, capsys):
+def test_on_a_full_disk_the_log_keeps_whole_lines_and_the_run_continues(tmp_path, capsys):
     log = Log(str(tmp_path), MODEL)
     with largest_file(40):
         for iter_num in range(3):

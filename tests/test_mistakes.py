@@ -125,7 +125,7 @@ def test_no_space_left_keeps_the_previous_checkpoint(kept):
     assert not (kept / 'out' / 'ckpt.pt.tmp').exists()
 
 
-def test_a_run_goes_on_when_there_is_space_again(trained):
+def test_a_run_continues_when_there_is_space_again(trained):
     size = (trained / 'out' / 'ckpt.pt').stat().st_size
     with largest_file(size // 2):
         refused('train.py', *TINY, '--init_from=resume', '--max_iters=40', cwd=trained)

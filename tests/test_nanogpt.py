@@ -151,13 +151,13 @@ def test_a_checkpoint_gives_the_same_logits(tmp_path, vocab_size, n_tokens, bias
     torch.testing.assert_close(logits_BTV, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_goes_on_at_its_step(resumed_once):
+def test_a_run_continues_at_its_step(resumed_once):
     out = (resumed_once / 'printed.txt').read_text()
     assert 'iter 20:' in out
     assert 'iter 19:' not in out
 
 
-def test_a_run_goes_on_with_its_optimizer(resumed_once):
+def test_a_run_continues_with_its_optimizer(resumed_once):
     """Every parameter has been stepped once by theirs and twice by ours."""
     state = checkpoint.load(str(resumed_once / 'out'))['optimizer'][0]['state']
     model = GPT.from_pretrained(checkpoint.load(str(resumed_once / 'out')))
@@ -176,7 +176,7 @@ def test_a_checkpoint_without_its_optimizer_is_sampled(nanogpt, optimizer):
 
 
 @pytest.mark.parametrize('optimizer', [{}, None], ids=['empty', 'missing'])
-def test_a_run_without_its_optimizer_goes_on_with_a_new_one_and_says_so(nanogpt, optimizer):
+def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimizer):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
     out, _ = run('train.py', *CHAR_RUN, '--init_from=resume', '--max_iters=21', cwd=nanogpt)
     assert 'out/ckpt.pt was saved without its optimizer, which starts again' in out
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_sampled_with_the_characters_of_its_data(nanogpt):
     assert_sampled(nanogpt)
 
 
-def test_a_checkpoint_is_sampled_with_the_characters_of_data_made_anew_by_us(nanogpt):
+def test_a_checkpoint_is_sampled_with_the_characters_of_data_made_again_by_us(nanogpt):
     """The folder then has meta.json, and no meta.pkl."""
     folder = nanogpt / 'data' / 'shakespeare_char'
     expected = sample(nanogpt)
@@ -232,7 +232,7 @@ def test_the_characters_of_meta_pkl_are_the_tokenizer(char_run):
     assert saved['tokenizer'] == {'kind': 'char', 'chars': ''.join(CHARS)}
 
 
-def test_where_no_bytes_were_counted_none_are_reported(char_run):
+def test_bits_per_byte_are_reported_where_bytes_were_counted(char_run):
     _, out = char_run
     assert 'perplexity' in out
     assert 'bits_per_byte' not in out

@@ -52,7 +52,7 @@ def test_every_parameter_is_stepped_once(model_and_groups):
     assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
 
-def test_muon_steps_the_matrices_of_the_blocks_and_no_other():
+def test_muon_steps_exactly_the_matrices_of_the_blocks():
     model = GPT(GPTConfig(**SMALL, arch='modern'))
     adamw, muon = optimizers_of(model, 'muon')
     stepped = {id(p) for p in muon.param_groups[0]['params']}

@@ -302,7 +302,7 @@ def test_an_evaluation_without_targets_is_an_error(book):
 
 
 # ---- A resume ------------------------------------------------------------------------------------
-def test_no_flipped_bit_in_a_checkpoint_becomes_a_weight(tmp_path, model):
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, model):
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, {'model': model.state_dict(), 'model_args': model.config.__dict__})
     whole = checkpoint.load(path)
@@ -322,7 +322,7 @@ def test_no_flipped_bit_in_a_checkpoint_becomes_a_weight(tmp_path, model):
     assert n_refused > 100
 
 
-def test_a_damaged_checkpoint_is_neither_resumed_nor_overwritten(book):
+def test_a_damaged_checkpoint_is_refused_and_kept(book):
     run('train.py', *FAST, cwd=book)
     damaged = bytearray((book / 'out' / 'ckpt.pt').read_bytes())
     damaged[len(damaged) // 2] ^= 1
@@ -332,7 +332,7 @@ def test_a_damaged_checkpoint_is_neither_resumed_nor_overwritten(book):
 
 
 @pytest.mark.slow
-def test_another_batch_size_on_resume_neither_repeats_nor_skips_windows(book):
+def test_another_batch_size_on_resume_visits_each_window_once(book):
     """A note is taken of each window that is asked for after the first pass, which is not a step.
 
     The thread that makes batches ahead asks for more than are used.
@@ -427,7 +427,7 @@ def test_settings_that_would_train_nonsense_are_refused(book_once, arg):
     assert not (book_once / 'none').exists()
 
 
-def test_a_shorter_run_needs_no_setting_but_max_iters(book):
+def test_max_iters_alone_shortens_a_run(book):
     """The recipe's warm-up and its cooldown end in time, and so does its learning rate."""
     run('train.py', ROOT / 'config' / 'train_book.py', *FAST, '--max_iters=20', cwd=book)
     rates = [entry['lr'] for entry in log_of(book) if 'loss' in entry]
@@ -551,7 +551,7 @@ def test_a_signal_in_an_evaluation_leaves_the_resumed_run_the_same(tmp_path, pro
 
 
 # ---- Nobody listens, no room ---------------------------------------------------------------------
-def test_a_closed_pipe_ends_no_run(book):
+def test_a_run_survives_a_closed_pipe(book):
     """As in: python train.py … | head -6"""
     process = start(*FAST, '--max_iters=60', cwd=book)
     with ends_within(60, process):
@@ -563,7 +563,7 @@ def test_a_closed_pipe_ends_no_run(book):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which Linux has')
-def test_a_full_disk_under_the_output_ends_no_run(book):
+def test_a_run_survives_a_full_disk_under_its_output(book):
     with open('/dev/full', 'w') as full:
         assert start(*FAST, cwd=book, stdout=full, stderr=full).wait() == 0
     assert load(book)['iter_num'] == 10
@@ -592,7 +592,7 @@ def test_a_closed_terminal_saves(book):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which Linux has')
-def test_a_full_disk_under_the_log_ends_no_run(book):
+def test_a_run_survives_a_full_disk_under_its_log(book):
     plant = '''
 from folio import log
 class FullLog(log.Log):
@@ -695,7 +695,7 @@ def test_a_resume_of_several_processes_is_bitwise_identical(book, processes, opt
 
 # ---- Files ---------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_a_locale_that_is_not_utf_8_and_a_path_of_other_letters_harm_nothing(book):
+def test_a_run_works_in_any_locale_and_path(book):
     """Samples hold what the terminal cannot show: they are printed as well as it goes."""
     folder = book / 'мой каталог 書'
     folder.mkdir()
