@@ -183,8 +183,10 @@ def epoch_order(n_tokens, block_size, seed, epoch):
     """Return (offset, order of the windows) of one epoch."""
     # RandomState is old, and the one generator whose draws NumPy promises never to change.
     rng = np.random.RandomState([seed % 2**32, epoch])
-    offset = rng.randint(n_tokens)
-    return offset, rng.permutation(n_tokens // block_size)
+    # In 64 bits on Windows too, where NumPy's own choice for these has 32.
+    offset = rng.randint(n_tokens, dtype=np.int64)
+    order = np.arange(n_tokens // block_size, dtype=np.int64)
+    return offset, rng.permutation(order)
 
 
 def window_starts(n_tokens, block_size, seed, first, count):

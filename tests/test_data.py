@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folio.configurator import UserError
-from folio.data import (Dataset, eval_batches, prefetch, read_jsonl, to_batch,
+from folio.data import (Dataset, epoch_order, eval_batches, prefetch, read_jsonl, to_batch,
                         train_batch, window_starts, write_jsonl)
 from folio.tokenizer import EOT, CharTokenizer, train_bpe
 from model import GPT, GPTConfig
@@ -100,6 +100,13 @@ def test_the_gradient_of_what_the_mask_hides_is_zero():
     x = torch.zeros(1, 11, 8, requires_grad=True)  # of the residual stream, after all blocks
     gradient_T = torch.autograd.grad(model.loss(x, targets_BT), x)[0].abs().sum(dim=-1)[0]
     assert (gradient_T > 0).tolist() == (mask[1:] == 1).tolist()
+
+
+def test_the_order_of_windows_is_in_64_bits():
+    """Beyond 2.1 billion tokens too, whatever NumPy's integers are on a system."""
+    offset, order_N = epoch_order(2**40, 2**36, seed=1, epoch=0)
+    assert offset > 2**32
+    assert order_N.dtype == np.int64
 
 
 # ---- A data set ----------------------------------------------------------------------------------
