@@ -24,7 +24,7 @@ from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 user_errors)
 from folio.data import Dataset, train_batch
-from folio.machine import Machine, default_device
+from folio.machine import COMPILE_OPTIONS, Machine, default_device
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
 
@@ -115,7 +115,7 @@ print(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {origin}; '
       f'{" x ".join(map(str, sizes))} = {tokens_per_step:,} tokens a step')
 model.to(machine.device)
 if compile:
-    model.compile(options={'realize_opcount_threshold': 40})  # see train.py
+    model.compile(options=COMPILE_OPTIONS)
 with user_errors():
     optimizers = make_optimizers(
         model, optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,

@@ -25,6 +25,7 @@ Needs model.py and folio/.
 import json
 import os
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -170,7 +171,7 @@ def score(model, rendered, machine, progress=False):
     for indices in tqdm(passes, desc='HellaSwag', disable=not progress or machine.rank > 0):
         with machine.autocast:
             logps = score_items(model, [rendered[i] for i in indices], machine.device)
-        sums[indices] = logps.double().cpu()
+        sums[indices] = logps.cpu().double()
     model.train(was_training)
     return machine.sum_tensor(sums), counts  # what other processes have scored is zero here
 
@@ -197,7 +198,8 @@ def main():
     if limit > 0:
         items = items[:limit]
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
+    model = folio.checkpoint.build(GPT, checkpoint).eval()
+    model.to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     rendered = render(items, tokenizer, model.config.block_size)
     sums, counts = score(model, rendered, machine, progress=True)

@@ -46,7 +46,8 @@ machine = Machine(device, dtype)
 
 # ---- Model and prompt ----------------------------------------------------------------------------
 checkpoint = folio.checkpoint.load(init_from, out_dir)
-model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
+model = folio.checkpoint.build(GPT, checkpoint).eval()
+model.to(machine.device, machine.torch_dtype)
 tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
@@ -131,5 +132,6 @@ elif num_samples == 1:
     print(start, end='', flush=True)
     show(continuations(ids, 1, seed))
 else:
-    *_, texts = continuations(ids, num_samples, seed)  # the last, when all of them have ended
+    for texts in continuations(ids, num_samples, seed):
+        pass  # until all of them have ended
     print('\n---------------\n'.join(start + text for text in texts))

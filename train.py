@@ -32,7 +32,7 @@ from folio.configurator import (UserError, configure, model_settings, report, re
                                 require_choice, user_errors)
 from folio.data import Dataset, evaluate, prefetch, train_batch, train_batches
 from folio.log import Log, NoLog, start_wandb
-from folio.machine import Machine, catch_signals, default_device
+from folio.machine import COMPILE_OPTIONS, Machine, catch_signals, default_device
 from folio.optim import SCHEDULES, learning_rate_at, load_states, make_optimizers, momentum_at
 from model import GPT, GPTConfig
 
@@ -192,10 +192,8 @@ n_parameters = sum(p.numel() for p in model.parameters())
 print0(f'{model.config.arch}, {n_parameters / 1e6:.2f} M parameters; {data.folder}, '
        f'{len(train_tokens):,} tokens of a vocabulary of {data.vocab_size:,}')
 if compile:
-    # In place: parameters keep their names, and model.forward stays eager. With torch's own limit
-    # of 30 the gradient of modern's capped logits would be two kernels, which pass float32 logits
-    # to each other: 13 GB at 64 x 1,024.
-    model.compile(options={'realize_opcount_threshold': 40})
+    # In place: parameters keep their names, and model.forward stays eager.
+    model.compile(options=COMPILE_OPTIONS)
 
 
 def evaluate_split(split, n_windows):
@@ -250,19 +248,19 @@ def windows_before(iter_num):
     return first_window + (iter_num - first_iter) * windows_per_step
 
 
-def require_finite(what, value):
+def require_finite(what, value, step):
     """Raise UserError if a number is not one any more; the checkpoint stays as it is."""
     if not math.isfinite(value):
         remedy = 'nothing was saved yet: start again with a lower --learning_rate'
         if os.path.exists(ckpt_path):
             remedy = f'{ckpt_path} is intact: --init_from=resume with a lower --learning_rate'
-        raise UserError(f'the run diverged at step {iter_num}: {what} is {value}; {remedy}')
+        raise UserError(f'the run diverged at step {step}: {what} is {value}; {remedy}')
 
 
 def save(iter_num, *paths):
     """Write a checkpoint of the run as it is before step iter_num, under one name or more."""
     largest = torch.stack([p.detach().abs().max() for p in model.parameters()]).max()
-    require_finite('the largest weight', largest.item())
+    require_finite('the largest weight', largest.item(), iter_num)
     if rank == 0:
         folio.checkpoint.save(paths, {
             'model': model.state_dict(),
@@ -295,30 +293,34 @@ def is_due(interval):
     return interval > 0 and (is_last or iter_num % interval == 0)
 
 
-def warm_up(module):
+def warm_up(forward, n_rows):
     """Make a pass, forward and backward, that does not count."""
-    idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, batch_size, seed,
+    idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, n_rows, seed,
                                      first=first_window)
     with machine.autocast:
-        _, loss = module(idx_BT.to(device), targets_BT.to(device))
+        _, loss = forward(idx_BT.to(device), targets_BT.to(device))
     loss.backward()
 
 
-if compile:
-    print0('compiling, which may take minutes')
-warm_up(model)
-unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-if unused:
-    print0(f'no gradient reaches {", ".join(unused)}: left as it is')
 ddp_model = model
 if world_size > 1:
+    # DDP asks beforehand whether it should look for parameters without a gradient. One row tells;
+    # through model.forward, as DDP must be there when the model is compiled.
+    warm_up(model.forward, n_rows=1)
+    has_unused = any(p.requires_grad and p.grad is None for p in model.parameters())
     # torch 2.13 has a newer name for it, torch 2.11 has this one only.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
-                                        find_unused_parameters=machine.any(len(unused) > 0))
-    # After its first pass DDP puts the gradients into other groups, which are summed in another
-    # order: without this a resumed run would have other bits than one that was left alone.
-    warm_up(ddp_model)
+                                        find_unused_parameters=machine.any(has_unused))
+    model.zero_grad(set_to_none=True)
+if compile:
+    print0('compiling, which may take minutes')
+# After its first pass DDP puts the gradients into other groups, which are summed in another order:
+# without this one a resumed run would have other bits than a run that was left alone.
+warm_up(ddp_model, batch_size)
+unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+if unused:
+    print0(f'no gradient reaches {", ".join(unused)}: left as it is')
 model.zero_grad(set_to_none=True)
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ while True:
     # Validate and save
     if is_due(eval_interval) and not stopping:
         metrics = evaluate_split('val', eval_windows)
-        require_finite('the validation loss', metrics['loss'])
+        require_finite('the validation loss', metrics['loss'], iter_num)
         print0(f'step {iter_num}: {shown(metrics, "val ")}')
         val_loss = metrics.pop('loss')
         log.write(iter=iter_num, tokens=windows_before(iter_num) * block_size,
@@ -423,7 +425,7 @@ while True:
     if (iter_num - 1) % log_interval == 0:
         loss = machine.sum(loss_sum.item())[0] / world_size  # .item() waits for the device
         grad_norm = norm.item()
-        require_finite('the loss', loss)
+        require_finite('the loss', loss, iter_num - 1)
         seconds = train_seconds + time.perf_counter() - step_start
         speed = (iter_num - logged_iter) * tokens_per_step / (seconds - logged_seconds)
         entry = {'iter': iter_num - 1, 'loss': loss, 'lr': optimizers[0].param_groups[0]['lr'],

@@ -92,7 +92,7 @@ def load_once(choice, modified):
         step = 0 if untrained else checkpoint['iter_num']
         facts += f', step {step:,}'
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    return model.to(machine.device, machine.torch_dtype), tokenizer, facts
+    return model.to(machine.device, machine.torch_dtype).eval(), tokenizer, facts
 
 
 def as_spans(tokenizer, steps):
@@ -163,7 +163,7 @@ def continue_prompt(choice, prompt, seed, max_new_tokens, strategy, temperature,
     seconds = 0.0  # of computing, without waiting for a turn or for the page
     ended = False
     while not ended:
-        with turn, machine.autocast:
+        with turn:
             began = time.perf_counter()
             new_spans, ended = take(spans, TURN_SECONDS)
             seconds += time.perf_counter() - began

@@ -117,7 +117,7 @@ def end_of_function(prompt, completion):
     return found.end() - len(newline)
 
 
-def complete(model, tokenizer, prompt, n, machine, seed, **options):
+def complete(model, tokenizer, prompt, n, seed, **options):
     """Return n completions of a prompt, drawn as one batch and cut where the function ends.
 
     White space at the end of the prompt is left to the model, because a tokenizer may join it with
@@ -131,10 +131,9 @@ def complete(model, tokenizer, prompt, n, machine, seed, **options):
         return end_of_function(context, text)
 
     texts = [''] * n
-    with machine.autocast:
-        for texts in engine.stream_text(model, tokenizer, torch.tensor([ids] * n),
-                                        find_end=find_end, seed=seed, **options):
-            pass  # until all of them have ended
+    for texts in engine.stream_text(model, tokenizer, torch.tensor([ids] * n), find_end=find_end,
+                                    seed=seed, **options):
+        pass  # until all of them have ended
     white_space = prompt[len(context):]
     completions = []
     for text in texts:
@@ -143,8 +142,7 @@ def complete(model, tokenizer, prompt, n, machine, seed, **options):
     return completions
 
 
-def draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed, progress=False,
-                 **options):
+def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progress=False, **options):
     """Return num_samples of {task_id, completion} for each task, in the order of the tasks.
 
     options go to engine.generate: max_new_tokens, strategy, temperature …
@@ -156,8 +154,8 @@ def draw_samples(model, tokenizer, tasks, machine, num_samples, batch_size, seed
                 n = min(batch_size, num_samples - first)
                 # In a plain sum the batches of one seed would repeat those of another
                 batch_seed = seed * 1_000_003 + len(drawn)
-                for completion in complete(model, tokenizer, task['prompt'], n, machine,
-                                           seed=batch_seed, **options):
+                for completion in complete(model, tokenizer, task['prompt'], n, seed=batch_seed,
+                                           **options):
                     drawn.append({'task_id': task_id, 'completion': completion})
                 bar.update(n)
     return drawn
@@ -239,14 +237,14 @@ def summarize(results, ks=(1, 10, 100)):
     return summary
 
 
-def evaluate(model, tokenizer, tasks, machine, allow_code_execution=False, ks=(1, 10, 100), *,
+def evaluate(model, tokenizer, tasks, allow_code_execution=False, ks=(1, 10, 100), *,
              timeout, memory, processes=0, **options):
     """Return the scores of a model, which stays as it was, on tasks that `load` gave.
 
     options go to draw_samples: num_samples, batch_size, seed, max_new_tokens …
     """
     permit(allow_code_execution)  # ask first: to draw the samples takes long
-    samples = draw_samples(model, tokenizer, tasks, machine, **options)
+    samples = draw_samples(model, tokenizer, tasks, **options)
     results = run_samples(tasks, samples, allow_code_execution, timeout=timeout, memory=memory,
                           processes=processes)
     return summarize(results, ks)
@@ -282,7 +280,8 @@ def sample_model(tasks):
     """Load the model that the settings name, and return the samples that it draws for the tasks."""
     machine = Machine(device, dtype)
     checkpoint = folio.checkpoint.load(init_from, out_dir)
-    model = folio.checkpoint.build(GPT, checkpoint).to(machine.device, machine.torch_dtype)
+    model = folio.checkpoint.build(GPT, checkpoint).eval()
+    model.to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]
@@ -290,7 +289,7 @@ def sample_model(tasks):
     if too_long:
         print(f'notice: {len(too_long)} of {len(tasks)} prompts are longer than the context of '
               f'{context} tokens; the model does not see how they begin', file=sys.stderr)
-    return draw_samples(model, tokenizer, tasks, machine, num_samples=num_samples,
+    return draw_samples(model, tokenizer, tasks, num_samples=num_samples,
                         batch_size=batch_size, seed=seed, progress=True,
                         max_new_tokens=max_new_tokens, strategy=strategy, temperature=temperature,
                         top_k=top_k, top_p=top_p)

@@ -444,7 +444,7 @@ def examine(run, picture, temperature_list):
         folio.checkpoint.refuse_other_code(checkpoint, GPT)
         # In the format it was trained in, so that the figures are those of train.py --eval_only
         machine = Machine(device, run.config.get('dtype', 'auto'))
-        model = folio.checkpoint.build(GPT, checkpoint).to(machine.device)
+        model = folio.checkpoint.build(GPT, checkpoint).to(machine.device).eval()
         if run.data and 'test' in run.data.splits():
             run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
                                 batch_size=run.config['batch_size'], n_windows=run.n_windows,

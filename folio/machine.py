@@ -19,6 +19,9 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 # Processors without these instructions emulate bfloat16, slower than float32.
 CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 WAIT = datetime.timedelta(minutes=10)  # for another process; torch's own limit for gloo is 30
+# With torch's own limit of 30 operations the gradient of modern's capped logits would be two
+# kernels, which pass float32 logits to each other: 13 GB at 64 x 1,024.
+COMPILE_OPTIONS = {'realize_opcount_threshold': 40}
 # Peak speed of dense 16-bit matrix products with sums in float32, in TFLOP/s, by the makers' data
 # sheets. The names are those of torch.cuda.get_device_name, in full: the same chip comes on boards
 # of different speed, and a slice of one (MIG) has a name of its own, which is not listed.

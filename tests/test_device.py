@@ -16,7 +16,7 @@ import folio.tokenizer
 import hellaswag
 from conftest import ROOT, TINY, run
 from folio import engine
-from folio.machine import Machine
+from folio.machine import COMPILE_OPTIONS, Machine
 from model import GPT, GPTConfig
 
 # The largest difference allowed between numbers that should be equal, as a share of the largest of
@@ -118,7 +118,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(arch, dtyp
     model = make_model(arch).to(device)
     expected = gradients_and_loss(model, device, dtype)
     torch.compiler.reset()
-    model.compile()
+    model.compile(options=COMPILE_OPTIONS)
     assert_close(gradients_and_loss(model, device, dtype), expected, dtype)
 
 
@@ -131,7 +131,7 @@ def test_at_the_size_of_a_recipe_compiled_gradients_are_those_of_the_eager_model
     model.to(device)
     expected = gradients_and_loss(model, device, 'bfloat16', n_rows=64)
     torch.compiler.reset()
-    model.compile()
+    model.compile(options=COMPILE_OPTIONS)
     found = gradients_and_loss(model, device, 'bfloat16', n_rows=64)
     assert found['gradients'].isfinite().all()
     assert_close(found, expected, 'bfloat16')

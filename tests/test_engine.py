@@ -102,7 +102,7 @@ def test_a_token_that_was_ruled_out_is_never_drawn(no_noise, options):
     assert draw_token(logits_BV, **options).item() in (2, 3)
 
 
-def test_the_plain_generate_draws_from_the_top_k(no_noise):
+def test_the_plain_generate_draws_from_the_top_k():
     model = FixedModel(torch.tensor(MIRRORED).log().tolist())
     drawn = model.generate(torch.tensor([[0]]), 20, top_k=2)[0, 1:]
     assert set(drawn.tolist()) <= {2, 3}

@@ -100,9 +100,12 @@ def test_scores_do_not_depend_on_what_else_is_in_a_pass(model, longest, n_items,
 
 
 def test_scores_in_a_window_are_those_of_one_row_at_a_time(model):
-    model.config.window = 5
     items = make_items()
+    without = score(model, items)[0]
+    for block in model.transformer.h:
+        block.attn.window = 5
     assert_close(score(model, items)[0], plain_scores(model, items)[0])
+    assert not torch.allclose(score(model, items)[0], without)
 
 
 def test_contexts_of_one_token_are_scored_among_others(model):

@@ -21,7 +21,6 @@ from conftest import run, shared
 from extras import confine, humaneval
 from folio import download
 from folio.configurator import UserError
-from folio.machine import Machine
 from model import GPT, GPTConfig
 
 if os.name == 'nt':
@@ -360,13 +359,12 @@ class Writer(torch.nn.Module):
 
 
 BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, and the end of text
-CPU = Machine('cpu', 'float32')
 
 
 def complete(model, prompt, **options):
     """Return a completion of the prompt by each row of a Writer."""
     options = {'max_new_tokens': 40, 'seed': 0} | options
-    return humaneval.complete(model, BYTES, prompt, len(model.rows), CPU, **options)
+    return humaneval.complete(model, BYTES, prompt, len(model.rows), **options)
 
 
 def test_prompts_begin_a_document_and_leave_the_last_line_end_to_the_model():
@@ -399,7 +397,7 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len(tasks['0']['prompt']) < context < len(tasks['9']['prompt'])
 
     def draw(batch_size):
-        return humaneval.draw_samples(model, BYTES, tasks, CPU, num_samples=2, seed=1337,
+        return humaneval.draw_samples(model, BYTES, tasks, num_samples=2, seed=1337,
                                       batch_size=batch_size, strategy='greedy', max_new_tokens=30)
     one_by_one = draw(1)
     assert one_by_one == draw(3) == draw(100)
@@ -411,11 +409,11 @@ def test_evaluate_gives_the_scores_of_a_model():
     model = Writer(*['\n    return 1\n'] * 2, *['\n    return 2 * x\n', '\n    return 1\n'])
     options = {'timeout': 3.0, 'memory': 512, 'num_samples': 2, 'batch_size': 100, 'seed': 1337,
                'max_new_tokens': 40}
-    result = humaneval.evaluate(model, BYTES, TASKS, CPU, True, (1, 2), **options)
+    result = humaneval.evaluate(model, BYTES, TASKS, True, (1, 2), **options)
     assert result == {'pass@1': 0.75, 'pass@1_stderr': 0.25, 'pass@2': 1.0, 'pass@2_stderr': 0.0,
                       'n': 2}
     with pytest.raises(UserError, match='--allow_code_execution=True'):
-        humaneval.evaluate(types.SimpleNamespace(), BYTES, TASKS, CPU, **options)
+        humaneval.evaluate(types.SimpleNamespace(), BYTES, TASKS, **options)
 
 
 # ---- The script ----------------------------------------------------------------------------------
