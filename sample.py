@@ -34,7 +34,7 @@ top_k = 200  # top_k: draw from this many tokens
 top_p = 0.9  # nucleus: draw from the fewest tokens whose probabilities sum to this
 stop = ''  # end a sample before this text
 chat = False  # talk with the model, line by line
-seed = 1337
+seed = 1337  # of the draws
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 config = configure(globals(), strict=False)

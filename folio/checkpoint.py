@@ -116,7 +116,8 @@ def build(model_class, checkpoint, settings=None):
             free[name] = value
     if is_of_other_code(checkpoint, model_class):
         notice(f'{checkpoint["source"]} was trained with other code than '
-               f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}')
+               f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}: '
+               'give the config file that brings its model')
     try:
         return model_class.from_pretrained(checkpoint, **free)
     except ValueError as e:

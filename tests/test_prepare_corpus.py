@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import folio.tokenizer
-from conftest import ROOT, run, shared
+from conftest import ROOT, need_gpt2, run, shared
 from folio.data import Dataset
 from hub import Hub
 from folio.log import only_one
@@ -136,6 +136,7 @@ def peak_memory(folder, n_texts):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """170 MB more of text, in one file, take at most 60 MB more."""
+    need_gpt2()
     small = peak_memory(tmp_path, n_texts=150)
     large = peak_memory(tmp_path, n_texts=600)
     assert large - small < 60, (small, large)
