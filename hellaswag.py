@@ -52,7 +52,7 @@ ITEMS_IN_A_PASS = 8  # 32 rows
 
 
 # ---- Items ---------------------------------------------------------------------------------------
-def load(source='', machine=None):
+def load(source, machine):
     """Return the items of a file in HellaSwag's format, or of its validation split for ''.
 
     The split is downloaded once, by rank 0, while the other processes wait. Raises UserError if a
@@ -61,10 +61,9 @@ def load(source='', machine=None):
     path = source
     if not source:
         path = os.path.join('data', 'downloads', 'hellaswag_val.jsonl')
-        if machine is None or machine.rank == 0:
+        if machine.rank == 0:
             download([URL], path, sha256=SHA256)
-    if machine is not None:
-        machine.barrier()
+    machine.barrier()
     items = []
     try:
         with open(path, 'rb') as f:

@@ -65,14 +65,14 @@ def default_device():
 
 
 def why_no_gpu():
-    """Return why this build of torch for CUDA finds no GPU; '' for other builds."""
+    """Return why a torch that was built for CUDA finds no GPU; '' if it does, or wasn't."""
     if torch.version.cuda is None or torch.cuda.is_available():
         return ''
     try:
         torch.cuda.init()
-        return 'no GPU is visible'
     except RuntimeError as e:
         return str(e).partition('\n')[0]
+    return ''
 
 
 def catch_signals():
@@ -140,8 +140,6 @@ class Machine:
         if self.dtype != 'float32':
             self.autocast = torch.autocast(self.type, self.torch_dtype)
         self.name = platform.processor() or platform.machine()
-        if self.type == 'cpu' and why_no_gpu():
-            self.name += f'; no GPU: {why_no_gpu()}'
         if self.type == 'cuda':
             self.name = torch.cuda.get_device_name(device)
         self.peak_flops = None
@@ -164,7 +162,10 @@ class Machine:
 
     def __str__(self):
         processes = '1 process' if self.world_size == 1 else f'{self.world_size} processes'
-        return (f'{processes} on {self.device} ({self.name}), dtype {self.dtype}, '
+        name = self.name
+        if self.type == 'cpu' and why_no_gpu():
+            name += f'; no GPU: {why_no_gpu()}'
+        return (f'{processes} on {self.device} ({name}), dtype {self.dtype}, '
                 f'torch {torch.__version__}')
 
     def print0(self, *words):

@@ -50,7 +50,7 @@ def rank_of(rank, world_size):
     """Return a machine that is one of several processes and sums over itself only."""
     return types.SimpleNamespace(rank=rank, world_size=world_size, device='cpu',
                                  autocast=contextlib.nullcontext(),
-                                 sum_tensor=lambda tensor: tensor)
+                                 sum_tensor=lambda tensor: tensor, barrier=lambda: None)
 
 
 def score(model, items, rank=0, world_size=1):
@@ -391,7 +391,7 @@ def test_the_validation_split_is_downloaded_once_whole_and_checked(server, tmp_p
                                                                    requests):
     server.script = list(script)
     for _ in range(2):
-        items = hellaswag.load(machine=Machine('cpu', 'float32'))
+        items = hellaswag.load('', machine=Machine('cpu', 'float32'))
         assert [item['ind'] for item in items] == list(range(100, 130))
     assert server.seen == requests
     assert os.listdir(tmp_path / 'data' / 'downloads') == ['hellaswag_val.jsonl']
@@ -400,14 +400,14 @@ def test_the_validation_split_is_downloaded_once_whole_and_checked(server, tmp_p
 def test_only_the_first_process_downloads(server):
     others = types.SimpleNamespace(rank=1, barrier=lambda: None)
     with pytest.raises(UserError, match='cannot be read'):  # the first one has not been here
-        hellaswag.load(machine=others)
+        hellaswag.load('', machine=others)
     assert server.seen == []
 
 
 def test_a_copy_that_was_damaged_is_fetched_again(server, tmp_path):
     (tmp_path / 'data' / 'downloads').mkdir(parents=True)
     (tmp_path / 'data' / 'downloads' / 'hellaswag_val.jsonl').write_bytes(BODY[:1000])
-    assert len(hellaswag.load()) == 30
+    assert len(hellaswag.load('', rank_of(0, 1))) == 30
     assert len(server.seen) == 1
 
 
@@ -423,7 +423,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_no_half_file(server, tmp_p
                                                                    n_left):
     server.script = list(script)
     with pytest.raises(UserError, match=f'could not download .*{says}') as error:
-        hellaswag.load()
+        hellaswag.load('', rank_of(0, 1))
     assert '\n' not in str(error.value)
     assert len(server.seen) == len(script)
     names = os.listdir(tmp_path / 'data' / 'downloads')
@@ -459,20 +459,21 @@ def changed(**changes):
 def test_a_line_that_isnt_an_item_is_named(tmp_path, line, says):
     (tmp_path / 'items.jsonl').write_bytes(json.dumps(GOOD).encode() + b'\n' + line + b'\n\n')
     with pytest.raises(UserError, match=f'items.jsonl, line 2: .*{says}') as error:
-        hellaswag.load(str(tmp_path / 'items.jsonl'))
+        hellaswag.load(str(tmp_path / 'items.jsonl'), rank_of(0, 1))
     assert '\n' not in str(error.value)
 
 
 def test_a_label_may_be_a_number_or_its_text(tmp_path):
     (tmp_path / 'items.jsonl').write_text(to_jsonl([GOOD, GOOD | {'label': 3}]))
-    assert [item['label'] for item in hellaswag.load(str(tmp_path / 'items.jsonl'))] == [3, 3]
+    items = hellaswag.load(str(tmp_path / 'items.jsonl'), rank_of(0, 1))
+    assert [item['label'] for item in items] == [3, 3]
 
 
 @pytest.mark.parametrize('name, says', [('empty', 'is empty'), ('missing', 'cannot be read')])
 def test_a_file_without_items_is_named(tmp_path, name, says):
     (tmp_path / 'empty.jsonl').write_text('\n')
     with pytest.raises(UserError, match=f'{name}.jsonl {says}'):
-        hellaswag.load(str(tmp_path / f'{name}.jsonl'))
+        hellaswag.load(str(tmp_path / f'{name}.jsonl'), rank_of(0, 1))
 
 
 def test_characters_that_the_model_never_saw_are_named(model):

@@ -25,7 +25,8 @@ SCRIPTS = ('model.py', 'train.py', 'sample.py', 'bench.py', 'hellaswag.py')
 AT_THE_TOP = {
     *SCRIPTS, 'config', 'prepare', 'folio', 'extras', 'docs', 'tests', '.ci', '.gitignore',
     'README.md', 'LICENSE', 'requirements.txt', 'requirements-dev.txt', 'ruff.toml'}
-SWAPPED = ('__class__', 'forward', 'attend', 'loss', 'logits')  # of a model, by assigning to it
+# Of a model, by assigning to it
+SWAPPED = ('__class__', 'forward', 'attend', 'attend_where', 'attend_in_blocks', 'loss', 'logits')
 FOLIO = {
     'configurator', 'data', 'tokenizer', 'bpe', 'optim', 'checkpoint', 'hugging_face', 'machine',
     'engine', 'download', 'log'}

@@ -149,18 +149,22 @@ def flops_of_attention(window, T):
     return counter.get_total_flops()
 
 
-def test_in_blocks_attention_sees_the_heads_where_attend_does(monkeypatch):
-    """What an edit does for each head, such as ALiBi's slopes, it does in blocks too."""
-    config = GPTConfig(block_size=512, vocab_size=50, n_layer=1, n_head=3, n_embd=24)
+def test_an_edit_for_each_head_does_the_same_in_blocks(monkeypatch):
+    """Such as ALiBi's slopes (Press et al. 2022)."""
+    config = GPTConfig(block_size=300, vocab_size=50, n_layer=1, n_head=3, n_embd=24)
     attention = GPT(config).transformer.h[0].attn
-    attend_where = attention.attend_where
+    q, k, v = torch.randn(3, 2, 3, 300, 8)
 
-    def scaled_by_head(mask_TS, q_BHTD, k_BHSD, v_BHSD):
-        assert q_BHTD.size(1) == 3
-        return attend_where(mask_TS, q_BHTD, k_BHSD, v_BHSD)
-    monkeypatch.setattr(attention, 'attend_where', scaled_by_head)
-    q, k, v = torch.randn(3, 2, 3, 512, 8)
-    attention.attend(q, k, v, window=20)
+    def with_slopes(mask_TS, q_BHTD, k_BHSD, v_BHSD):
+        T, S = mask_TS.shape
+        distance_TS = torch.arange(S)[-T:, None] - torch.arange(S)
+        slopes_H11 = torch.tensor([0.1, 0.5, 2.0])[:, None, None]
+        bias_HTS = (-slopes_H11 * distance_TS).masked_fill(~mask_TS, -torch.inf)
+        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, bias_HTS)
+    monkeypatch.setattr(attention, 'attend_where', with_slopes)
+    mask_TT = model_module.can_see(300, 300, window=20, device='cpu')
+    torch.testing.assert_close(attention.attend(q, k, v, window=20),
+                               with_slopes(mask_TT, q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_attention_in_a_window_costs_the_window_not_the_context():
