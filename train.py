@@ -75,7 +75,7 @@ optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for t
 learning_rate = 6e-4  # the peak
 muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
 max_iters = 600000  # steps
-weight_decay = 1e-1  # of matrices, never of biases and norms
+weight_decay = 1e-1  # of matrices (with muon, of the blocks' only), never of biases and norms
 beta1 = 0.9  # of AdamW: how much of the average gradient stays in a step
 beta2 = 0.95  # of AdamW: the same of its square
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
@@ -223,8 +223,13 @@ n_steps = max(0, max_iters - first_iter)
 n_tokens = n_steps * tokens_per_step
 print0(f'{n_steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
        f'{n_tokens / len(train_tokens):.2f} epochs')
-if min_lr > learning_rate and decay_lr:
+if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
+if decay_lr and decay_iters < max_iters:
+    print0(f'from step {decay_iters} (lr_decay_iters) on the learning rate is {min_lr:g} (min_lr)')
+if decay_lr and 0 < decay_iters <= warmup_iters:
+    print0(f'the learning rate never reaches its peak: it rises over {warmup_iters} steps '
+           f'(warmup_iters) and falls from step {decay_iters} on')
 
 log = NoLog()
 record = folio.checkpoint.record_of(GPT)  # which code runs

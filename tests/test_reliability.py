@@ -434,9 +434,19 @@ def test_max_iters_alone_shortens_a_run(book):
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_a_rate_that_would_rise_is_said(book):
-    out, _ = run('train.py', *FAST, '--learning_rate=3e-5', '--min_lr=6e-5', cwd=book)
-    assert 'min_lr (6e-05) is above learning_rate (3e-05)' in out
+@pytest.mark.parametrize('args, says', [
+    (['--learning_rate=3e-5', '--min_lr=6e-5'], 'min_lr (6e-05) is above learning_rate (3e-05)'),
+    (['--max_iters=6', '--lr_decay_iters=4', '--min_lr=0'], 'from step 4 (lr_decay_iters) on'),
+    (['--max_iters=6', '--warmup_iters=2000'], 'never reaches its peak'),
+])
+def test_a_schedule_that_nobody_means_is_said(book, args, says):
+    out, _ = run('train.py', *FAST, *args, cwd=book)
+    assert says in out
+
+
+def test_a_usual_schedule_has_nothing_to_say(book):
+    out, _ = run('train.py', *FAST, cwd=book)
+    assert 'rate' not in out
 
 
 # ---- Signals -------------------------------------------------------------------------------------
