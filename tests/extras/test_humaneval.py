@@ -1,5 +1,4 @@
 """Test the scores of HumanEval, how completions are drawn and cut, and the script."""
-import gzip
 import itertools
 import json
 import math
@@ -273,75 +272,29 @@ def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
     assert not list(tiny.rglob('*.tmp'))
 
 
-def test_what_the_script_cannot_use_is_one_line(tmp_path):
-    write(tmp_path / 'tasks.jsonl', [ONE])
-    write(tmp_path / 'other.jsonl', [{'task_id': 'HumanEval/0', 'completion': ''}])
-    (tmp_path / 'damaged.jsonl').write_text('{"task_id": "one", "compl')
-    for args, says in [
-        (['--allow_code_execution=False', '--init_from=no.pt'], '--allow_code_execution=True'),
-        (['--problems=no.jsonl'], 'no.jsonl cannot be read'),
-        (['--memory=1'], 'memory is 1; it must be at least 64'),
-        (['--samples=damaged.jsonl'], 'line 1'),
-        (['--samples=other.jsonl'], 'HumanEval/0, which is not among'),
-    ]:
-        _, err = run('extras/humaneval.py', '--problems=tasks.jsonl', YES, '--device=cpu', *args,
-                     cwd=tmp_path, status=2)
-        assert err.startswith('error: ') and says in err and err.count('\n') == 1
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('settings, says', [
-    ({'init_from': 'no.pt'}, 'no checkpoint no.pt'),
-    ({'problems': 'builtin'}, 'extras/textbook/prepare.py'),
-    ({'samples': 'no.jsonl'}, 'no.jsonl cannot be read'),
-    ({'ks': '1;10'}, "'1;10'"),
-    ({'ks': '11'}, '--num_samples=11'),
-    ({'device': 'tpu9'}, '--device=cpu'),
-    ({'samples': 'second.jsonl', 'limit': 1}, 'first 1 problems'),
-], ids=lambda x: ','.join(x) if isinstance(x, dict) else '')
-def test_settings_that_cannot_work(tmp_path, monkeypatch, settings, says):
+@pytest.mark.parametrize('args, says', [
+    (['--allow_code_execution=False', '--init_from=no.pt'], '--allow_code_execution=True'),
+    (['--problems=no.jsonl'], 'no.jsonl cannot be read'),
+    (['--problems=builtin'], 'extras/textbook/prepare.py writes it'),
+    (['--samples=no.jsonl'], 'no.jsonl cannot be read'),
+    (['--samples=damaged.jsonl'], 'damaged.jsonl, line 1'),
+    (['--samples=other.jsonl'], 'HumanEval/0, which is not among'),
+    (['--samples=second.jsonl', '--limit=1'], 'first 1 problems'),
+    (['--init_from=no.pt'], 'no checkpoint no.pt'),
+    (['--memory=1'], 'memory is 1; it must be at least 64'),
+    (['--ks=1;10'], "ks is '1;10'"),
+    (['--ks=11'], '--num_samples=11'),
+], ids=lambda x: x[0] if isinstance(x, list) else '')
+def test_a_mistake_is_one_line(tmp_path, args, says):
     write(tmp_path / 'tasks.jsonl', TASKS.values())
     write(tmp_path / 'second.jsonl', [{'task_id': 'two', 'completion': ''}])
-    monkeypatch.chdir(tmp_path)
-    settings = {'allow_code_execution': True, 'problems': 'tasks.jsonl', 'device': 'cpu'} | settings
-    for key, value in settings.items():
-        monkeypatch.setattr(humaneval, key, value)
-    with pytest.raises(UserError, match=says) as caught:
-        humaneval.main()
-    assert '\n' not in str(caught.value) and not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('line, says', [
-    (b'{"task_id": "one"', 'line 2: .*JSON'),
-    (b'{"task_id": "\xff"}', 'line 2: .*Unicode'),
-    (b'7', 'line 2: .*task_id'),
-    (b'{"task_id": "one"}', "line 2: .*'completion'"),
-    (b'{"completion": ""}', "line 2: .*'task_id'"),
-    (b'{"task_id": "one", "completion": 7}', 'line 2: .*completion is not text'),
-])
-def test_a_line_that_is_not_a_sample_is_named(tmp_path, line, says):
-    path = write(tmp_path / 'samples.jsonl', [{'task_id': 'one', 'completion': ''}])
-    assert len(humaneval.load_samples(str(path), TASKS)) == 1
-    path.write_bytes(path.read_bytes() + line + b'\n\n')
-    with pytest.raises(UserError, match='samples.jsonl, ' + says) as caught:
-        humaneval.load_samples(str(path), TASKS)
-    assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('change', [
-    lambda data: data[:-20],
-    lambda data: data[:30] + b'\0' * 9 + data[39:],
-    lambda data: b'',
-], ids=['cut', 'damaged', 'empty'])
-def test_problems_may_be_compressed_and_a_damaged_file_is_named(tmp_path, change):
-    lines = [json.dumps(ONE | {'task_id': str(i)}).encode() + b'\n' for i in range(9)]
-    data = gzip.compress(b''.join(lines))
-    path = tmp_path / 'tasks.jsonl'
-    path.write_bytes(data)
-    assert list(humaneval.load(str(path))) == [*'012345678']
-    path.write_bytes(change(data))
-    with pytest.raises(UserError, match='tasks.jsonl'):
-        humaneval.load(str(path))
+    write(tmp_path / 'other.jsonl', [{'task_id': 'HumanEval/0', 'completion': ''}])
+    (tmp_path / 'damaged.jsonl').write_text('{"task_id": "one", "compl')
+    _, err = run('extras/humaneval.py', '--problems=tasks.jsonl', YES, '--device=cpu', *args,
+                 cwd=tmp_path, status=2)
+    error = err.splitlines()[-1]  # there may be a notice about bubblewrap
+    assert error.startswith('error: ') and says in error and err.count('\n') <= 2
+    assert not (tmp_path / 'out').exists()
 
 
 def test_humaneval_is_kept_and_checked_and_the_built_in_problems_are_found(tmp_path, monkeypatch):
