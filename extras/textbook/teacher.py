@@ -108,14 +108,15 @@ class Teacher:
         for prompt in prompts:
             if prompt not in self.answers and self.cut.get(prompt, 0) < self.max_tokens:
                 new.append(prompt)
-        bar = tqdm(desc=what, total=len(prompts), initial=len(prompts) - len(new))
+        bar = tqdm(desc=what, total=len(prompts), initial=len(prompts) - len(new),
+                   disable=not prompts)
         self.is_stopping = False
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool, bar:
             futures = [pool.submit(self.ask_one, prompt) for prompt in new]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
-                    bar.set_postfix_str(f'${self.spent:.4f}')
+                    bar.set_postfix_str(f'${self.spent:.4f}', refresh=False)
                     bar.update()
             except KeyboardInterrupt:
                 print('\nwaiting for the answers that are under way; Ctrl-C again ends at once',
@@ -205,11 +206,11 @@ class Teacher:
         missing = [prompt for prompt in prompts if prompt not in self.answers]
         n_cut = sum(prompt in self.cut for prompt in missing)
         if n_cut:
-            notice(f'{n_cut} answers did not fit in {self.max_tokens:,} tokens and are left out; '
-                   'a larger --max_tokens asks for them again')
+            notice(f'{n_cut} of {len(prompts)} answers did not fit in {self.max_tokens:,} tokens and '
+                   'are left out; a larger --max_tokens asks for them again')
         if len(missing) > n_cut:
-            notice(f'{len(missing) - n_cut} prompts got no answer (the last: {self.last_reason}); '
-                   'the same command asks for them again')
+            notice(f'{len(missing) - n_cut} of {len(prompts)} prompts got no answer (the last: '
+                   f'{self.last_reason}); the same command asks for them again')
 
 
 def without_thoughts(answer):

@@ -187,7 +187,7 @@ def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens
         answers, spent = ask(QUESTIONS[:2], concurrency=1)
         assert list(answers) == ['question 1'] and spent == pytest.approx(2 * COST)
         said = capfd.readouterr().err
-        assert '1 answers did not fit in 1,024 tokens' in said and 'a larger --max_tokens' in said
+        assert '1 of 2 answers did not fit in 1,024 tokens' in said and 'a larger --max_tokens' in said
     assert len(endpoint.asked) == 2
     assert len(ask(QUESTIONS[:2], max_tokens=2048)[0]) == 2
     assert len(endpoint.asked) == 3
@@ -197,14 +197,15 @@ def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens
 def test_an_empty_answer_is_counted_and_asked_for_again(endpoint, capfd):
     endpoint.trouble = ['empty']
     assert len(ask(QUESTIONS[:2], concurrency=1)[0]) == 1
-    assert '1 prompts got no answer (the last: an empty answer)' in capfd.readouterr().err
+    assert '1 of 2 prompts got no answer (the last: an empty answer)' in capfd.readouterr().err
     assert len(ask(QUESTIONS[:2])[0]) == 2
 
 
 def test_a_prompt_that_is_refused_ends_nothing_once_others_are_answered(endpoint, capfd):
     endpoint.trouble = ['ok', 400]
     assert len(ask(QUESTIONS[:5], concurrency=1)[0]) == 4
-    assert '1 prompts got no answer (the last: Error code: 400 - a fault)' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert '1 of 5 prompts got no answer (the last: Error code: 400 - a fault)' in said
 
 
 def test_a_server_that_wants_max_completion_tokens_gets_them(endpoint):
