@@ -8,12 +8,12 @@ The second command prints how that program ended: passed.
 With bubblewrap, on Linux (apt install bubblewrap), the program
 - sees Python, /usr and /lib, which it cannot change, and no file of yours;
 - has no network, not even 127.0.0.1, and sees no other process;
-- can write to /tmp, which is a folder of its own in memory, and to nothing else;
+- writes into memory that is its own;
 - leaves nothing: its files, and all that it started, end with it.
 
-Without bubblewrap it starts in an empty folder, and is killed with its process group when its time
-is up. Nothing else keeps it in. It can read, change, send away and end whatever you can, and what
-it starts in another process group stays.
+Without bubblewrap it starts in an empty folder, which is removed when it ends or its time is up,
+and its process group is killed. Nothing else keeps it in. It can read, change, send away and end
+whatever you can, and what it starts in another process group stays.
 
 Either way it has Python's standard library only, no environment variable, no input and no output;
 a few seconds, some hundred MiB of memory (macOS does not limit that), 64 open files of at most

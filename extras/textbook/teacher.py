@@ -40,10 +40,7 @@ ADVICE = {  # on an error that has outlasted all tries; the first class that fit
 
 
 class Teacher:
-    """One model, its answers, and what they have cost.
-
-    Any number of threads may share it.
-    """
+    """One model, its answers, and what they have cost."""
 
     def __init__(self, model, folder, budget, price_in, price_out, max_tokens=1024, concurrency=8):
         """Take in the answers of earlier runs. Raises UserError if another run uses the folder.
@@ -63,7 +60,7 @@ class Teacher:
         self.price_in = price_in
         self.price_out = price_out
         self.max_tokens = max_tokens
-        self.limit_name = 'max_tokens'
+        self.limit_name = 'max_tokens'  # as this endpoint calls it
         self.concurrency = concurrency
 
         self.changing = threading.Lock()
@@ -159,7 +156,7 @@ class Teacher:
             'tokens_out': usage.completion_tokens if usage else self.max_tokens})
 
     def request(self, prompt):
-        """Return the completion of a prompt, which takes up to max_retries tries more than one.
+        """Return the completion of a prompt, after up to max_retries more tries.
 
         Raises openai.OpenAIError, and ValueError for what is no completion, such as a web page.
         """
@@ -196,10 +193,13 @@ class Teacher:
     def explain(self, error):
         """Return an error in one line, with the remedy."""
         reason = error.__cause__ or error  # openai itself says only "Connection error."
-        advice = [text for kind, text in ADVICE.items() if isinstance(error, kind)]
-        address = self.client.base_url.netloc.decode()
+        address = self.client.base_url.netloc.decode()  # without a password
         line = f'{self.model} at {address}: {" ".join(str(reason).split())[:300]}'
-        return '; '.join([line, *advice[:1], 'what was answered is kept'])
+        for kind, advice in ADVICE.items():
+            if isinstance(error, kind):
+                line += f'; {advice}'
+                break
+        return f'{line}; what was answered is kept'
 
     def report_missing(self, prompts):
         """Say how many prompts have no answer, and why."""

@@ -84,6 +84,7 @@ def test_bubblewrap_shows_no_file_no_network_and_no_process(tmp_path):
     assert execute(f'open({str(tmp_path / "secret")!r})').startswith('failed: FileNotFoundError')
     assert execute(f'open({str(ROOT / "README.md")!r})').startswith('failed: FileNotFoundError')
     assert execute('open("/etc/passwd")').startswith('failed: FileNotFoundError')
+    assert execute('open("/x", "w")') == 'passed' and not os.path.exists('/x')
     assert execute('open("/usr/x", "w")').startswith(('failed: OSError', 'failed: PermissionError'))
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
