@@ -199,8 +199,10 @@ def from_api(model, rng):
     combinations = lessons.topics(model, topics)
     ratings = dict(zip(raw[:rated], lessons.rate(model, raw[:rated])))
     textbook = lessons.write_textbook(model, combinations, pages, seed)
-    pairs = lessons.write_exercises(model, combinations, exercises, seed,
-                                    runs=examples_hold if allow_code_execution else None)
+    runs = None
+    if allow_code_execution:
+        runs = examples_hold
+    pairs = lessons.write_exercises(model, combinations, exercises, seed, runs)
     model.close()
     return raw, textbook, pairs, ratings
 

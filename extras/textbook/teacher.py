@@ -206,8 +206,8 @@ class Teacher:
         missing = [prompt for prompt in prompts if prompt not in self.answers]
         n_cut = sum(prompt in self.cut for prompt in missing)
         if n_cut:
-            notice(f'{n_cut} of {len(prompts)} answers did not fit in {self.max_tokens:,} tokens and '
-                   'are left out; a larger --max_tokens asks for them again')
+            notice(f'{n_cut} of {len(prompts)} answers did not fit in {self.max_tokens:,} tokens '
+                   'and are left out; a larger --max_tokens asks for them again')
         if len(missing) > n_cut:
             notice(f'{len(missing) - n_cut} of {len(prompts)} prompts got no answer (the last: '
                    f'{self.last_reason}); the same command asks for them again')

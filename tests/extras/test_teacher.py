@@ -52,10 +52,11 @@ def on_disk():
 
 # ---- Nothing is paid twice -----------------------------------------------------------------------
 def test_every_answer_is_kept_once_whatever_befalls_the_requests(endpoint):
-    endpoint.trouble = [429, 500, 'cut', 'ok', 408, 'dropped', 503, 'ok', 409, 429, 'cut', 502]
+    faults = [429, 500, 'cut', 408, 'dropped', 503, 409, 429, 'cut', 502]
+    endpoint.trouble = ['ok'] * 8 + faults
     answers, spent = ask(QUESTIONS + QUESTIONS[:5])
     assert answers == {question: question.upper() for question in QUESTIONS}
-    assert not endpoint.trouble and len(endpoint.asked) == len(QUESTIONS) + 10
+    assert not endpoint.trouble and len(endpoint.asked) == len(QUESTIONS) + len(faults)
     assert sorted(on_disk()) == sorted(QUESTIONS)
     assert spent == pytest.approx(40 * COST)
 
@@ -187,7 +188,8 @@ def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens
         answers, spent = ask(QUESTIONS[:2], concurrency=1)
         assert list(answers) == ['question 1'] and spent == pytest.approx(2 * COST)
         said = capfd.readouterr().err
-        assert '1 of 2 answers did not fit in 1,024 tokens' in said and 'a larger --max_tokens' in said
+        assert '1 of 2 answers did not fit in 1,024 tokens' in said
+        assert 'a larger --max_tokens' in said
     assert len(endpoint.asked) == 2
     assert len(ask(QUESTIONS[:2], max_tokens=2048)[0]) == 2
     assert len(endpoint.asked) == 3
@@ -197,7 +199,7 @@ def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens
 def test_an_empty_answer_is_counted_and_asked_for_again(endpoint, capfd):
     endpoint.trouble = ['empty']
     assert len(ask(QUESTIONS[:2], concurrency=1)[0]) == 1
-    assert '1 of 2 prompts got no answer (the last: an empty answer)' in capfd.readouterr().err
+    assert '1 of 2 prompts got no answer (the last: an empty' in capfd.readouterr().err
     assert len(ask(QUESTIONS[:2])[0]) == 2
 
 
