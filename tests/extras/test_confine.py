@@ -117,6 +117,8 @@ import sys
 from extras import confine
 if sys.argv[1] == 'plain':
     confine.sandbox = lambda: []
+confine.sandbox()  # starts processes of its own, once
+print('ready', flush=True)
 confine.execute('import time; time.sleep(60)', 3.0)
 '''
 
@@ -137,8 +139,10 @@ def is_running(pid):
         return False
 
 
-def test_a_program_ends_in_time_though_the_one_that_asked_for_it_was_killed(mode):
-    caller = subprocess.Popen([sys.executable, '-c', CALLER, mode], cwd=ROOT)
+def test_a_program_ends_in_time_though_the_one_that_asked_for_it_was_killed(mode, tmp_path):
+    caller = subprocess.Popen([sys.executable, '-c', CALLER, mode], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, env=os.environ | {'TMPDIR': str(tmp_path)})
+    assert caller.stdout.readline() == 'ready\n'
     until = time.monotonic() + 20
     n_processes = {'bubblewrap': 3, 'plain': 1}[mode]
     while len(started := descendants(caller.pid)) < n_processes and time.monotonic() < until:
@@ -147,7 +151,7 @@ def test_a_program_ends_in_time_though_the_one_that_asked_for_it_was_killed(mode
     caller.wait()
     while any(map(is_running, started)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(map(is_running, started))
+    assert len(started) >= n_processes and not any(map(is_running, started))
 
 
 # ---- Permission ----------------------------------------------------------------------------------
