@@ -159,7 +159,9 @@ def checked(key, value, defaults, where):
     beginning of a text is the user's home.
     """
     if key not in defaults:
-        similar = difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
+        # --lr is meant for learning_rate, whatever else is spelled like it
+        similar = [name for name in defaults if key == ''.join(w[:1] for w in name.split('_'))]
+        similar += difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
         raise UserError(f'unknown setting {key} {where}: {hint}')
     default = defaults[key]

@@ -51,6 +51,7 @@ def test_values_take_the_type_of_their_setting(arg, key, value):
 @pytest.mark.parametrize('arg, says', [
     ('--sed=1', 'unknown setting sed on the command line: did you mean seed?'),
     ('--learning-rate=1', 'did you mean learning_rate?'),
+    ('--lr=3', 'did you mean learning_rate?'),
     ('--xyzzy=1', 'see --help'),
     ('--seed=1.5', 'takes int'),
     ('--seed=x', 'takes int'),
