@@ -4,7 +4,7 @@
 # The aim is a loss of 3.28. modded-nanogpt reaches it with as many tokens, but on FineWeb; this is
 # FineWeb-Edu, another text, so the two losses cannot be compared. For the loss of
 # config/train_fineweb.py give it more steps: --max_iters. Not measured yet. The learning rates are
-# guesses from smaller runs; docs/notes.md says what else was tried, one by one.
+# guesses from smaller runs; docs/log.md says what else was tried, one by one.
 # Meant for GPUs of 80 GB. On smaller ones: --batch_size=32 --gradient_accumulation_steps=16
 #     --eval_iters=320, and so on
 out_dir = 'out/fineweb_speedrun'

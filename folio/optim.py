@@ -212,7 +212,7 @@ def momentum_at(step, steps):
     """Return Muon's momentum of a step: from 0.85 to 0.95 over the first fifth, at most 300 steps.
 
     Early gradients change fast, and an average that reaches back far lags behind. In two sweeps
-    (docs/notes.md) it was worth 0.02 nats.
+    (docs/log.md) it was worth 0.02 nats.
 
     >>> [round(momentum_at(step, steps=20), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
