@@ -118,7 +118,7 @@ def run_file(path, namespace):
     try:
         exec(compile(source, path, 'exec'), namespace)
     except SyntaxError as e:
-        raise UserError(f'{e.filename}, line {e.lineno}: SyntaxError: {e.msg}') from None
+        raise UserError(f'{path}: SyntaxError: {e}') from None  # it names file and line
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         if where.filename != path:

@@ -20,8 +20,9 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     """Return a list of optimizers that together step every parameter once.
 
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
-    the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay.
-    Raises ValueError for a value outside its range.
+    the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay, nor
+    do embeddings and head next to Muon: their rate is high, and the decay that suits the blocks
+    cost 0.006 nats there (docs/notes.md). Raises ValueError for a value outside its range.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
@@ -36,7 +37,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
 
     matrices = [p for p in by_adamw if p.ndim >= 2]
     vectors = [p for p in by_adamw if p.ndim < 2]
-    groups = [{'params': matrices, 'weight_decay': weight_decay},
+    groups = [{'params': matrices, 'weight_decay': weight_decay if kind == 'adamw' else 0.0},
               {'params': vectors, 'weight_decay': 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
                                     weight_decay=weight_decay, fused=True)]

@@ -110,7 +110,8 @@ def test_helpers_of_a_config_file_stay_its_own(write):
     ('bias = 1', 'takes bool'),
     ('seed = True', 'takes int'),
     ('start = None', 'takes str'),
-    ('seed = 1\nx y', 'config.py, line 2: SyntaxError'),
+    ('seed = 1\nx y', r'config.py: SyntaxError: invalid syntax \(config.py, line 2\)'),
+    ('seed = 1\0', 'config.py: SyntaxError: .*null bytes'),
     ('seed = 1 / 0', 'config.py, line 1: ZeroDivisionError'),
 ])
 def test_a_mistake_in_a_config_file_is_named(write, text, says):
