@@ -22,7 +22,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
     the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay, nor
     do embeddings and head next to Muon: their rate is high, and the decay that suits the blocks
-    cost 0.006 nats there (docs/notes.md). Raises ValueError for a value outside its range.
+    cost 0.006 nats there (docs/log.md). Raises ValueError for a value outside its range.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
