@@ -318,6 +318,7 @@ if world_size > 1:
     # torch 2.13 has a newer name for it, torch 2.11 has this one only.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
+                                        gradient_as_bucket_view=True,  # saves a copy of them
                                         find_unused_parameters=machine.any(has_unused))
     model.zero_grad(set_to_none=True)
 if compile:
