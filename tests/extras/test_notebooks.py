@@ -10,7 +10,8 @@ import pytest
 
 from conftest import ROOT
 
-WRITES = {'walkthrough': {'data/walkthrough', 'out/walkthrough'}}
+WRITES = {'walkthrough': {'data/walkthrough', 'out/walkthrough'},
+          'textbook': {'out/textbook_notebook'}}
 PICTURE = 'image/png'
 
 
