@@ -22,7 +22,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
     the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay, nor
     do embeddings and head next to Muon: their rate is high, and the decay that suits the blocks
-    cost 0.006 nats there (docs/notes.md). Raises ValueError for a value outside its range.
+    cost 0.006 nats there (docs/log.md). Raises ValueError for a value outside its range.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
@@ -213,7 +213,7 @@ def momentum_at(step, steps):
     """Return Muon's momentum of a step: from 0.85 to 0.95 over the first fifth, at most 300 steps.
 
     Early gradients change fast, and an average that reaches back far lags behind. In two sweeps
-    (docs/notes.md) it was worth 0.02 nats.
+    (docs/log.md) it was worth 0.02 nats.
 
     >>> [round(momentum_at(step, steps=20), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]
