@@ -234,6 +234,20 @@ def tokenizer_of(checkpoint):
     return tokenizer
 
 
+def encode_prompt(checkpoint, tokenizer, text):
+    """Return the token ids of a prompt, the end-of-text token in front where training had it there.
+
+    Every document that a run of folio learned from began with it, if its tokenizer has one.
+    nanoGPT's checkpoints have settings, too, but no tokenizer; OpenAI's a tokenizer and no
+    settings. An empty prompt is the beginning of a text.
+    """
+    ids = tokenizer.encode(text)
+    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
+    if (is_run and tokenizer.eot is not None) or not ids:
+        ids = [tokenizer.start] + ids
+    return ids
+
+
 # ---- Saving --------------------------------------------------------------------------------------
 def save(paths, checkpoint):
     """Write a dictionary of tensors and plain values to a path or to several, whole or not at all.
