@@ -36,9 +36,7 @@ to = 'out/report'  # the folder to write
 prompts = 'The|If|It is'  # what the texts begin with, separated by |; the same for every run
 temperatures = '0.6 0.8 1.0 1.2'  # of the strategies that draw
 num_samples = 4  # texts per prompt, for each strategy and temperature; 0: no texts
-max_new_tokens = 200  # tokens in a text, at most; fewer where the context is shorter
-ngram_order = 6  # tokens in the longest n-gram; 0: no n-grams
-ngram_tokens = 5_000_000  # the first training tokens, in which n-grams are counted
+max_new_tokens = 200  # tokens in a text, at most
 seed = 1337  # of the texts
 device = default_device()  # cpu, cuda, cuda:1, mps …
 
@@ -64,6 +62,8 @@ STRATEGIES = {
     'sample': 'plain sampling',
 }
 MOST_STEPS = 12  # rows in a table of losses
+NGRAM_ORDER = 6  # tokens in the longest n-gram
+NGRAM_TOKENS = 5_000_000  # the first training tokens, in which n-grams are counted
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -90,8 +90,9 @@ def read_run(folder):
     run.best = min(run.evals, key=lambda entry: entry['val_loss'], default={})
     run.tokens_per_step = (run.config['gradient_accumulation_steps'] * run.config['batch_size']
                            * run.config['block_size'])
-    # Windows in an evaluation; 0: the whole split
+    # In an evaluation; 0: the whole split
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']
+    run.n_targets = run.n_windows * run.config['block_size']
     # What only other files than the log can tell: see `examine`.
     run.data = None  # its Dataset
     run.spec = None  # of its tokenizer
@@ -189,13 +190,11 @@ def setting_of(run):
 
 def measure_splits(run, model, machine):
     """Measure a model on the whole test split, and on as much training text as validation has."""
-    n_windows = {'test': 0, 'train': run.n_windows}
-    if run.n_windows == 0:
-        n_windows['train'] = math.ceil(len(run.data.tokens('val')) / run.config['block_size'])
-    for split, n in n_windows.items():
+    n_val = math.ceil(len(run.data.tokens('val')) / run.config['block_size'])
+    for split, n_windows in (('test', 0), ('train', run.n_windows or n_val)):
         if split in run.data.splits():
             run.measured[split] = evaluate(model, run.data, split, run.config['block_size'],
-                                           run.config['batch_size'], n, machine)
+                                           run.config['batch_size'], n_windows, machine)
 
 
 def is_fineweb_edu(run):
@@ -215,8 +214,8 @@ def group_by(columns, key):
 
 def tested_on(run):
     """Return what the validation losses are of: runs in which it is the same share a picture."""
-    n_targets = run.n_windows * run.config['block_size']
-    return run.config['dataset'], n_targets, run.spec and folio.tokenizer.spec_hash(run.spec)
+    vocabulary = run.spec and folio.tokenizer.spec_hash(run.spec)
+    return run.config['dataset'], run.n_targets, vocabulary
 
 
 def hellaswag_source_of(run):
@@ -232,45 +231,30 @@ def kinds_of_text():
     return kinds
 
 
-@torch.no_grad()
 def write_texts(model, checkpoint, machine, strategy, temperature):
     """Return (groups, measures): for each prompt a list of texts, and their MEASURES."""
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    size = model.config.block_size
-    n_rows = 1 if strategy == 'greedy' else num_samples  # the others would be the same
+    n_texts = 1 if strategy == 'greedy' else num_samples  # the others would be the same
     groups = []
-    nats = 0.0
-    n_tokens = 0
+    log_probs = []  # of each token, whatever strategy and temperature drew it
     for prompt in prompts.split('|'):
         ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, prompt)
-        ids = ids[-max(1, size // 2):]  # at least half of the context is for the text
-        # Prompt and text must fit into one context, because one forward pass over both gives the
-        # loss below. The last token is only predicted: hence + 1.
-        count = min(max_new_tokens, size + 1 - len(ids))
-        prompts_BT = torch.tensor([ids] * n_rows)
+        tokens = []
+        own = []
         with machine.autocast:
             # These 50 and 0.9 are named in STRATEGIES.
-            steps = list(engine.generate(model, prompts_BT, count, strategy=strategy,
-                                         temperature=temperature, top_k=50, top_p=0.9))
-        new_BT = torch.stack(steps, dim=1).cpu()
-        targets_BT = torch.cat((torch.full_like(prompts_BT, -1), new_BT), dim=1)
+            for next_B, logits_BV in engine.generate_with_logits(
+                    model, torch.tensor([ids] * n_texts), max_new_tokens, strategy=strategy,
+                    temperature=temperature, top_k=50, top_p=0.9):
+                tokens.append(next_B)
+                own.append(logits_BV.log_softmax(dim=-1).gather(1, next_B[:, None])[:, 0])
         texts = []
-        for new, targets_T in zip(new_BT.tolist(), targets_BT):
-            if tokenizer.eot in new:
-                new = new[:new.index(tokenizer.eot)]
-                targets_T[len(ids) + len(new) + 1:] = -1  # what follows the end does not count
-            texts.append(tokenizer.decode(new))
+        for new, logp in zip(torch.stack(tokens, 1).tolist(), torch.stack(own, 1).tolist()):
+            end = new.index(tokenizer.eot) if tokenizer.eot in new else len(new)
+            texts.append(tokenizer.decode(new[:end]))
+            log_probs += logp[:end + 1]  # to end a text is a choice as well
         groups.append(texts)
-
-        # By the model's own probabilities, whatever strategy and temperature drew the texts.
-        idx_BT = torch.cat((prompts_BT, new_BT), dim=1)[:, :-1].to(machine.device)
-        targets_BT = targets_BT[:, 1:].to(machine.device)
-        with machine.autocast:
-            _, loss = model(idx_BT, targets_BT)
-        n_targets = (targets_BT != -1).sum().item()
-        nats += loss.item() * n_targets
-        n_tokens += n_targets
-    return groups, {'log-prob': -nats / n_tokens} | ngrams.measure(groups)
+    return groups, {'log-prob': statistics.fmean(log_probs)} | ngrams.measure(groups)
 
 
 # ---- Numbers as text -----------------------------------------------------------------------------
@@ -284,18 +268,19 @@ def mean_and_error(values):
 def shown(values, decimals=None):
     """Return the mean of some numbers as text, with ± its standard error if they differ.
 
-    decimals: None stands for as many as three significant digits need.
+    decimals: None stands for as many as three significant digits need; a whole number has none.
 
-    >>> shown([961.0897]), shown([1.5]), shown([1.0, 2.0], decimals=3), shown([])
-    ('961', '1.50', '1.500 ± 0.500', '–')
+    >>> shown([961.0897]), shown([30]), shown([1.0, 2.0], decimals=3), shown([])
+    ('961', '30', '1.500 ± 0.500', '–')
     """
     values = [value for value in values if value is not None and not math.isnan(value)]
     if not values:
         return '–'
     mean, error = mean_and_error(values)
-    if decimals is None:
-        magnitude = math.floor(math.log10(abs(mean))) if mean else 0
-        decimals = max(0, 2 - magnitude)
+    if decimals is None and float(mean).is_integer():
+        decimals = 0
+    elif decimals is None:
+        decimals = max(0, 2 - math.floor(math.log10(abs(mean))))
     text = f'{mean:,.{decimals}f}'
     if error > 0:
         text += f' ± {error:,.{decimals}f}'
@@ -337,13 +322,12 @@ def tokenizer_of(run):
 
 
 def validated_on(run):
-    n_targets = run.n_windows * run.config['block_size']
     if run.data is None:
-        return f'{n_targets:,} tokens' if n_targets else 'the whole split'
+        return f'{run.n_targets:,} tokens' if run.n_targets else 'the whole split'
     total = len(run.data.tokens('val')) - 1
-    if n_targets == 0 or n_targets >= total:
+    if run.n_targets == 0 or run.n_targets >= total:
         return f'the whole split, {total:,} tokens'
-    return f'{n_targets:,} of {total:,} tokens'
+    return f'{run.n_targets:,} of {total:,} tokens'
 
 
 def machine_of(run):
@@ -433,7 +417,7 @@ def losses_section(number, columns, baselines):
         head = ['', *(f'{n}-gram' for n in range(1, len(baselines) + 1))]
         total = len(first.data.tokens('train'))
         blocks += [table(head, [['validation loss', *(f'{loss:.3f}' for loss in baselines)]]),
-                   ABOUT_NGRAMS.format(min(ngram_tokens, total), total)]
+                   ABOUT_NGRAMS.format(min(NGRAM_TOKENS, total), total)]
     for key in further_keys(columns):
         picture = f'loss{number}-{key}.png'
         plots.draw_metric(os.path.join(to, picture), name, columns, key)
@@ -444,10 +428,9 @@ def losses_section(number, columns, baselines):
 def baselines_of(columns):
     """Return the losses of n-grams on what columns were validated on: (order,), or () without."""
     found = [run for column in columns for run in column if run.data and run.best]
-    if not found or ngram_order == 0:
+    if not found:
         return ()
-    n_targets = found[0].n_windows * found[0].config['block_size']  # 0: the whole split
-    return ngrams.losses(found[0].data, ngram_order, ngram_tokens, n_val=n_targets)
+    return ngrams.losses(found[0].data, NGRAM_ORDER, NGRAM_TOKENS, n_val=found[0].n_targets)
 
 
 def further_keys(columns):
@@ -575,10 +558,10 @@ def say_texts(run):
 
 
 ABOUT_RESULTS = """\
-Losses are in nats a token, those of validation at the step where it was best, those of training and
+Losses are in nats a token: that of validation at the step where it was best, those of training and
 test by the checkpoint that was saved then. Training is measured like validation, on as many tokens
-from the beginning of its split. After ± stands the standard error of the mean
-over seeds; where there is none, there was one seed. Between models with different tokenizers only
+from the beginning of its split. After ± stands the standard error of the mean over seeds; where
+there is none, there was one seed, or no difference. Between models with different tokenizers only
 bits per byte and perplexity per word can be compared."""
 ABOUT_LOSSES = """\
 Training, in the picture and in the table, is the loss of the batches themselves: with dropout where
@@ -590,16 +573,16 @@ of {1:,} training tokens: interpolated absolute discounting (Ney, Essen and Knes
 probabilities sum to one."""
 ABOUT_HELLASWAG = """\
 The share of items whose right ending has the lowest mean loss per token, as train.py logs it. Lines
-of GPT-2 and GPT-3 are those that build-nanogpt draws, and stand beside HellaSwag itself alone."""
+of GPT-2 and GPT-3 are those that build-nanogpt draws, and are shown with HellaSwag itself alone."""
 ABOUT_TEXTS = """\
-{0} texts for each of {1} prompts, of at most {2} tokens and no more than the context holds, each
-with random numbers of its own; greedy writes one, as it would always write the same. The model is
-that of the first seed. log-prob is its own mean log-probability of a token, at temperature
-1: text that is much likelier than real text is dull, text that is much less likely is broken.
-distinct-n is the share of different n-grams of words in a text (after Li et al. 2016), repeated-4
-the share of 4-grams that stood in the same text before (Welleck et al. 2020). self-BLEU compares
-the texts of one prompt: 1 if all are the same (Zhu et al. 2018). All of these depend on the length
-of the texts: compare within a run, not across tokenizers."""
+{0} texts for each of {1} prompts, of at most {2} tokens, each with random numbers of its own;
+greedy writes one, as it would always write the same. The model is that of the first seed. log-prob
+is its mean log-probability of a token, at temperature 1: text that is much likelier than real text is
+dull, text that is much less likely is broken. distinct-n is the share of different n-grams of words
+in a text (after Li et al. 2016), repeated-4 the share of 4-grams that stood in the same text before
+(Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same (Zhu et al.
+2018). All of these depend on the length of the texts: compare within a run, not across
+tokenizers."""
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -625,8 +608,8 @@ def main():
     plots.pyplot()
     for strategy, temperature in kinds_of_text():
         engine.check_sampling(strategy, temperature, top_k=50, top_p=0.9)
-    require_at_least(0, config, 'num_samples', 'ngram_order')
-    require_at_least(1, config, 'max_new_tokens', 'ngram_tokens')
+    require_at_least(0, config, 'num_samples')
+    require_at_least(1, config, 'max_new_tokens')
     Machine(device, 'auto')
     if not folders:
         raise UserError('which runs? Name their folders: '
