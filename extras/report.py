@@ -577,11 +577,11 @@ of GPT-2 and GPT-3 are those that build-nanogpt draws, and are shown with HellaS
 ABOUT_TEXTS = """\
 {0} texts for each of {1} prompts, of at most {2} tokens, each with random numbers of its own;
 greedy writes one, as it would always write the same. The model is that of the first seed. log-prob
-is its mean log-probability of a token, at temperature 1: text that is much likelier than real text is
-dull, text that is much less likely is broken. distinct-n is the share of different n-grams of words
-in a text (after Li et al. 2016), repeated-4 the share of 4-grams that stood in the same text before
-(Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same (Zhu et al.
-2018). All of these depend on the length of the texts: compare within a run, not across
+is its mean log-probability of a token, at temperature 1: text that is much likelier than real text
+is dull, text that is much less likely is broken. distinct-n is the share of different n-grams of
+words in a text (after Li et al. 2016), repeated-4 the share of 4-grams that stood in the same text
+before (Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same
+(Zhu et al. 2018). All of these depend on the length of the texts: compare within a run, not across
 tokenizers."""
 
 
