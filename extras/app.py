@@ -164,7 +164,7 @@ for choice in newest:
 STYLE = """
 #panes .textfield {display: block; font: 15px/1.6 var(--font-mono)}
 #panes .textfield span {display: inline; margin: 0; padding: 0; border-radius: 0;
-        white-space: nowrap; word-spacing: -1ch; word-break: normal}
+        word-spacing: -1ch}
 #panes .textfield .text {white-space: pre-wrap; word-spacing: normal}
 """
 # What the two panes show at first: both runs, or the one run trained and untrained
