@@ -55,18 +55,9 @@ for run in (out_dir, other):
 sources["gpt2: OpenAI's"] = 'gpt2'
 
 
-def load(choice):
-    """Return (model, checkpoint, facts about the model in a line) as they are now."""
-    path = sources[choice]
-    modified = None
-    if os.path.exists(path):  # of a run that is still going, the newest changes
-        modified = os.path.getmtime(path)
-    return load_once(choice, modified)
-
-
 @functools.lru_cache(maxsize=4)
-def load_once(choice, modified):
-    """Return what load does; modified: the time the file changed, to load it again after that."""
+def load(choice):
+    """Return (model, checkpoint, facts about the model in a line), as when it was first chosen."""
     checkpoint = folio.checkpoint.load(sources[choice])
     folio.checkpoint.refuse_other_code(checkpoint, GPT)
     step = checkpoint.get('iter_num')
@@ -153,8 +144,6 @@ def write_both(left, right, prompt, max_new_tokens, strategy, temperature, top_k
 
 
 # ---- The page ------------------------------------------------------------------------------------
-if other and not os.path.exists(os.path.join(other, 'ckpt.pt')):
-    raise UserError(f'no checkpoint in {other}; --other= takes the folder of a run')
 newest = [choice for choice in sources if choice.endswith(': newest')]
 for choice in newest:
     load(choice)  # raises UserError here for a checkpoint that is missing or damaged

@@ -95,15 +95,6 @@ def smooth(values):
 
 
 # ---- Losses --------------------------------------------------------------------------------------
-def time_unit(seconds):
-    """Return the (name, seconds) of the unit in which to show that long a time."""
-    if seconds > 7200:
-        return 'hours', 3600
-    if seconds > 300:
-        return 'minutes', 60
-    return 'seconds', 1
-
-
 def draw_run(axes, run, label, color, key, scale):
     """Draw a run's losses over entry[key] / scale; return those that have to be in view.
 
@@ -126,12 +117,8 @@ def draw_losses(path, title, columns, references):
     """Draw the losses of runs on one data set, over tokens on the left, over time on the right."""
     # The two share their y axis, so its limits and label are set on the left one alone
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 6), sharey=True)
-    runs = [run for column in columns for run in column]
-    times = [entry['train_seconds'] for run in runs for entry in run.steps + run.evals]
-    unit, seconds = time_unit(max(times, default=0))
-
     in_view = list(references.values())
-    for axes, key, scale in ((left, 'tokens', 1), (right, 'train_seconds', seconds)):
+    for axes, key, scale in ((left, 'tokens', 1), (right, 'train_seconds', 60)):
         for number, column in enumerate(columns):
             for run in column:
                 in_view += draw_run(axes, run, label_of(run, column), f'C{number}', key, scale)
@@ -144,9 +131,9 @@ def draw_losses(path, title, columns, references):
 
     label_tokens(left)
     left.set_ylabel('loss (nats a token)')
-    right.set_xlabel(f'{unit} of training')
+    right.set_xlabel('minutes of training')
     figure.suptitle(title)
-    has_dropout = any(run.config['dropout'] > 0 for run in runs)
+    has_dropout = any(column[0].config['dropout'] > 0 for column in columns)
     batches = 'training batches, under dropout' if has_dropout else 'training batches'
     training = {'label': f'{batches}, smoothed', 'color': 'gray', 'linewidth': 1.2}
     validation = {'label': 'validation', 'color': 'gray', 'marker': 'o', 'linestyle': 'none'}

@@ -218,10 +218,6 @@ def tested_on(run):
     return run.config['dataset'], run.n_targets, vocabulary
 
 
-def hellaswag_source_of(run):
-    return run.config['hellaswag_source']
-
-
 # ---- Texts ---------------------------------------------------------------------------------------
 def kinds_of_text():
     """Return the (strategy, temperature) of all texts; greedy has no temperature."""
@@ -633,7 +629,8 @@ def main():
         losses += losses_section(number, group, baselines)
     hellaswag = []
     scored = [column for column in columns if all(run.swags for run in column)]
-    for number, group in enumerate(group_by(scored, hellaswag_source_of), 1):
+    by_items = group_by(scored, lambda run: run.config['hellaswag_source'])
+    for number, group in enumerate(by_items, 1):
         says.append([say_hellaswag(run) for column in group for run in column])
         hellaswag += hellaswag_section(number, group)
     texts = []
