@@ -101,7 +101,7 @@ def read_run(folder):
     run.measured = {}  # {split: metrics} of that checkpoint
     run.texts = {}  # {(strategy, temperature): (texts of each prompt, measures)}
 
-    run.notes = [f'`{" ".join(run.header.get("record", {}).get("argv", ["?"]))}`']
+    run.notes = []
     done = max([entry['iter'] for entry in run.evals] + [entry['iter'] + 1 for entry in run.steps],
                default=0)
     if done < run.config['max_iters']:
@@ -184,8 +184,7 @@ def join(run, columns):
 def setting_of(run):
     """Return all that a run's figures depend on, except for the seed."""
     settings = {key: value for key, value in run.config.items() if key not in ASIDE}
-    code = run.header.get('record', {}).get('model')
-    return settings, code, run.spec
+    return settings, run.header['record']['model'], run.spec
 
 
 def measure_splits(run, model, machine):
@@ -646,7 +645,11 @@ def main():
     if texts:
         n_prompts = len(prompts.split('|'))
         page += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
-    page += ['## Notes', '\n'.join(f'- {run.name}: {"; ".join(run.notes)}.' for run in runs)]
+    notes = []
+    for run in runs:
+        command = ' '.join(run.header['record']['argv'])
+        notes.append(f'- {run.name}: {"; ".join(run.notes)}. The command: `{command}`')
+    page += ['## Notes', '\n'.join(notes)]
     path = os.path.join(to, 'report.md')
     with open(path, 'w', encoding='utf-8', errors='replace') as f:
         f.write('\n\n'.join(page) + '\n')
