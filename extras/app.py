@@ -57,7 +57,7 @@ sources["gpt2: OpenAI's"] = 'gpt2'
 
 @functools.lru_cache(maxsize=4)
 def load(choice):
-    """Return (model, checkpoint, facts about the model in a line), as when it was first chosen."""
+    """Return (model, the small things in its checkpoint, facts in a line), as when first chosen."""
     checkpoint = folio.checkpoint.load(sources[choice])
     folio.checkpoint.refuse_other_code(checkpoint, GPT)
     step = checkpoint.get('iter_num')
@@ -72,6 +72,8 @@ def load(choice):
     facts = f'{n_parameters / 1e6:,.2f} M parameters'
     if step is not None:
         facts += f', step {step:,}'
+    for name in ('model', 'optimizer'):  # large, and not needed again
+        checkpoint.pop(name, None)
     return model.to(machine.device, machine.torch_dtype).eval(), checkpoint, facts
 
 
