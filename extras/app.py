@@ -107,7 +107,8 @@ def write(choice, prompt, max_new_tokens, **options):
     try:
         model, checkpoint, facts = load(choice)
         tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-        ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, prompt)
+        begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
+        ids = begin + tokenizer.encode(prompt) or [tokenizer.start]
         limit = model.config.block_size
         if len(ids) > limit:
             facts += f', reads the last {limit:,} of {len(ids):,} tokens'

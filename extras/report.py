@@ -229,11 +229,12 @@ def kinds_of_text():
 def write_texts(model, checkpoint, machine, strategy, temperature):
     """Return (groups, measures): for each prompt a list of texts, and their MEASURES."""
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
+    begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
     n_texts = 1 if strategy == 'greedy' else num_samples  # the others would be the same
     groups = []
     log_probs = []  # of each token, whatever strategy and temperature drew it
     for prompt in prompts.split('|'):
-        ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, prompt)
+        ids = begin + tokenizer.encode(prompt) or [tokenizer.start]
         tokens = []
         own = []
         with machine.autocast:

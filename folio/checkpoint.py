@@ -234,18 +234,18 @@ def tokenizer_of(checkpoint):
     return tokenizer
 
 
-def encode_prompt(checkpoint, tokenizer, text):
-    """Return the token ids of a prompt, the end-of-text token in front where training had it there.
+def beginning_of(checkpoint, tokenizer):
+    """Return the ids that come before a prompt: the end-of-text token, or none.
 
-    Every document that a run of folio learned from began with it, if its tokenizer has one.
-    nanoGPT's checkpoints have settings, too, but no tokenizer; OpenAI's a tokenizer and no
-    settings. An empty prompt is the beginning of a text.
+    folio begins each document with that token, if its tokenizer has one. A Hugging Face folder says
+    which comes before a text. OpenAI's and nanoGPT's models continue a prompt as it is.
     """
-    ids = tokenizer.encode(text)
+    if 'begin' in checkpoint:
+        return checkpoint['begin']
     is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
-    if (is_run and tokenizer.eot is not None) or not ids:
-        ids = [tokenizer.start] + ids
-    return ids
+    if is_run and tokenizer.eot is not None:
+        return [tokenizer.eot]
+    return []
 
 
 # ---- Saving --------------------------------------------------------------------------------------
