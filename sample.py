@@ -56,12 +56,8 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
-ids = tokenizer.encode(start)
-# Every document that a run of folio learned from began with the end-of-text token, if there is one.
-# nanoGPT's checkpoints have settings, too, but no tokenizer; OpenAI's a tokenizer and no settings.
-is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
-if (is_run and tokenizer.eot is not None) or not ids:
-    ids = [tokenizer.start] + ids
+begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
+ids = begin + tokenizer.encode(start) or [tokenizer.start]
 if len(ids) > model.config.block_size:
     print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens',
           file=sys.stderr)
@@ -115,7 +111,7 @@ def talk():
         # A tuned model has learned from documents of one question each. Any other goes on with the
         # text, in which only the first line begins a document.
         if is_tuned or not turns:
-            turn = [tokenizer.start] + turn
+            turn = (begin or [tokenizer.start]) + turn
         turns.append(turn)
         # The oldest turns are forgotten: the context has room for the answer too, up to half of it.
         longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)

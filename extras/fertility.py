@@ -1,17 +1,50 @@
 """
-Show how finely tokenizers cut a text: its tokens, tokens per word and bytes per token.
+Show how finely tokenizers cut a text: tokens in a word, tokens in a character, bytes in a token.
     python extras/fertility.py my.txt gpt2 data/book
+    python extras/fertility.py my.txt data/tokenizers cl100k_base
 
-A tokenizer is gpt2 or a data folder.
+A tokenizer is gpt2 or another name of tiktoken's, a data folder, a tokenizer.json (ours or one of
+Hugging Face's), or a folder of these. White space separates words: of a script without it, such as
+Chinese or Thai, look at the tokens in a character.
 
-Needs folio/.
+Needs folio/; the package tokenizers for a file of Hugging Face's.
 """
+import glob
+import json
 import os
 import sys
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
+import tiktoken
+
 import folio.tokenizer
 from folio.configurator import UserError, report
+
+
+def expand(source):
+    """Return the tokenizers in a folder of several, as a list; any other source alone."""
+    if not os.path.isdir(source) or os.path.exists(os.path.join(source, 'tokenizer.json')):
+        return [source]
+    found = glob.glob(os.path.join(source, '*', 'tokenizer.json'))
+    found += glob.glob(os.path.join(source, '*.json'))
+    return sorted(path for path in found if os.path.basename(path) != 'meta.json') or [source]
+
+
+def load(source):
+    """Return (size of its vocabulary, function from text to tokens). Raises UserError."""
+    if source != 'gpt2' and source in tiktoken.list_encoding_names():
+        encoding = tiktoken.get_encoding(source)
+        return encoding.n_vocab, encoding.encode_ordinary
+    path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8') as f:
+            is_hugging_face = 'model' in json.load(f)
+        if is_hugging_face:
+            import tokenizers
+            theirs = tokenizers.Tokenizer.from_file(path)
+            return theirs.get_vocab_size(), lambda text: theirs.encode(text).ids
+    ours = folio.tokenizer.load(source)
+    return ours.n_vocab, ours.encode
 
 
 def main():
@@ -20,18 +53,19 @@ def main():
         return
     if len(sys.argv) < 3:
         raise UserError('usage: python extras/fertility.py TEXT_FILE TOKENIZER [TOKENIZER …]; '
-                        'a tokenizer is gpt2 or a data folder')
+                        '--help says what a tokenizer is')
     path, *sources = sys.argv[1:]
     try:
         with open(path, encoding='utf-8') as f:
             text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise UserError(f'{path} cannot be read as UTF-8 text: {e}') from None
     for source in sources:
-        tokenizer = folio.tokenizer.load(source)
-        n_tokens = len(tokenizer.encode(text))
-        print(f'{source}: vocabulary of {tokenizer.n_vocab:,}, {n_tokens:,} tokens, '
-              f'{folio.tokenizer.fertility(text, n_tokens)}')
+        for name in expand(source):
+            vocab_size, encode = load(name)
+            n_tokens = len(encode(text))
+            print(f'{name}: vocabulary of {vocab_size:,}, {n_tokens:,} tokens, '
+                  f'{folio.tokenizer.fertility(text, n_tokens)}')
 
 
 if __name__ == '__main__':

@@ -98,6 +98,8 @@ def bleu(words, references):
     The counts of two words and more are raised by one (Lin and Och 2004), because short texts often
     have no longer n-gram in common.
     """
+    if words in references:
+        return 1.0  # also if there is no word in either
     log_precisions = []
     for n in range(1, 5):
         mine = count(words, n)
@@ -111,7 +113,7 @@ def bleu(words, references):
         log_precisions.append(math.log(hits / (mine.total() + added)))
 
     lengths = [len(reference) for reference in references]
-    closest = min(lengths, key=lambda length: abs(length - len(words)), default=0)
+    closest = min(lengths, key=lambda length: abs(length - len(words)))
     brevity = min(0, 1 - closest / max(1, len(words)))  # log of the penalty for a short text
     return math.exp(brevity + sum(log_precisions) / 4)
 
@@ -124,36 +126,31 @@ def self_bleu(texts):
     >>> self_bleu([['the', 'cat', 'sat', 'down']] * 2), self_bleu([['the', 'cat'], ['a', 'dog']])
     (1.0, 0.0)
     """
-    scores = []
-    for i, words in enumerate(texts):
-        others = texts[:i] + texts[i + 1:]
-        scores.append(bleu(words, others))
-    return sum(scores) / max(1, len(scores))
+    scores = [bleu(words, texts[:i] + texts[i + 1:]) for i, words in enumerate(texts)]
+    return sum(scores) / len(scores)
 
 
 def measure(groups):
     """Return how diverse texts are; groups: a list of texts for each prompt.
 
     A word is a run of letters and digits, or of other signs.
-    distinct-1, -2, -3: different n-grams as a share of all (Li et al. 2016).
-    repeated-4: the share of 4-grams that occurred earlier in the same text (Welleck et al. 2020).
+    distinct-1, -2, -3: the share of different n-grams in a text (after Li et al. 2016).
+    repeated-4: the share of 4-grams that occurred earlier in the text (Welleck et al. 2020).
     self-BLEU: computed among the texts of one prompt, then averaged over the prompts.
+    NaN stands for what cannot be computed: of texts that are too short, or of one text a prompt.
 
-    >>> measure([['so it is', 'so it was']])['distinct-1']
-    0.6666666666666666
+    >>> measure([['so it is so', 'so it was so']])['distinct-1']
+    0.75
     """
     groups = [[re.findall(r'\w+|[^\w\s]+', text) for text in texts] for texts in groups]
-    texts = sum(groups, [])
-    metrics = {}
-    for n in (1, 2, 3):
-        counts = collections.Counter()
-        for words in texts:
-            counts.update(count(words, n))
-        metrics[f'distinct-{n}'] = len(counts) / max(1, counts.total())
-
-    fours = [count(words, 4) for words in texts]
-    n_different = sum(len(counts) for counts in fours)
-    n_all = sum(counts.total() for counts in fours)
-    metrics['repeated-4'] = 1 - n_different / max(1, n_all)
-    metrics['self-BLEU'] = sum(self_bleu(texts) for texts in groups) / len(groups)
+    share = {}  # of different n-grams
+    for n in (1, 2, 3, 4):
+        counts = [count(words, n) for texts in groups for words in texts]
+        total = sum(found.total() for found in counts)
+        share[n] = sum(len(found) for found in counts) / total if total else math.nan
+    metrics = {f'distinct-{n}': share[n] for n in (1, 2, 3)}
+    metrics['repeated-4'] = 1 - share[4]
+    metrics['self-BLEU'] = math.nan
+    if len(groups[0]) > 1:
+        metrics['self-BLEU'] = sum(self_bleu(texts) for texts in groups) / len(groups)
     return metrics

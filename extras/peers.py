@@ -1,10 +1,11 @@
 """
 Measure training and decoding with folio and with transformers: the same model, in turn.
     python extras/peers.py
-    python extras/peers.py config/gpt2_medium.py --which=decoding --dtypes=float32
+    python extras/peers.py config/gpt2_medium.py --dtype=float32 --decode_batch=8
 
-Prints tokens a second of both, and their ratio: above 1, folio is faster. Weights and tokens are
-random, and the same for both. GPT-2 124 M unless a config file or settings say otherwise.
+Prints tokens a second of both, and their ratio: above 1, folio is faster. Both compute in one
+number format, in training and in decoding. Weights and tokens are random, and the same for both.
+GPT-2 124 M unless a config file or settings say otherwise.
 
 Needs model.py, folio/, and transformers to compare with.
 """
@@ -20,25 +21,23 @@ import torch.nn.functional as F
 
 from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
-                                require_choice, user_errors)
+                                user_errors)
 from folio.hugging_face import to_hugging_face
 from folio.machine import Machine, default_device
 from model import GPT, GPTConfig
 
 # ---- Settings ------------------------------------------------------------------------------------
-which = 'all'  # training, decoding or all
-dtypes = 'float32 bfloat16'  # the number formats in which both compute
 batch_size = 4  # training: sequences in a step
 train_tokens = 256  # training: tokens of each
-steps = 5  # training steps to time
 compile = True  # training: compile both
-prompt_tokens = 16  # decoding: tokens of the prompt
-new_tokens = 32  # decoding: tokens to write
 decode_batch = 1  # decoding: prompts that are continued at once
-rounds = 3  # of decoding
+new_tokens = 32  # decoding: tokens to write
+rounds = 5  # training steps, and decodings, to take the median of
 device = default_device()  # cpu, cuda, cuda:1, mps …
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 config = configure(globals(), strict=False)
-
+machine = Machine(device, dtype)
+PROMPT_TOKENS = 16
 
 # ---- The same work -------------------------------------------------------------------------------
 def in_transformers(model):
@@ -52,32 +51,30 @@ def in_transformers(model):
     return theirs.to(model.lm_head.weight.device).eval()
 
 
-def time_in_turn(wait, times, *functions):
+def time_in_turn(times, *functions):
     """Return the median seconds of each function.
 
-    They are called in turn, so that whatever slows the machine down slows all of them. wait() waits
-    for the device.
+    They are called in turn, so that whatever slows the machine down slows all of them.
     """
     taken = [[] for _ in functions]
     for _ in range(times):
         for function, results in zip(functions, taken):
-            wait()
+            machine.synchronize()
             start = time.perf_counter()
             function()
-            wait()
+            machine.synchronize()
             results.append(time.perf_counter() - start)
     return [statistics.median(results) for results in taken]
 
 
 def show(name, ours, theirs):
     """Print a line of the table; ours, theirs: tokens a second."""
-    print(f'{name:<44}{ours:>10,.4g}{theirs:>15,.4g}{ours / theirs:>8.2f}', flush=True)
+    print(f'{name:<24}{ours:>10,.4g}{theirs:>15,.4g}{ours / theirs:>8.2f}', flush=True)
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def compare_training(model_config, dtype):
+def compare_training(model_config):
     """Show the speed of a training step with AdamW, its loss included."""
-    machine = Machine(device, dtype)
     ours = GPT(model_config).to(machine.device)
     theirs = in_transformers(ours)
     idx_BT = torch.randint(model_config.vocab_size, (batch_size, train_tokens),
@@ -93,7 +90,7 @@ def compare_training(model_config, dtype):
     # Equal losses show that both are given the same work.
     with torch.no_grad(), machine.autocast:
         difference = abs(our_loss().item() - their_loss().item())
-    tolerance = 1e-4 if dtype == 'float32' else 0.02
+    tolerance = 1e-4 if machine.dtype == 'float32' else 0.02
     assert difference < tolerance, f'not the same work: the losses differ by {difference}'
     if compile:
         ours.compile()
@@ -113,22 +110,20 @@ def compare_training(model_config, dtype):
     our_step = make_step(ours, our_loss)
     their_step = make_step(theirs, their_loss)
     # The first steps compile, and make the optimizers' state.
-    time_in_turn(machine.synchronize, 2, our_step, their_step)
-    seconds = time_in_turn(machine.synchronize, steps, our_step, their_step)
+    time_in_turn(2, our_step, their_step)
+    seconds = time_in_turn(rounds, our_step, their_step)
     n_tokens = batch_size * train_tokens
-    name = f'training {batch_size} x {train_tokens}, {dtype}{", compiled" if compile else ""}'
-    show(name, n_tokens / seconds[0], n_tokens / seconds[1])
+    show(f'training {batch_size} x {train_tokens}', n_tokens / seconds[0], n_tokens / seconds[1])
 
 
 # ---- Decoding ------------------------------------------------------------------------------------
 @torch.no_grad()
-def compare_decoding(model_config, dtype):
+def compare_decoding(model_config):
     """Show the speed of greedy decoding with a cache, the prompt not counted."""
-    machine = Machine(device, dtype)
     ours = GPT(model_config).to(machine.device)
     theirs = in_transformers(ours).to(machine.torch_dtype)
     ours = ours.to(machine.torch_dtype)
-    idx_BT = torch.randint(model_config.vocab_size, (decode_batch, prompt_tokens),
+    idx_BT = torch.randint(model_config.vocab_size, (decode_batch, PROMPT_TOKENS),
                            device=machine.device)
 
     def write_ours(n_tokens):
@@ -145,17 +140,16 @@ def compare_decoding(model_config, dtype):
     for write in (write_ours, write_theirs):
         calls.append(functools.partial(write, 1))
         calls.append(functools.partial(write, 1 + new_tokens))
-    times = time_in_turn(machine.synchronize, rounds, *calls)
+    times = time_in_turn(rounds, *calls)
     n_tokens = decode_batch * new_tokens
-    show(f'decoding {decode_batch} x {prompt_tokens} tokens, {dtype}',
+    show(f'decoding {decode_batch} x {new_tokens}',
          n_tokens / (times[1] - times[0]), n_tokens / (times[3] - times[2]))
 
 
 # ---- The script ----------------------------------------------------------------------------------
 def main():
-    require_choice(config, 'which', ('training', 'decoding', 'all'))
-    require_at_least(1, config, 'batch_size', 'train_tokens', 'steps', 'prompt_tokens',
-                     'new_tokens', 'decode_batch', 'rounds')
+    require_at_least(1, config, 'batch_size', 'train_tokens', 'new_tokens', 'decode_batch',
+                     'rounds')
     try:
         import transformers
     except ImportError:
@@ -164,16 +158,13 @@ def main():
     fields = model_settings(config, GPTConfig) | {'dropout': 0.0}  # dropout differs by its noise
     with user_errors():
         model_config = GPTConfig(**fields, vocab_size=50257)
-    longest = max(train_tokens, prompt_tokens + new_tokens + 1)
+    longest = max(train_tokens, PROMPT_TOKENS + new_tokens + 1)
     if longest > model_config.block_size:
         raise UserError(f'block_size is {model_config.block_size}: give at least {longest}')
-    print(f'{Machine(device, "float32")}, transformers {transformers.__version__}')
-    print(f'{"tokens a second":<44}{"folio":>10}{"transformers":>15}{"ratio":>8}')
-    for dtype in dtypes.split():
-        if which in ('training', 'all'):
-            compare_training(model_config, dtype)
-        if which in ('decoding', 'all'):
-            compare_decoding(model_config, dtype)
+    print(f'{machine}, compile {compile}, transformers {transformers.__version__}')
+    print(f'{"tokens a second":<24}{"folio":>10}{"transformers":>15}{"ratio":>8}')
+    compare_training(model_config)
+    compare_decoding(model_config)
 
 
 if __name__ == '__main__':

@@ -2,13 +2,12 @@
 Draw the pictures of report.py, each a PNG: losses, HellaSwag, and measures of texts.
     python extras/report.py out/book
 
-A run here has a name, a color, its config, and what its log says: steps, evals, swags and best (see
-report.py). References are values to compare with, {label: value}, drawn as level lines.
+A run here is what `read_run` of report.py returns. Runs that differ in nothing but their seed are a
+column: they share a colour and an entry in the legend. References are values to compare with,
+{label: value}, drawn as level lines.
 
 Needs folio/configurator.py and matplotlib.
 """
-import math
-
 import numpy as np
 
 from folio.configurator import UserError
@@ -54,7 +53,7 @@ def save(path, figure, axes, *extra):
     handles, _ = axes.get_legend_handles_labels()
     for line in extra:
         handles.append(plt.Line2D([], [], **line))
-    columns = 4 if figure.get_figwidth() > 10 else 2
+    columns = 3 if figure.get_figwidth() > 10 else 2
     figure.legend(handles=handles, loc='outside lower center', ncols=columns)
     figure.savefig(path)
     plt.close(figure)
@@ -76,8 +75,15 @@ def draw_references(axes, references):
     entries = []
     for (label, value), style in zip(references.items(), (':', '--', '-.')):
         axes.axhline(value, color='black', linestyle=style, zorder=1)
-        entries.append({'label': f'{label}, {value:.4f}', 'color': 'black', 'linestyle': style})
+        entries.append({'label': f'{label}, {value:.4g}', 'color': 'black', 'linestyle': style})
     return entries
+
+
+def label_of(run, column):
+    """Return a run's label in the legend: the first of a column speaks for all."""
+    if run is column[0]:
+        return ', '.join(other.name for other in column)
+    return '_nolegend_'
 
 
 def smooth(values):
@@ -89,16 +95,7 @@ def smooth(values):
 
 
 # ---- Losses --------------------------------------------------------------------------------------
-def time_unit(seconds):
-    """Return the (name, seconds) of the unit in which to show that long a time."""
-    if seconds > 7200:
-        return 'hours', 3600
-    if seconds > 300:
-        return 'minutes', 60
-    return 'seconds', 1
-
-
-def draw_run(axes, run, key, scale):
+def draw_run(axes, run, label, color, key, scale):
     """Draw a run's losses over entry[key] / scale; return those that have to be in view.
 
     The first steps come down from far above, and would press flat what one wants to see: a tenth of
@@ -107,28 +104,25 @@ def draw_run(axes, run, key, scale):
     x = [entry[key] / scale for entry in run.steps]
     y = [entry['loss'] for entry in run.steps]
     smoothed = smooth(y) if y else []
-    axes.plot(x, y, color=run.color, alpha=0.25, linewidth=0.8)
-    axes.plot(x, smoothed, color=run.color, linewidth=1.2)
+    axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(x, smoothed, color=color, linewidth=1.2)
 
     x = [entry[key] / scale for entry in run.evals]
     val_losses = [entry['val_loss'] for entry in run.evals]
-    axes.plot(x, val_losses, 'o', color=run.color, label=run.name)
+    axes.plot(x, val_losses, 'o', color=color, label=label)
     return smoothed[len(y) // 10:] + val_losses[max(1, len(val_losses) // 10):]
 
 
-def draw_losses(path, dataset, runs, references):
+def draw_losses(path, title, columns, references):
     """Draw the losses of runs on one data set, over tokens on the left, over time on the right."""
     # The two share their y axis, so its limits and label are set on the left one alone
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 6), sharey=True)
-    times = [entry['train_seconds'] for run in runs for entry in run.steps + run.evals]
-    unit, seconds = time_unit(max(times, default=0))
-
     in_view = list(references.values())
-    for axes, key, scale in ((left, 'tokens', 1), (right, 'train_seconds', seconds)):
-        for run in runs:
-            in_view += draw_run(axes, run, key, scale)
+    for axes, key, scale in ((left, 'tokens', 1), (right, 'train_seconds', 60)):
+        for number, column in enumerate(columns):
+            for run in column:
+                in_view += draw_run(axes, run, label_of(run, column), f'C{number}', key, scale)
         reference_entries = draw_references(axes, references)
-    in_view = [loss for loss in in_view if math.isfinite(loss)]
     if len(in_view) > 1:
         lowest = min(in_view)
         highest = max(in_view)
@@ -137,58 +131,57 @@ def draw_losses(path, dataset, runs, references):
 
     label_tokens(left)
     left.set_ylabel('loss (nats a token)')
-    right.set_xlabel(f'{unit} of training')
-    figure.suptitle(dataset, parse_math=False)  # a $ in it is a $
-    training = {'label': 'training, smoothed', 'color': 'gray', 'linewidth': 1.2}
+    right.set_xlabel('minutes of training')
+    figure.suptitle(title)
+    has_dropout = any(column[0].config['dropout'] > 0 for column in columns)
+    batches = 'training batches, under dropout' if has_dropout else 'training batches'
+    training = {'label': f'{batches}, smoothed', 'color': 'gray', 'linewidth': 1.2}
     validation = {'label': 'validation', 'color': 'gray', 'marker': 'o', 'linestyle': 'none'}
     save(path, figure, left, training, validation, *reference_entries)
 
 
-def draw_metric(path, dataset, runs, name):
-    """Draw over tokens a number that evaluations logged under a name, of the runs that have it."""
+def draw_metric(path, title, columns, key):
+    """Draw over tokens a number that runs logged under a key, of those that have it."""
     figure, axes = pyplot().subplots(figsize=(9, 5.6))
-    for run in runs:
-        entries = [entry for entry in run.evals if type(entry.get(name)) in (int, float)]
-        axes.plot([entry['tokens'] for entry in entries], [entry[name] for entry in entries],
-                  'o-', color=run.color, label=run.name)
+    for number, column in enumerate(columns):
+        for run in column:
+            entries = [entry for entry in run.others if key in entry]
+            axes.plot([entry['iter'] * run.tokens_per_step for entry in entries],
+                      [entry[key] for entry in entries],
+                      '.-', color=f'C{number}', label=label_of(run, column))
     label_tokens(axes)
-    axes.set_ylabel(name)
-    figure.suptitle(dataset, parse_math=False)  # a $ in it is a $
+    axes.set_ylabel(key)
+    figure.suptitle(title)
     save(path, figure, axes)
 
 
 # ---- HellaSwag and texts -------------------------------------------------------------------------
-def draw_hellaswag(path, runs, references):
-    """Draw over tokens the HellaSwag accuracy that train.py logged, of the runs that have any."""
+def draw_hellaswag(path, title, columns, references):
+    """Draw over tokens the accuracy that train.py logged on the items that the title names."""
     figure, axes = pyplot().subplots(figsize=(9, 5.6))
-    for run in runs:
-        if not run.swags:
-            continue
-        config = run.config
-        # These log entries have the step alone, and the number of tokens follows from it
-        tokens_per_step = (config['gradient_accumulation_steps'] * config['batch_size']
-                           * config['block_size'])
-        axes.errorbar(
-            x=[entry['iter'] * tokens_per_step for entry in run.swags],
-            y=[entry['hellaswag'] for entry in run.swags],
-            yerr=[entry['acc_mean_stderr'] for entry in run.swags],
-            fmt='o-', color=run.color, capsize=3, label=run.name)
+    for number, column in enumerate(columns):
+        for run in column:
+            axes.errorbar(
+                x=[entry['iter'] * run.tokens_per_step for entry in run.swags],
+                y=[entry['hellaswag'] for entry in run.swags],
+                yerr=[entry['acc_mean_stderr'] for entry in run.swags],
+                fmt='o-', color=f'C{number}', capsize=3, label=label_of(run, column))
     label_tokens(axes)
-    axes.set_ylabel('HellaSwag accuracy ± standard error')
+    axes.set_ylabel('accuracy ± standard error')
+    figure.suptitle(title)
     save(path, figure, axes, *draw_references(axes, references))
 
 
-def draw_texts(path, run, measured, labels):
+def draw_texts(path, run, labels):
     """Draw four measures of a run's texts over the temperature, a curve for each strategy.
 
-    measured: {(strategy, temperature): metrics}. labels: {strategy: label}. Greedy has no
-    temperature, and is a level line.
+    labels: {strategy: label}. Greedy has no temperature, and is a level line.
     """
     figure, panels = pyplot().subplots(2, 2, figsize=(12, 8.5), sharex=True)
     for axes, (key, title) in zip(panels.flat, TEXT_TITLES.items()):
         for strategy, label in labels.items():
-            temperatures = [t for s, t in measured if s == strategy]
-            values = [metrics[key] for (s, _), metrics in measured.items() if s == strategy]
+            temperatures = [t for s, t in run.texts if s == strategy]
+            values = [found[key] for (s, _), (_, found) in run.texts.items() if s == strategy]
             if strategy == 'greedy':
                 axes.axhline(values[0], color='C7', label=label)
             elif strategy == 'sample':
@@ -201,7 +194,7 @@ def draw_texts(path, run, measured, labels):
         axes.set_xlabel('temperature')
     figure.suptitle(run.name)
 
-    # Real text beside the first panel, unless the loss is that of masked data, of answers alone
+    # Real text in the first panel, unless the loss is that of masked data, of answers alone
     real_text = {}
     if run.best and not run.masked:
         real_text['validation text'] = -run.best['val_loss']

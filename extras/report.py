@@ -1,32 +1,31 @@
 """
-Compare runs on one page: their curves, figures and texts, beside n-grams on the same data.
+Write a report on runs: their settings, losses, test and texts, and what these figures say.
     python extras/report.py out/book
-    python extras/report.py out/book out/mine --to=out/comparison --temperatures='0.5 1.0'
+    python extras/report.py out/small_1 out/small_2 out/large_1 out/large_2 --to=out/sizes
 
 It reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set if that is still there. It
-writes report.md and pictures. A run that is still going, was cut short or never saved anything is
-reported as far as it goes. Four small runs took 55 s on two cores of an AMD EPYC (torch 2.13,
-2026-11-21).
+writes report.md and pictures. Runs that differ in nothing but their seed share a column: the mean ±
+its standard error. A run that is still going, was cut short or never saved anything is reported as
+far as it goes. A config file that brings a model reports on runs of that one.
 
-Needs model.py, folio/, plots.py and ngrams.py beside it, and matplotlib.
+Needs model.py, folio/, plots.py and ngrams.py next to it, and matplotlib.
 """
-import glob
-import html
 import math
 import os
 import re
+import statistics
 import sys
+import textwrap
 import types
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
-import numpy as np
 import torch
 
 import folio.checkpoint
 import folio.tokenizer
 from extras import ngrams, plots
 from folio import engine
-from folio.configurator import UserError, configure
+from folio.configurator import UserError, configure, require_at_least
 from folio.data import Dataset, evaluate
 from folio.log import read
 from folio.machine import Machine, default_device
@@ -37,9 +36,7 @@ to = 'out/report'  # the folder to write
 prompts = 'The|If|It is'  # what the texts begin with, separated by |; the same for every run
 temperatures = '0.6 0.8 1.0 1.2'  # of the strategies that draw
 num_samples = 4  # texts per prompt, for each strategy and temperature; 0: no texts
-max_new_tokens = 200  # tokens in a text, at most; fewer where the context is shorter
-ngram_order = 6  # tokens in the longest n-gram; 0: no n-grams
-ngram_tokens = 5_000_000  # the first training tokens, in which n-grams are counted
+max_new_tokens = 200  # tokens in a text, at most
 seed = 1337  # of the texts
 device = default_device()  # cpu, cuda, cuda:1, mps …
 
@@ -47,8 +44,16 @@ device = default_device()  # cpu, cuda, cuda:1, mps …
 GPT2_LOSS = 3.2924  # of OpenAI's 124 M on the validation split of FineWeb-Edu
 HELLASWAG = {'guessing': 0.25, 'GPT-2 124 M': 0.2945, 'GPT-3 124 M': 0.337}
 
-COLUMNS = ['run', 'parameters', 'tokens', 'seconds', 'tokens/s', 'val loss', 'at step',
-           'perplexity', 'bits per byte', 'test perplexity', 'HellaSwag']
+# Settings that are always shown; of the others those that differ between the runs are
+MAIN = ['dataset', 'arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'optimizer',
+        'learning_rate', 'schedule', 'warmup_iters', 'max_iters', 'batch_size',
+        'gradient_accumulation_steps', 'weight_decay']
+# Settings that a run's figures do not depend on, or that seeds of one setting differ in
+ASIDE = {'seed', 'out_dir', 'note', 'log_interval', 'sample_interval', 'always_save_checkpoint',
+         'wandb_log', 'wandb_project', 'wandb_run_name', 'backend'}
+# What train.py logs of steps and evaluations; other numbers in the log are drawn as they are
+LOGGED = {'iter', 'tokens', 'train_seconds', 'loss', 'lr', 'grad_norm', 'tokens_per_second', 'mfu',
+          'val_loss', 'perplexity', 'bits_per_byte', 'word_perplexity'}
 MEASURES = ['log-prob', 'distinct-1', 'distinct-2', 'distinct-3', 'repeated-4', 'self-BLEU']
 STRATEGIES = {
     'greedy': 'greedy',
@@ -56,75 +61,63 @@ STRATEGIES = {
     'nucleus': 'nucleus 0.9',
     'sample': 'plain sampling',
 }
+MOST_STEPS = 12  # rows in a table of losses
+NGRAM_ORDER = 6  # tokens in the longest n-gram
+NGRAM_TOKENS = 5_000_000  # the first training tokens, in which n-grams are counted
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-def val_loss_for_ranking(entry):
-    """Return the validation loss of a log entry, or infinity if it is NaN."""
-    if math.isnan(entry['val_loss']):  # min() would keep a NaN that comes first
-        return math.inf
-    return entry['val_loss']
-
-
 def read_run(folder):
     """Return a run as its log tells it: settings, the entries of each kind, and notes on the gaps.
 
-    Raises UserError if there is no log, or no settings in it.
+    Raises UserError if there is no log with settings in it.
     """
-    path = os.path.join(folder, 'log.jsonl')
-    if not os.path.isfile(path):
-        advice = 'train one: python train.py config/train_book.py'
-        logs = sorted(glob.glob('out/*/log.jsonl'))
-        if logs:
-            advice = 'there are ' + ', '.join(os.path.dirname(log) for log in logs)
-        raise UserError(f'no run in {folder} (no log.jsonl); {advice}')
-    entries = read(path)
+    entries = read(os.path.join(folder, 'log.jsonl'))
     headers = [entry for entry in entries if 'config' in entry]
     if not headers:
-        raise UserError(f'{path} does not begin with the settings of a run (yet); '
-                        'wait until it does, or leave it out')
+        raise UserError(f'no run in {folder}, or none that has begun: its log.jsonl has no '
+                        'settings; to list the runs: ls out/*/log.jsonl')
 
-    # A run writes a header each time it is started. The settings of the newest one hold now.
+    # A run writes a header each time it is started. The settings of the newest one hold now, but it
+    # began with the weights that the first one names.
     run = types.SimpleNamespace(folder=folder, name=os.path.basename(folder))
-    run.config = headers[-1]['config']
-    run.parameters = headers[-1]['parameters']
+    run.header = headers[-1]
+    run.config = run.header['config'] | {'init_from': headers[0]['config']['init_from']}
     run.steps = [entry for entry in entries if 'loss' in entry]
     run.evals = [entry for entry in entries if 'val_loss' in entry]
     run.swags = [entry for entry in entries if 'hellaswag' in entry]
-    run.best = min(run.evals, key=val_loss_for_ranking, default={})
-    # Windows in an evaluation; 0: the whole split
+    run.others = [entry for entry in entries if 'iter' in entry and 'hellaswag' not in entry]
+    run.best = min(run.evals, key=lambda entry: entry['val_loss'], default={})
+    run.tokens_per_step = (run.config['gradient_accumulation_steps'] * run.config['batch_size']
+                           * run.config['block_size'])
+    # In an evaluation; 0: the whole split
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']
-    # What only other files than the log can tell: see open_data and examine.
+    run.n_targets = run.n_windows * run.config['block_size']
+    # What only other files than the log can tell: see `examine`.
     run.data = None  # its Dataset
     run.spec = None  # of its tokenizer
     run.masked = False  # whether the loss counts some of the tokens only
-    run.test = {}  # metrics on the test split
+    run.saved = ''  # which checkpoint is examined
+    run.measured = {}  # {split: metrics} of that checkpoint
+    run.texts = {}  # {(strategy, temperature): (texts of each prompt, measures)}
 
     run.notes = []
     done = max([entry['iter'] for entry in run.evals] + [entry['iter'] + 1 for entry in run.steps],
                default=0)
     if done < run.config['max_iters']:
         run.notes.append(f'its log ends at step {done} of {run.config["max_iters"]}')
-    if run.best and run.best is not run.evals[-1]:
-        last = run.evals[-1]
-        run.notes.append(
-            f'the last evaluation, at step {last["iter"]}, gave {last["val_loss"]:.4f}')
     return run
 
 
 def open_checkpoint(run):
-    """Return a run's best.pt, else its ckpt.pt, else None; note which, and what is damaged."""
+    """Return a run's best.pt, or else its ckpt.pt, or else None; note which."""
     for name in ('best.pt', 'ckpt.pt'):
-        if not os.path.exists(os.path.join(run.folder, name)):
-            continue
-        try:
-            checkpoint = folio.checkpoint.load(os.path.join(run.folder, name))
-        except UserError as e:
-            run.notes.append(str(e))
-            continue
-        run.saved = f'{name}, of step {checkpoint.get("iter_num", 0)}'
-        run.notes.append(f'its model is {run.saved}')
-        return checkpoint
+        path = os.path.join(run.folder, name)
+        if os.path.exists(path):
+            checkpoint = folio.checkpoint.load(path)
+            run.saved = f'{name}, of step {checkpoint.get("iter_num", 0)}'
+            run.notes.append(f'its model is {run.saved}')
+            return checkpoint
     run.notes.append('no checkpoint, so no test and no texts')
     return None
 
@@ -140,202 +133,321 @@ def open_data(run, checkpoint):
         # The folder may have been prepared again from another text since.
         if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
             raise UserError(f'{data.folder} has another vocabulary by now')
-        run.data = data
         run.masked = data.mask('val') is not None
+        run.data = data
         if run.masked:
             run.notes.append('its loss is of the answers alone, as its data have masks')
-        if 'test' not in data.splits():
-            run.notes.append(f'no test: {data.folder} has no such split')
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
 
 
+def examine(run, columns):
+    """Open a run's files, put it into its column, and measure its model.
+
+    columns: lists of runs that differ in nothing but their seed; the first of each writes texts.
+    Checkpoint and model are locals of this function, so that their memory is free again before the
+    next run is opened.
+    """
+    checkpoint = open_checkpoint(run)
+    open_data(run, checkpoint)
+    writes_texts = join(run, columns)
+    if checkpoint is None:
+        return
+    try:
+        folio.checkpoint.refuse_other_code(checkpoint, GPT)
+        # In the format it was trained in, so that the figures are those of train.py --eval_only
+        machine = Machine(device, run.config.get('dtype', 'auto'))
+        model = folio.checkpoint.build(GPT, checkpoint).to(machine.device).eval()
+        if run.data:
+            measure_splits(run, model, machine)
+        if writes_texts and num_samples > 0:
+            torch.manual_seed(seed)  # once: each text draws random numbers of its own
+            for kind in kinds_of_text():
+                run.texts[kind] = write_texts(model, checkpoint, machine, *kind)
+    except UserError as e:
+        # A prompt may have characters that the tokenizer does not know. Report the rest.
+        run.notes.append(str(e))
+
+
+def join(run, columns):
+    """Put a run into the column of its setting; return whether it is the first one there."""
+    for column in columns:
+        # The same seed twice is no second sample.
+        is_new_seed = run.config['seed'] not in [other.config['seed'] for other in column]
+        if is_new_seed and setting_of(run) == setting_of(column[0]):
+            column.append(run)
+            return False
+    columns.append([run])
+    return True
+
+
+def setting_of(run):
+    """Return all that a run's figures depend on, except for the seed."""
+    settings = {key: value for key, value in run.config.items() if key not in ASIDE}
+    return settings, run.header['record']['model'], run.spec
+
+
+def measure_splits(run, model, machine):
+    """Measure a model on the whole test split, and on as much training text as validation has."""
+    n_val = math.ceil(len(run.data.tokens('val')) / run.config['block_size'])
+    for split, n_windows in (('test', 0), ('train', run.n_windows or n_val)):
+        if split in run.data.splits():
+            run.measured[split] = evaluate(model, run.data, split, run.config['block_size'],
+                                           run.config['batch_size'], n_windows, machine)
+
+
 def is_fineweb_edu(run):
     """Return whether a run's losses are of FineWeb-Edu in GPT-2's tokens, as GPT2_LOSS is."""
-    if run.spec and run.spec['kind'] != 'gpt2':
+    if run.data is None or run.spec['kind'] != 'gpt2':
         return False
-    if run.data:
-        return re.search('fineweb-?edu', str(run.data.meta.get('source'))) is not None
-    # The data is not here any more: go by the name that prepare/fineweb gives it.
-    return os.path.basename(run.config['dataset']).startswith('fineweb')
+    return re.search('fineweb-?edu', str(run.data.meta.get('source'))) is not None
 
 
-def group_by_data(runs):
-    """Return lists of runs that can share a picture: their losses are of the same tokens."""
+def group_by(columns, key):
+    """Return lists of the columns for whose first run a function gives the same."""
     groups = {}
-    for run in runs:
-        n_targets = run.n_windows * run.config['block_size']
-        vocabulary = run.spec and folio.tokenizer.spec_hash(run.spec)
-        key = (run.config['dataset'], n_targets, vocabulary)
-        groups.setdefault(key, []).append(run)
+    for column in columns:
+        groups.setdefault(key(column[0]), []).append(column)
     return list(groups.values())
 
 
+def tested_on(run):
+    """Return what the validation losses are of: runs in which it is the same share a picture."""
+    vocabulary = run.spec and folio.tokenizer.spec_hash(run.spec)
+    return run.config['dataset'], run.n_targets, vocabulary
+
+
 # ---- Texts ---------------------------------------------------------------------------------------
-@torch.no_grad()
-def write_texts(model, tokenizer, machine, strategy, temperature):
-    """Return (groups, metrics): for each prompt a list of num_samples texts, and their MEASURES."""
-    size = model.config.block_size
+def kinds_of_text():
+    """Return the (strategy, temperature) of all texts; greedy has no temperature."""
+    kinds = [('greedy', 0.0)]
+    for strategy in ('top_k', 'nucleus', 'sample'):
+        kinds += [(strategy, temperature) for temperature in parse_temperatures()]
+    return kinds
+
+
+def write_texts(model, checkpoint, machine, strategy, temperature):
+    """Return (groups, measures): for each prompt a list of texts, and their MEASURES."""
+    tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
+    begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
+    n_texts = 1 if strategy == 'greedy' else num_samples  # the others would be the same
     groups = []
-    nats = 0.0
-    n_tokens = 0
+    log_probs = []  # of each token, whatever strategy and temperature drew it
     for prompt in prompts.split('|'):
-        ids = tokenizer.encode(prompt) or [tokenizer.start]
-        ids = ids[-max(1, size // 2):]  # at least half of the context is for the text
-        # Prompt and text must fit into one context, because one forward pass over both gives the
-        # loss below. The last token is only predicted: hence + 1.
-        count = min(max_new_tokens, size + 1 - len(ids))
-        prompts_BT = torch.tensor([ids] * num_samples)
+        ids = begin + tokenizer.encode(prompt) or [tokenizer.start]
+        tokens = []
+        own = []
         with machine.autocast:
             # These 50 and 0.9 are named in STRATEGIES.
-            steps = list(engine.generate(model, prompts_BT, count, strategy=strategy,
-                                         temperature=temperature, top_k=50, top_p=0.9, seed=seed))
-        new_BT = torch.stack(steps, dim=1).cpu()
-        targets_BT = torch.cat((torch.full_like(prompts_BT, -1), new_BT), dim=1)
+            for next_B, logits_BV in engine.generate_with_logits(
+                    model, torch.tensor([ids] * n_texts), max_new_tokens, strategy=strategy,
+                    temperature=temperature, top_k=50, top_p=0.9):
+                tokens.append(next_B)
+                own.append(logits_BV.log_softmax(dim=-1).gather(1, next_B[:, None])[:, 0])
         texts = []
-        for new, targets_T in zip(new_BT.tolist(), targets_BT):
-            if tokenizer.eot in new:
-                new = new[:new.index(tokenizer.eot)]
-                targets_T[len(ids) + len(new) + 1:] = -1  # what follows the end does not count
-            texts.append(tokenizer.decode(new))
+        for new, logp in zip(torch.stack(tokens, 1).tolist(), torch.stack(own, 1).tolist()):
+            end = new.index(tokenizer.eot) if tokenizer.eot in new else len(new)
+            texts.append(tokenizer.decode(new[:end]))
+            log_probs += logp[:end + 1]  # to end a text is a choice as well
         groups.append(texts)
+    return groups, {'log-prob': statistics.fmean(log_probs)} | ngrams.measure(groups)
 
-        # By the model's own probabilities, whatever strategy and temperature drew the texts.
-        idx_BT = torch.cat((prompts_BT, new_BT), dim=1)[:, :-1].to(machine.device)
-        targets_BT = targets_BT[:, 1:].to(machine.device)
-        with machine.autocast:
-            _, loss = model(idx_BT, targets_BT)
-        n_targets = (targets_BT != -1).sum().item()
-        nats += loss.item() * n_targets
-        n_tokens += n_targets
-    return groups, {'log-prob': -nats / n_tokens} | ngrams.measure(groups)
+
+# ---- Numbers as text -----------------------------------------------------------------------------
+def mean_and_error(values):
+    """Return (mean, standard error of the mean); of a single value the error is unknown: NaN."""
+    if len(values) == 1:
+        return values[0], math.nan
+    return statistics.fmean(values), statistics.stdev(values) / len(values)**0.5
+
+
+def shown(values, decimals=None):
+    """Return the mean of some numbers as text, with ± its standard error if they differ.
+
+    decimals: None stands for as many as three significant digits need; a whole number has none.
+
+    >>> shown([961.0897]), shown([30]), shown([1.0, 2.0], decimals=3), shown([])
+    ('961', '30', '1.500 ± 0.500', '–')
+    """
+    values = [value for value in values if value is not None and not math.isnan(value)]
+    if not values:
+        return '–'
+    mean, error = mean_and_error(values)
+    if decimals is None and float(mean).is_integer():
+        decimals = 0
+    elif decimals is None:
+        decimals = max(0, 2 - math.floor(math.log10(abs(mean))))
+    text = f'{mean:,.{decimals}f}'
+    if error > 0:
+        text += f' ± {error:,.{decimals}f}'
+    return text
+
+
+def table(head, rows):
+    """Return a table in Markdown; all cells are text."""
+    return '\n'.join(f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rows))
+
+
+def name_of(column):
+    """Return the names of the runs in a column."""
+    return ', '.join(run.name for run in column)
 
 
 # ---- Sections of the page ------------------------------------------------------------------------
 # A section is a list of blocks of Markdown; the page puts an empty line between them.
-def table(head, rows):
-    """Return a table in Markdown; all cells are text."""
-    lines = []
-    for row in (head, ['---'] * len(head), *rows):
-        # A | in the name of a run would begin another cell.
-        escaped = [text.replace('|', '\\|') for text in row]
-        lines.append(f'| {" | ".join(escaped)} |')
-    return '\n'.join(lines)
+def settings_section(columns):
+    """Return the settings of all columns, side by side."""
+    firsts = [column[0] for column in columns]
+    names = list(MAIN)
+    for name in sorted({name for run in firsts for name in run.config} - set(MAIN) - ASIDE):
+        if len({run.config.get(name) for run in firsts}) > 1:
+            names.append(name)
+    rows = [[name, *(str(run.config.get(name, '–')) for run in firsts)] for name in names]
+    rows.append(['seed', *(', '.join(str(run.config['seed']) for run in c) for c in columns)])
+    rows.append(['tokens a step', *(f'{run.tokens_per_step:,}' for run in firsts)])
+    rows.append(['tokenizer', *map(tokenizer_of, firsts)])
+    rows.append(['validated on', *map(validated_on, firsts)])
+    rows.append(['machine', *map(machine_of, firsts)])
+    return ['## Settings', table(['', *map(name_of, columns)], rows)]
 
 
-def cell(value, spec):
-    """Return a number as text in the format `spec`; a dash for None and NaN."""
-    if value is None or math.isnan(value):
+def tokenizer_of(run):
+    if run.spec is None:
         return '–'
-    return format(value, spec)
+    return f'{run.spec["kind"]}, {folio.tokenizer.vocab_size_of(run.spec):,} tokens'
 
 
-def loss_cells(metrics):
-    """Return the cells of validation loss, perplexity and bits per byte."""
-    return [cell(metrics.get('val_loss'), '.4f'),
-            cell(metrics.get('perplexity'), ',.4f'),
-            cell(metrics.get('bits_per_byte'), '.4f')]
+def validated_on(run):
+    if run.data is None:
+        return f'{run.n_targets:,} tokens' if run.n_targets else 'the whole split'
+    total = len(run.data.tokens('val')) - 1
+    if run.n_targets == 0 or run.n_targets >= total:
+        return f'the whole split, {total:,} tokens'
+    return f'{run.n_targets:,} of {total:,} tokens'
 
 
-def per_word(metrics):
-    """Return what to write after a perplexity: that per word, where words were counted, or ''."""
-    if 'word_perplexity' not in metrics:
-        return ''
-    return f' ({metrics["word_perplexity"]:,.4f} a word)'
+def machine_of(run):
+    machine = run.header['machine']
+    return f'{machine["device"]}, {machine["dtype"]}, torch {machine["torch"]}'
 
 
-def run_row(run):
-    """Return a run's line in the first table: a cell for each of COLUMNS."""
+def figures_of(run):
+    """Return what a run reached, {figure: number or None}."""
     # The newest of either: an evaluation may be newer than the last step, or older.
     newest = max(run.steps + run.evals, key=lambda entry: entry['tokens'], default={})
     speed = None
     if run.steps:
-        speed = np.median([entry['tokens_per_second'] for entry in run.steps])
-    hellaswag = '–'
-    if run.swags:
-        score = run.swags[-1]
-        accuracy = cell(score.get('hellaswag'), '.4f')
-        stderr = cell(score.get('acc_mean_stderr'), '.4f')
-        hellaswag = f'{accuracy} ± {stderr}'
-    loss, perplexity, bits_per_byte = loss_cells(run.best)
-    return [
-        run.name,
-        f'{run.parameters / 1e6:,.2f} M',
-        cell(newest.get('tokens'), ','),
-        cell(newest.get('train_seconds'), ',.0f'),
-        cell(speed, ',.0f'),
-        loss,
-        cell(run.best.get('iter'), ','),
-        perplexity + per_word(run.best),
-        bits_per_byte,
-        cell(run.test.get('perplexity'), ',.4f') + per_word(run.test),
-        hellaswag,
-    ]
+        speed = statistics.median(entry['tokens_per_second'] for entry in run.steps)
+    train = run.measured.get('train', {})
+    test = run.measured.get('test', {})
+    return {
+        'parameters': run.header['parameters'],
+        'tokens seen': newest.get('tokens'),
+        'seconds of training': newest.get('train_seconds'),
+        'tokens/s, median': speed,
+        'best at step': run.best.get('iter'),
+        'validation loss': run.best.get('val_loss'),
+        'training loss, without dropout': train.get('loss'),
+        'test loss, whole split': test.get('loss'),
+        'validation perplexity': run.best.get('perplexity'),
+        '… per word': run.best.get('word_perplexity'),
+        'test perplexity': test.get('perplexity'),
+        '… of the test, per word': test.get('word_perplexity'),
+        'validation bits per byte': run.best.get('bits_per_byte'),
+    }
 
 
-def ngram_metrics(data, losses):
-    """Return {'1-gram': metrics, …}, with the metrics that a model's log has.
+def results_section(columns):
+    """Return what all columns reached, side by side; what no run has is left out."""
+    figures = [[figures_of(run) for run in column] for column in columns]
+    rows = []
+    for name in figures[0][0]:
+        decimals = 3 if 'loss' in name or 'bits' in name else None
+        cells = [shown([found[name] for found in column], decimals) for column in figures]
+        if set(cells) != {'–'}:
+            rows.append([name, *cells])
+    return ['## Results', table(['', *map(name_of, columns)], rows), ABOUT_RESULTS]
 
-    losses: (order,), in nats per token.
+
+def losses_by_step(columns):
+    """Return a table of training and validation loss over the steps, MOST_STEPS of them."""
+    steps = sorted({entry['iter'] for column in columns for run in column for entry in run.evals})
+    every = max(1, math.ceil(len(steps) / MOST_STEPS))
+    steps = steps[::-1][::every][::-1]  # with the last
+    head = ['step']
+    for column in columns:
+        head += [f'{name_of(column)}: training', 'validation']
+    rows = []
+    for before, step in zip([0, *steps], steps):
+        row = [f'{step:,}']
+        for column in columns:
+            training = []
+            validation = []
+            for run in column:
+                logged = [e['loss'] for e in run.steps if before <= e['iter'] < step]
+                training += [statistics.fmean(logged)] if logged else []
+                validation += [e['val_loss'] for e in run.evals if e['iter'] == step]
+            row += [shown(training, 3), shown(validation, 3)]
+        rows.append(row)
+    return table(head, rows)
+
+
+def losses_section(number, columns, baselines):
+    """Draw the curves of columns that were validated alike; return their section.
+
+    baselines: (order,), the losses of n-grams, in nats per token; empty without them.
     """
-    bytes_per_token = data.per_token('val', 'bytes') or math.nan  # NaN: bytes were not counted
-    metrics = {}
-    for n, loss in enumerate(losses, 1):
-        metrics[f'{n}-gram'] = {
-            'val_loss': loss,
-            'perplexity': math.exp(loss),
-            'bits_per_byte': loss * (1 / math.log(2) / bytes_per_token),
-        }
-    return metrics
-
-
-def loss_section(picture, runs):
-    """Draw the curves of a group of runs; return their section, with a table of n-grams as well."""
-    name = runs[0].config['dataset']
+    first = columns[0][0]
     references = {}
-    if any(is_fineweb_edu(run) for run in runs):
+    if any(is_fineweb_edu(column[0]) for column in columns):
         references['GPT-2 124 M'] = GPT2_LOSS
-    counted = 'There are no n-grams beside them.'
-    models = {}
-    # All of these runs have the same tokens, so take those of the first.
-    datasets = [run.data for run in runs if run.data and run.best]
-    if datasets and ngram_order:
-        data = datasets[0]
-        n_targets = runs[0].n_windows * runs[0].config['block_size']  # 0: the whole split
-        try:
-            losses = ngrams.losses(data, ngram_order, ngram_tokens, n_val=n_targets)
-            # Only the best n-gram goes into the picture; the table has all.
-            references[f'{losses.argmin() + 1}-gram'] = losses.min()
-            total = len(data.tokens('train'))
-            counted = (f'N-grams were counted in {min(ngram_tokens, total):,} '
-                       f'of {total:,} training tokens.')
-            models = ngram_metrics(data, losses)
-        except UserError as e:  # its tokens are damaged
-            runs[0].notes.append(f'no n-grams: {e}')
-    plots.draw_losses(os.path.join(to, picture), name, runs, references=references)
-    blocks = [f'### {name}', f'![losses]({picture})', counted]
-    for metric in further_metrics(runs):
-        other = picture.replace('.png', f'-{metric}.png')
-        plots.draw_metric(os.path.join(to, other), name, runs, metric)
-        blocks.append(f'![{metric}]({other})')
-
-    rows = [[model, *loss_cells(metrics)] for model, metrics in models.items()]
-    rows += [[run.name, *loss_cells(run.best)] for run in runs]
-    head = ['model', 'val loss', 'perplexity', 'bits per byte']
-    return [*blocks, table(head, rows)]
+    if len(baselines) > 0:
+        # Only the best n-gram goes into the picture; the table has all.
+        references[f'{baselines.argmin() + 1}-gram'] = baselines.min()
+    picture = f'loss{number}.png'
+    name = first.config['dataset']
+    plots.draw_losses(os.path.join(to, picture), name, columns, references)
+    blocks = [f'### {name}, validated on {validated_on(first)}', f'![losses]({picture})',
+              losses_by_step(columns)]
+    if len(baselines) > 0:
+        head = ['', *(f'{n}-gram' for n in range(1, len(baselines) + 1))]
+        total = len(first.data.tokens('train'))
+        blocks += [table(head, [['validation loss', *(f'{loss:.3f}' for loss in baselines)]]),
+                   ABOUT_NGRAMS.format(min(NGRAM_TOKENS, total), total)]
+    for key in further_keys(columns):
+        picture = f'loss{number}-{key}.png'
+        plots.draw_metric(os.path.join(to, picture), name, columns, key)
+        blocks.append(f'![{key}]({picture})')
+    return blocks
 
 
-def further_metrics(runs):
-    """Return the names of the numbers that evaluations logged besides those of train.py."""
-    ours = {'iter', 'tokens', 'train_seconds', 'val_loss', 'perplexity', 'bits_per_byte',
-            'word_perplexity'}
+def baselines_of(columns):
+    """Return the losses of n-grams on what columns were validated on: (order,), or () without."""
+    found = [run for column in columns for run in column if run.data and run.best]
+    if not found:
+        return ()
+    return ngrams.losses(found[0].data, NGRAM_ORDER, NGRAM_TOKENS, n_val=found[0].n_targets)
+
+
+def further_keys(columns):
+    """Return the names of the numbers in the logs that train.py does not write."""
     found = []
-    for run in runs:
-        for entry in run.evals:
-            for name, value in entry.items():
-                if name not in ours and name not in found and type(value) in (int, float):
-                    found.append(name)
-    return found
+    for column in columns:
+        for run in column:
+            for entry in run.others:
+                found += [key for key, value in entry.items() if type(value) in (int, float)]
+    return [key for key in dict.fromkeys(found) if key not in LOGGED]
+
+
+def hellaswag_section(number, columns):
+    """Draw the accuracy of columns that were scored on the same items; return their section."""
+    source = columns[0][0].config['hellaswag_source']
+    title = f'{columns[0][0].swags[-1]["n"]:,} items of {source or "HellaSwag"}'
+    # What others reach on HellaSwag says nothing about other items.
+    references = {'guessing': 0.25} if source else HELLASWAG
+    picture = f'hellaswag{number}.png'
+    plots.draw_hellaswag(os.path.join(to, picture), title, columns, references)
+    return [f'### {title}', f'![accuracy]({picture})']
 
 
 def label_of(strategy, temperature):
@@ -345,64 +457,128 @@ def label_of(strategy, temperature):
     return f'{STRATEGIES[strategy]}, temperature {temperature:g}'
 
 
-def text_section(picture, run, model, tokenizer, machine, temperature_list):
-    """Let a run's model write texts, and return their section.
-
-    A kind of text is a strategy and a temperature. The section has the measures of each kind, as a
-    table and a picture, and then for each prompt the first text of each kind.
-    """
-    kinds = [('greedy', 0.0)]  # greedy has no temperature
-    for strategy in ('top_k', 'nucleus', 'sample'):
-        kinds += [(strategy, temperature) for temperature in temperature_list]
-    groups = {}  # kind: for each prompt a list of texts
-    measured = {}  # kind: metrics
-    for kind in kinds:
-        groups[kind], measured[kind] = write_texts(model, tokenizer, machine, *kind)
-    plots.draw_texts(os.path.join(to, picture), run, measured, labels=STRATEGIES)
-
+def texts_section(number, run):
+    """Return the measures of a run's texts, as a table and a picture, and one text of each."""
     rows = []
-    for kind in kinds:
-        rows.append([label_of(*kind)] + [f'{measured[kind][measure]:.3f}' for measure in MEASURES])
-    blocks = [f'### {run.name}: {run.saved}',
-              table(['strategy', *MEASURES], rows),
-              f'![measures of its texts]({picture})']
+    for kind, (_, measures) in run.texts.items():
+        rows.append([label_of(*kind), *(shown([measures[name]]) for name in MEASURES)])
+    blocks = [f'### {run.name}: {run.saved}', table(['strategy', *MEASURES], rows)]
+    drawn_at = sorted({temperature for strategy, temperature in run.texts if strategy != 'greedy'})
+    if len(drawn_at) > 1:
+        picture = f'text{number}.png'
+        plots.draw_texts(os.path.join(to, picture), run, STRATEGIES)
+        blocks.append(f'![measures of its texts]({picture})')
+    shown_at = min(drawn_at, key=lambda temperature: abs(temperature - 1))
     for i, prompt in enumerate(prompts.split('|')):
-        blocks.append(f'<details><summary>After “{html.escape(prompt)}”</summary>')
-        for kind in kinds:
-            first_text = groups[kind][i][0]
-            blocks += [label_of(*kind) + ':', fenced(prompt + first_text)]
-        blocks.append('</details>')
+        for kind, (groups, _) in run.texts.items():
+            if kind[0] == 'greedy' or kind[1] == shown_at:
+                # Indented, a text is shown as it is, whatever is in it.
+                text = textwrap.indent(prompt + groups[i][0], '    ', lambda line: True)
+                blocks += [f'After “{prompt}”, {label_of(*kind)}:', text]
     return blocks
 
 
-def fenced(text):
-    """Return a text as a fenced block of Markdown."""
-    # The fence must be longer than any row of ~ in the text, which would end the block.
-    longest = max((len(tildes) for tildes in re.findall('~+', text)), default=0)
-    fence = '~' * (3 + longest)
-    return f'{fence}text\n{text}\n{fence}'
+# ---- What the figures say ------------------------------------------------------------------------
+def val_losses(column):
+    return [run.best['val_loss'] for run in column if run.best]
 
 
-ABOUT_RUNS = """\
-Tokens and seconds are those of training, up to where the log ends; tokens/s is the median of its
-lines. Loss (in nats a token), perplexity and bits per byte are those of the best evaluation. Test
-perplexity is what `python train.py … --init_from=FOLDER/best.pt --eval_only=True` prints. Between
-models with different tokenizers only bits per byte can be compared."""
-ABOUT_LOSS = """\
-An n-gram predicts each of the same validation tokens from the n - 1 before it, as counted in the
-training split: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose probabilities
-sum to one."""
+def say_losses(columns, baselines):
+    """Return sentences on the losses of columns that were validated alike."""
+    losses = {name_of(column): val_losses(column) for column in columns if val_losses(column)}
+    if not losses:
+        return []
+    best, *others = sorted(losses, key=lambda name: statistics.fmean(losses[name]))
+    lowest, error = mean_and_error(losses[best])
+    sentences = [f'On {columns[0][0].config["dataset"]} the lowest validation loss is that of '
+                 f'{best}: {shown(losses[best], 3)} nats a token.']
+    for name in others:
+        mean, other_error = mean_and_error(losses[name])
+        both = math.hypot(error, other_error)
+        if math.isnan(both):
+            sentences.append(f'That of {name} is {mean - lowest:.3f} higher; with a single seed '
+                             'nobody knows whether by chance.')
+        else:
+            may_be_chance = ', which may be chance' if mean - lowest < 2 * both else ''
+            sentences.append(f'That of {name} is {mean - lowest:.3f} ± {both:.3f} higher'
+                             f'{may_be_chance}.')
+    if len(baselines) > 0:
+        beaten = [name for name in losses if statistics.fmean(losses[name]) < baselines.min()]
+        sentences.append(f'The best n-gram, of {baselines.argmin() + 1} tokens, has '
+                         f'{baselines.min():.3f}; below it: {"; ".join(beaten) or "none"}.')
+    return sentences
+
+
+def say_overfitting(columns):
+    """Return sentences on training text against validation text."""
+    gaps = []
+    sentences = []
+    for column in columns:
+        found = [run.best['val_loss'] - run.measured['train']['loss']
+                 for run in column if run.best and 'train' in run.measured]
+        if found:
+            gaps.append(f'{shown(found, 3)} ({name_of(column)})')
+        rises = [run.evals[-1]['val_loss'] - run.best['val_loss'] for run in column if run.best]
+        if rises and min(rises) > 0:
+            sentences.append(f'After its best step the validation loss of {name_of(column)} rose '
+                             f'by {shown(rises, 3)}: more of this training would not help.')
+    if gaps:
+        sentences.append('The gap from training to validation loss, both without dropout, is '
+                         f'{", ".join(gaps)}.')
+    return sentences
+
+
+def say_hellaswag(run):
+    """Return a sentence on whether a run's accuracy is more than guessing."""
+    score = run.swags[-1]
+    accuracy = score['hellaswag']
+    error = score['acc_mean_stderr']
+    verdict = 'more than guessing' if accuracy > 0.25 + 2 * error else 'not clearly above guessing'
+    items = run.config['hellaswag_source'] or 'HellaSwag'
+    return (f'The accuracy of {run.name} on {score["n"]:,} items of {items} is {accuracy:.3f} ± '
+            f'{error:.3f} (the error over items), {verdict}.')
+
+
+def say_texts(run):
+    """Return sentences on which strategy repeats itself, and which writes like real text."""
+    measures = {label_of(*kind): found for kind, (_, found) in run.texts.items()}
+    most = max(measures, key=lambda label: measures[label]['repeated-4'])
+    sentences = [f'Of the texts of {run.name} those by {most} repeat themselves most: '
+                 f'{measures[most]["repeated-4"]:.1%} of their 4-grams stood there before.']
+    if run.best and not run.masked:
+        real = -run.best['val_loss']
+        nearest = min(measures, key=lambda label: abs(measures[label]['log-prob'] - real))
+        sentences.append(f'To the model those by {nearest} are about as likely as validation text: '
+                         f'{measures[nearest]["log-prob"]:.2f} and {real:.2f} nats a token.')
+    return sentences
+
+
+ABOUT_RESULTS = """\
+Losses are in nats a token: that of validation at the step where it was best, those of training and
+test by the checkpoint that was saved then. Training is measured like validation, on as many tokens
+from the beginning of its split. After ± stands the standard error of the mean over seeds; where
+there is none, there was one seed, or no difference. Between models with different tokenizers only
+bits per byte and perplexity per word can be compared."""
+ABOUT_LOSSES = """\
+Training, in the picture and in the table, is the loss of the batches themselves: with dropout where
+it is set, before the step is made, and of text that changes. So it may lie above validation. The
+table has the mean of those that were logged since the row above."""
+ABOUT_NGRAMS = """\
+An n-gram predicts each of the same validation tokens from the n - 1 before it, as counted in {0:,}
+of {1:,} training tokens: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose
+probabilities sum to one."""
 ABOUT_HELLASWAG = """\
-The share of items whose right ending has the lowest mean loss per token, as train.py logs it. The
-lines of GPT-2 and GPT-3 are those that build-nanogpt draws."""
+The share of items whose right ending has the lowest mean loss per token, as train.py logs it. Lines
+of GPT-2 and GPT-3 are those that build-nanogpt draws, and are shown with HellaSwag itself alone."""
 ABOUT_TEXTS = """\
-{0} texts for each of {1} prompts, of at most {2} tokens and no more than the context holds; below,
-the first of each. log-prob is the model's own for a token, at temperature 1: text that is much
-likelier than real text is dull, text that is much less likely is broken. Of the words of all texts,
-distinct-n is the share of different n-grams (Li et al. 2016), and repeated-4 the share of 4-grams
-that stood in the same text before (Welleck et al. 2020); self-BLEU compares the texts of one prompt
-(Zhu et al. 2018). Greedy writes the same text {0} times, so its distinct-n is at most 1/{0}. All of
-these depend on the length of the texts: compare within a run, not across tokenizers."""
+{0} texts for each of {1} prompts, of at most {2} tokens, each with random numbers of its own;
+greedy writes one, as it would always write the same. The model is that of the first seed. log-prob
+is its mean log-probability of a token, at temperature 1: text that is much likelier than real text
+is dull, text that is much less likely is broken. distinct-n is the share of different n-grams of
+words in a text (after Li et al. 2016), repeated-4 the share of 4-grams that stood in the same text
+before (Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same
+(Zhu et al. 2018). All of these depend on the length of the texts: compare within a run, not across
+tokenizers."""
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -412,97 +588,69 @@ def parse_temperatures():
         values = sorted({float(word) for word in temperatures.split()})
     except ValueError:
         values = []
-    if not values or not 0 < values[0] <= values[-1] < math.inf:
-        raise UserError(f'temperatures is {temperatures!r}; give numbers above 0, '
+    if not values:
+        raise UserError(f'temperatures is {temperatures!r}; give numbers, '
                         "as in --temperatures='0.6 1.0'")
     return values
-
-
-def check_counts():
-    """Raise UserError for an impossible number of texts, tokens or n-grams."""
-    if num_samples < 0 or num_samples == 1:  # self-BLEU compares each text with others
-        raise UserError(f'num_samples is {num_samples}; it must be 0 or at least 2')
-    if max_new_tokens < 1:
-        raise UserError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
-    if ngram_order < 0:
-        raise UserError(f'ngram_order is {ngram_order}; it must be at least 0')
-    if ngram_tokens < 1:
-        raise UserError(f'ngram_tokens is {ngram_tokens}; it must be at least 1')
-
-
-def examine(run, picture, temperature_list):
-    """Open a run's files, set run.test, and return its section of texts, or [] without a model.
-
-    Checkpoint and model are locals of this function, so that their memory is free again before the
-    next run is opened.
-    """
-    checkpoint = open_checkpoint(run)
-    open_data(run, checkpoint)
-    if checkpoint is None:
-        return []
-    try:
-        folio.checkpoint.refuse_other_code(checkpoint, GPT)
-        # In the format it was trained in, so that the figures are those of train.py --eval_only
-        machine = Machine(device, run.config.get('dtype', 'auto'))
-        model = folio.checkpoint.build(GPT, checkpoint).to(machine.device).eval()
-        if run.data and 'test' in run.data.splits():
-            run.test = evaluate(model, run.data, 'test', block_size=run.config['block_size'],
-                                batch_size=run.config['batch_size'], n_windows=run.n_windows,
-                                machine=machine)
-        if num_samples:
-            tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-            return text_section(picture, run, model, tokenizer, machine, temperature_list)
-    except (UserError, RuntimeError) as e:
-        # A prompt may have characters that the tokenizer does not know, or the memory may not
-        # suffice. Report the rest.
-        run.notes.append(str(e).partition('\n')[0])
-    return []
 
 
 def main():
     """Write the report."""
     folders = [arg for arg in sys.argv[1:] if not arg.startswith('-') and not arg.endswith('.py')]
     # configure takes config files and settings, but not folders.
-    configure(globals(), [arg for arg in sys.argv[1:] if arg not in folders], strict=False)
+    config = configure(globals(), [arg for arg in sys.argv[1:] if arg not in folders], strict=False)
 
     # Find mistakes now, and not after a minute of examining the first run.
     plots.pyplot()
-    temperature_list = parse_temperatures()
-    check_counts()
+    for strategy, temperature in kinds_of_text():
+        engine.check_sampling(strategy, temperature, top_k=50, top_p=0.9)
+    require_at_least(0, config, 'num_samples')
+    require_at_least(1, config, 'max_new_tokens')
     Machine(device, 'auto')
     if not folders:
         raise UserError('which runs? Name their folders: '
                         'python extras/report.py out/book [out/other …]')
     runs = [read_run(folder) for folder in dict.fromkeys(map(os.path.normpath, folders))]
-    try:
-        os.makedirs(to, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'{to} cannot be written ({e.strerror}); '
-                        'give another --to=folder') from None
+    os.makedirs(to, exist_ok=True)
 
     names = [run.name for run in runs]
-    texts = []
-    for i, run in enumerate(runs):
+    columns = []  # lists of runs that differ in nothing but their seed
+    for run in runs:
         print(f'{run.folder} …', flush=True)
-        run.color = f'C{i}'
         if names.count(run.name) > 1:  # tell out/a from more/a
             run.name = run.folder
-        texts += examine(run, f'text{i + 1}.png', temperature_list)
+        examine(run, columns)
 
-    sections = ['## Loss', ABOUT_LOSS]
-    for i, group in enumerate(group_by_data(runs), 1):
-        sections += loss_section(f'loss{i}.png', group)
-    if any(run.swags for run in runs):
-        plots.draw_hellaswag(os.path.join(to, 'hellaswag.png'), runs, HELLASWAG)
-        sections += ['## HellaSwag', ABOUT_HELLASWAG, '![accuracy on HellaSwag](hellaswag.png)']
+    says = []  # a list of sentences for each paragraph
+    losses = ['## Losses', ABOUT_LOSSES]
+    for number, group in enumerate(group_by(columns, tested_on), 1):
+        baselines = baselines_of(group)
+        says.append(say_losses(group, baselines) + say_overfitting(group))
+        losses += losses_section(number, group, baselines)
+    hellaswag = []
+    scored = [column for column in columns if all(run.swags for run in column)]
+    by_items = group_by(scored, lambda run: run.config['hellaswag_source'])
+    for number, group in enumerate(by_items, 1):
+        says.append([say_hellaswag(run) for column in group for run in column])
+        hellaswag += hellaswag_section(number, group)
+    texts = []
+    for number, run in enumerate([run for run in runs if run.texts], 1):
+        says.append(say_texts(run))
+        texts += texts_section(number, run)
+
+    title = '# ' + '; '.join(map(name_of, columns))
+    page = [title, *settings_section(columns), *results_section(columns)]
+    page += ['## What the figures say', *(' '.join(sentences) for sentences in says), *losses]
+    if hellaswag:
+        page += ['## HellaSwag', ABOUT_HELLASWAG, *hellaswag]
     if texts:
         n_prompts = len(prompts.split('|'))
-        sections += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
-
-    title = '# ' + ', '.join(run.name for run in runs)
-    # Only now, because the sections above add notes.
-    notes = '\n'.join(f'- {run.name}: {"; ".join(run.notes)}.' for run in runs)
-    page = [title, table(COLUMNS, [run_row(run) for run in runs]), ABOUT_RUNS, notes, *sections]
+        page += ['## Texts', ABOUT_TEXTS.format(num_samples, n_prompts, max_new_tokens), *texts]
+    notes = []
+    for run in runs:
+        command = ' '.join(run.header['record']['argv'])
+        notes.append(f'- {run.name}: {"; ".join(run.notes)}. The command: `{command}`')
+    page += ['## Notes', '\n'.join(notes)]
     path = os.path.join(to, 'report.md')
     with open(path, 'w', encoding='utf-8', errors='replace') as f:
         f.write('\n\n'.join(page) + '\n')

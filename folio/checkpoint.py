@@ -235,6 +235,20 @@ def tokenizer_of(checkpoint):
     return tokenizer
 
 
+def beginning_of(checkpoint, tokenizer):
+    """Return the ids that come before a prompt: the end-of-text token, or none.
+
+    folio begins each document with that token, if its tokenizer has one. A Hugging Face folder says
+    which comes before a text. OpenAI's and nanoGPT's models continue a prompt as it is.
+    """
+    if 'begin' in checkpoint:
+        return checkpoint['begin']
+    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
+    if is_run and tokenizer.eot is not None:
+        return [tokenizer.eot]
+    return []
+
+
 # ---- Saving --------------------------------------------------------------------------------------
 def save(paths, checkpoint):
     """Write a dictionary of tensors and plain values to a path or to several, whole or not at all.

@@ -227,10 +227,12 @@ def train_bpe(texts, vocab_size, apply=map):
 def fertility(text, n_tokens):
     """Return a line that says how finely a tokenizer cuts a text. White space separates words.
 
+    Where a script has no white space, the tokens a character tell.
+
     >>> fertility('to be or not to be', 9)
-    '1.50 tokens a word, 2.00 bytes a token'
+    '1.50 tokens a word, 0.50 a character, 2.00 bytes a token'
     """
     n_words = max(1, len(text.split()))
     n_bytes = len(text.encode('utf-8', 'surrogatepass'))
-    return (f'{n_tokens / n_words:.2f} tokens a word, '
-            f'{n_bytes / max(1, n_tokens):.2f} bytes a token')
+    return (f'{n_tokens / n_words:.2f} tokens a word, {n_tokens / max(1, len(text)):.2f} a '
+            f'character, {n_bytes / max(1, n_tokens):.2f} bytes a token')

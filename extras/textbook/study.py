@@ -9,16 +9,19 @@ not done again: its results are in --out_dir.
 
 `val loss` is measured on the solutions of validation exercises. After ± comes the standard error of
 the mean over the seeds or, where it is larger, the mean of the standard errors over the problems.
-README.md beside this file has the table, with the machine and the time it took.
+README.md next to this file has the table, with the machine and the time it took.
 
-Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the recipes beside it.
+Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the recipes next to it.
 """
 import hashlib
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from extras import confine
@@ -51,15 +54,19 @@ PRETRAINED = {
 
 # ---- One model -----------------------------------------------------------------------------------
 def run(script, *arguments):
-    """Run one of our scripts and return its standard output; its errors go to the screen.
+    """Run one of our scripts, show its lines on standard error, and return them.
 
     If the script fails, exit with its status.
     """
     command = [sys.executable, os.path.join(ROOT, script), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return done.stdout
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end='', file=sys.stderr, flush=True)
+            lines.append(line)
+    if process.returncode != 0:
+        sys.exit(process.returncode)
+    return lines
 
 
 def folder_of(name, seed):
@@ -109,30 +116,44 @@ def score(name, seed):
                   f'--seed={seed}',
                   f'--max_new_tokens={max_new_tokens}',
                   '--batch_size=500')
-    return json.loads(printed.splitlines()[-1])
+    return json.loads(printed[-1])
 
 
-def result_of(name, seed):
-    """Return the metrics of a model, which is trained and scored first if it was not before.
+def make(name, seed, path):
+    """Train and score a model, and write its metrics to a file, whole or not at all."""
+    train(name, seed)
+    result = score(name, seed) | {'made_with': made_with()}
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(result, f)
+    os.replace(path + '.tmp', path)
 
-    Raise UserError if it was, but with other settings or data.
+
+def all_results():
+    """Return {name: metrics of each seed}, after making those that are missing.
+
+    Raise UserError if one was made with other settings or data.
     """
-    folder = folder_of(name, seed)
-    path = os.path.join(folder, 'result.json')
-    if not os.path.exists(path):
-        print(f'seed {seed}: {name}', file=sys.stderr)
-        train(name, seed)
-        result = score(name, seed) | {'made_with': made_with()}
-        # Renamed when it is whole: a result that is there is never half a result
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump(result, f)
-        os.replace(path + '.tmp', path)
-    with open(path, encoding='utf-8') as f:
-        result = json.load(f)
-    if result['made_with'] != made_with():
-        raise UserError(f'{folder} was made with other settings or data; '
-                        f'give another --out_dir, or remove {out_dir}')
-    return result
+    results = {name: [] for name in CONFIGS}
+    n_runs = len(CONFIGS) * seeds
+    taken = []  # seconds of each run that was made now
+    for number, (name, seed) in enumerate(itertools.product(CONFIGS, range(1, seeds + 1))):
+        path = os.path.join(folder_of(name, seed), 'result.json')
+        if not os.path.exists(path):
+            progress = f'---- run {number + 1} of {n_runs}: {name}, seed {seed}'
+            if taken:
+                minutes = statistics.fmean(taken) * (n_runs - number) / 60
+                progress += f'; about {minutes:.0f} min to go'
+            print(progress, file=sys.stderr, flush=True)
+            start = time.monotonic()
+            make(name, seed, path)
+            taken.append(time.monotonic() - start)
+        with open(path, encoding='utf-8') as f:
+            result = json.load(f)
+        if result['made_with'] != made_with():
+            raise UserError(f'{path} was made with other settings or data; '
+                            f'give another --out_dir, or remove {out_dir}')
+        results[name].append(result)
+    return results
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -152,18 +173,24 @@ def loss_on_exercises(name, seed):
 
 
 def standard_error(values):
-    """Return the standard error of the mean; 0 for a single value."""
+    """Return the standard error of the mean; of a single value it is unknown: NaN."""
     if len(values) == 1:
-        return 0.0
+        return math.nan
     return statistics.stdev(values) / len(values)**0.5
+
+
+def loss_cell(losses):
+    """Return 'mean ± standard error' of the losses of all seeds; of a single one the loss alone."""
+    if len(losses) == 1:
+        return f'{losses[0]:.3f}'
+    return f'{statistics.fmean(losses):.3f} ± {standard_error(losses):.3f}'
 
 
 def percentage(results, metric):
     """Return 'mean ± standard error %' of one of the metrics over the results of all seeds."""
     values = [result[metric] for result in results]
-    over_seeds = standard_error(values)
     over_problems = statistics.fmean(result[f'{metric}_stderr'] for result in results)
-    error = max(over_seeds, over_problems)
+    error = max(over_problems, standard_error(values))  # the first, where the other is NaN
     return f'{100 * statistics.fmean(values):.1f} ± {100 * error:.1f} %'
 
 
@@ -171,18 +198,17 @@ def main():
     confine.permit(allow_code_execution)
     if seeds < 1 or num_samples < 10:
         raise UserError('seeds must be at least 1, and num_samples at least 10, for pass@10')
-    all_seeds = range(1, seeds + 1)
-    results = {name: [result_of(name, seed) for seed in all_seeds] for name in CONFIGS}
+    made_with()  # before minutes of work: is the data there?
+    results = all_results()
     print('| trained on | val loss | pass@1 | pass@10 |\n| --- | --- | --- | --- |')
     for name in CONFIGS:
-        losses = [loss_on_exercises(name, seed) for seed in all_seeds]
-        loss = f'{statistics.fmean(losses):.3f} ± {standard_error(losses):.3f}'
+        losses = [loss_on_exercises(name, seed) for seed in range(1, seeds + 1)]
         pass_at_1 = percentage(results[name], 'pass@1')
         pass_at_10 = percentage(results[name], 'pass@10')
-        print(f'| {name} | {loss} | {pass_at_1} | {pass_at_10} |')
+        print(f'| {name} | {loss_cell(losses)} | {pass_at_1} | {pass_at_10} |')
     n_problems = results['textbook'][0]['n']
-    print(f'{seeds} seeds, {n_problems} problems, '
-          f'{num_samples} samples each at temperature {temperature}')
+    print(f'seeds: {seeds}; {n_problems} problems, '
+          f'{num_samples} samples of each at temperature {temperature}')
 
 
 if __name__ == '__main__':

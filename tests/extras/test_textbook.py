@@ -305,16 +305,19 @@ def test_mistakes_in_preparing_get_one_line(tmp_path, monkeypatch, settings, say
 
 
 # ---- The study -----------------------------------------------------------------------------------
-def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tmp_path,
-                                                               monkeypatch):
+def test_the_study_trains_four_models_and_continues_where_it_was(prepared_once, tmp_path):
     shutil.copytree(prepared_once[0] / 'data', tmp_path / 'data')
     tiny = ('--device=cpu --n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 '
             '--max_iters=2 --warmup_iters=0 --eval_iters=2 --eval_interval=1')
     command = [STUDY, '--seeds=1', '--max_new_tokens=4', '--allow_code_execution=True',
                f'--settings={tiny}']
-    out, _ = run(*command, cwd=tmp_path)
+    out, error = run(*command, cwd=tmp_path)
+    progress = re.findall('---- run (.*)', error)
+    assert progress[0] == '1 of 4: raw code, seed 1'
+    assert re.fullmatch(r'4 of 4: textbook, exercises, seed 1; about \d+ min to go', progress[-1])
+    assert error.count('step 2: val loss') == 4  # what train.py says is passed on
     none_solved = r'0\.0 ± 0\.0 %'
-    row = rf'^\| ([a-z, ]+) \| ([\d.]+) ± [\d.]+ \| {none_solved} \| {none_solved} \|$'
+    row = rf'^\| ([a-z, ]+) \| ([\d.]+) \| {none_solved} \| {none_solved} \|$'  # a loss alone
     rows = re.findall(row, out, re.MULTILINE)
     names = [name for name, _ in rows]
     assert names == ['raw code', 'textbook', 'raw code, exercises', 'textbook, exercises']
@@ -327,19 +330,19 @@ def test_the_study_trains_four_models_and_goes_on_where_it_was(prepared_once, tm
     # Of four results one is missing: only that one is made again
     (results / 'textbook_exercises_1/result.json').unlink()
     again, error = run(*command, cwd=tmp_path)
-    assert again == out and re.findall('seed .*', error) == ['seed 1: textbook, exercises']
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, 'temperature', 1.0)
-    with pytest.raises(UserError, match='was made with other settings'):
-        study.result_of('textbook', seed=1)
+    assert again == out
+    assert re.findall('---- run (.*)', error) == ['4 of 4: textbook, exercises, seed 1']
+    _, error = run(*command, '--temperature=1.0', cwd=tmp_path, status=2)
+    assert 'was made with other settings' in error
 
 
 def test_the_larger_of_the_errors_over_seeds_and_over_problems_is_shown():
     results = [{'pass@1': p, 'pass@1_stderr': 0.01} for p in (0.1, 0.2, 0.6)]
     assert study.percentage(results, 'pass@1') == '30.0 ± 15.3 %'
+    assert study.percentage(results[:1], 'pass@1') == '10.0 ± 1.0 %'
     results = [result | {'pass@1_stderr': 0.2} for result in results]
     assert study.percentage(results, 'pass@1') == '30.0 ± 20.0 %'
-    assert study.standard_error([0.5]) == 0
+    assert study.loss_cell([1.0, 2.0]) == '1.500 ± 0.500'
 
 
 def test_the_two_pretrainings_differ_in_nothing_but_the_data():
