@@ -56,12 +56,9 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
-ids = tokenizer.encode(start)
-# Every document that a run of folio learned from began with the end-of-text token, if there is one.
-# nanoGPT's checkpoints have settings, too, but no tokenizer; OpenAI's a tokenizer and no settings.
-is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
-if (is_run and tokenizer.eot is not None) or not ids:
-    ids = [tokenizer.start] + ids
+ids = folio.checkpoint.beginning_of(checkpoint, tokenizer) + tokenizer.encode(start)
+if not ids:
+    ids = [tokenizer.start]
 if len(ids) > model.config.block_size:
     print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens',
           file=sys.stderr)
