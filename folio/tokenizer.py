@@ -124,7 +124,7 @@ def load(source):
             return CharTokenizer(spec['chars'])
         if spec['kind'] == 'bpe':
             return load_bpe(spec)
-        if spec['kind'] == 'ranks':
+        if spec['kind'] == 'hugging_face':
             return load_ranks(spec)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
@@ -160,7 +160,7 @@ def vocab_size_of(spec):
         return len(spec['chars'])
     if spec['kind'] == 'bpe':
         return 256 + len(spec['merges']) + 1
-    if spec['kind'] == 'ranks':
+    if spec['kind'] == 'hugging_face':
         return len(spec['ranks']) + len(spec['special'])
     if spec['kind'] == 'gpt2':
         return 50257
@@ -185,7 +185,7 @@ def load_bpe(spec):
 
 
 def load_ranks(spec):
-    """Return the tokenizer of a spec of kind ranks: any byte-level BPE, its tokens by their ids.
+    """Return the tokenizer of a spec of kind hugging_face: any byte-level BPE, tokens by ids.
 
     spec: {pattern, ranks, special, eot, start}; ranks and special are {token: id}, eot is an id or
     None, start an id. The pair that spells the token with the lowest id is joined first.
@@ -355,8 +355,8 @@ def bpe_of_hugging_face(saved, config):
     start = special.get(token_named('bos_token', config), eot)
     if start is None:
         start = ranks['\n']
-    return {'kind': 'ranks', 'pattern': pattern, 'ranks': ranks, 'special': special, 'eot': eot,
-            'start': start}
+    return {'kind': 'hugging_face', 'pattern': pattern, 'ranks': ranks, 'special': special,
+            'eot': eot, 'start': start}
 
 
 def token_named(name, config):
