@@ -24,7 +24,7 @@ from hub import Hub
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
-pytest.importorskip('tokenizers')
+tokenizers = pytest.importorskip('tokenizers')
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
 VALID_TEXT = st.text(st.characters(exclude_categories=['Cs']))  # all but lone surrogates
@@ -281,20 +281,34 @@ def load_tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-@pytest.fixture(scope='module', params=['char', 'bpe', 'gpt2'])
+@pytest.fixture(scope='module', params=['char', 'bpe', 'gpt2', 'hugging_face'])
 def pair(request, tmp_path_factory):
     """Return (our tokenizer, what AutoTokenizer makes of the folder that export.py wrote)."""
     folder = tmp_path_factory.mktemp(request.param)
+    runs = ['a' * n + ' ' * n + 'ab' * n for n in range(1, 50)]
     if request.param == 'gpt2':
         shared('tiktoken')
         theirs = gpt2_of_transformers(vocab_size=50257, n_embd=8, n_layer=1)
         theirs.save_pretrained(folder / 'weights')
         export(folder, init_from='weights', to='hf')
         return folio.tokenizer.load('gpt2'), load_tokenizer(folder / 'hf')
+    if request.param == 'hugging_face':  # others' control tokens come first
+        trained = tokenizers.ByteLevelBPETokenizer()
+        trained.train_from_iterator(runs + HARD * 2 + [novel()[:100000]], vocab_size=1000,
+                                    special_tokens=['<|endoftext|>', '<pad>'])
+        theirs = gpt2_of_transformers(vocab_size=trained.get_vocab_size(), n_embd=8, n_layer=1)
+        theirs.save_pretrained(folder / 'weights')
+        trained.save(str(folder / 'weights' / 'tokenizer.json'))
+        export(folder, init_from='weights', to='hf')
+        ours = folio.tokenizer.load(str(folder / 'weights'))
+        for text in HARD:
+            if '<|endoftext|>' not in text:
+                assert trained.encode(text).ids == ours.encode(text)
+        assert folio.tokenizer.load(str(folder / 'hf')).spec == ours.spec
+        return ours, load_tokenizer(folder / 'hf')
     if request.param == 'char':
         ours = folio.tokenizer.CharTokenizer(''.join(sorted(set(novel() + ''.join(HARD)))))
     else:
-        runs = ['a' * n + ' ' * n + 'ab' * n for n in range(1, 50)]
         ours = folio.tokenizer.train_bpe(runs + HARD * 2 + [novel()[:100000]], 1000)
     model = random_model(ours.n_vocab, n_layer=1, n_embd=8)
     save_model(folder / 'ckpt.pt', model, ours.spec)
@@ -348,12 +362,12 @@ def test_inputs_are_what_both_models_take(pair):
 
 def test_exported_merges_are_those_that_were_learned(pair):
     ours, theirs = pair
-    merges = json.loads(theirs.backend_tokenizer.to_str())['model'].get('merges')
+    if ours.spec['kind'] != 'bpe':
+        pytest.skip('nothing was learned here')
+    merges = json.loads(theirs.backend_tokenizer.to_str())['model']['merges']
     spelled = theirs.convert_ids_to_tokens(range(256))
-    for exported, learned in zip(merges or [], ours.spec.get('merges', []), strict=False):
-        parts = [''.join(spelled[b] for b in part.encode('latin-1')) for part in learned]
-        assert list(exported) == parts
-    assert merges is None or len(merges) == ours.eot - 256
+    for exported, learned in zip(merges, ours.spec['merges'], strict=True):
+        assert exported == [''.join(spelled[b] for b in part.encode('latin-1')) for part in learned]
 
 
 def test_character_that_the_model_never_saw_is_an_error(pair):
@@ -508,6 +522,14 @@ def test_llama_cpp_continues_and_answers_alike(learned, dtype):
     assert done['choices'][0]['message']['content'] == 'a bee'
     n_tokens = sum(1 + len(tokenizer.encode(turn)) for turn in (WHO + 'me', WHAT))
     assert done['usage']['prompt_tokens'] == n_tokens
+
+
+def test_of_a_gguf_with_the_exact_gelu_is_said_that_llama_cpp_has_another(tmp_path, capsys):
+    pytest.importorskip('gguf')
+    spec = folio.tokenizer.train_bpe([], 257).spec
+    save_model(tmp_path / 'ckpt.pt', random_model(257, gelu='none'), spec)
+    export(tmp_path, out_dir='.', to='a.gguf')
+    assert 'llama.cpp computes the tanh form of GELU' in capsys.readouterr().err
 
 
 # ---- The script ----------------------------------------------------------------------------------
