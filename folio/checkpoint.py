@@ -246,8 +246,8 @@ def beginning_of(checkpoint, tokenizer):
     folio begins each document with the end-of-text token, if its tokenizer has one, and so do the
     folders that it exports. OpenAI's and nanoGPT's models continue a prompt as it is.
     """
-    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
-    if tokenizer.eot is not None and (is_run or checkpoint.get('add_bos_token')):
+    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint and tokenizer.eot is not None
+    if is_run or checkpoint.get('add_bos_token'):
         return [tokenizer.start]
     return []
 

@@ -338,7 +338,8 @@ def bpe_of_hugging_face(saved, config):
     made = [id_of[left + right] for left, right in pairs]
     if made != sorted(made):
         raise ValueError('its merges are not in the order of their tokens')
-    ranks = {chr(b): id_of[character] for b, character in enumerate(BYTE_CHARACTERS)}
+    bytes_first = [id_of[character] for character in BYTE_CHARACTERS] + made
+    ranks = {chr(b): i for b, i in enumerate(bytes_first[:256])}
     ranks |= {unspell(left + right): i for (left, right), i in zip(pairs, made)}
     in_texts = set(ranks.values())
     special = {token: i for token, i in id_of.items() if i not in in_texts}
@@ -346,7 +347,7 @@ def bpe_of_hugging_face(saved, config):
         raise ValueError('it has tokens that no merge makes')
 
     if special == {EOT: len(ranks)}:
-        if list(ranks.values()) == list(range(len(ranks))):
+        if bytes_first == list(range(len(ranks))):
             merges = [[unspell(left), unspell(right)] for left, right in pairs]
             return {'kind': 'bpe', 'pattern': pattern, 'merges': merges}
         if pattern == SPLIT_PATTERN and spec_hash(ranks) == GPT2_HASH:

@@ -423,6 +423,14 @@ def test_another_tokenizer_is_refused_by_the_name_of_its_file(tmp_path, byte_lev
     assert line.startswith(f'{tmp_path}/tokenizer.json cannot be read here') and reason in line
 
 
+def test_tokens_that_no_merge_makes_and_texts_have_are_refused(tmp_path, byte_level):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    model = json.loads(byte_level._tokenizer.to_str())['model']
+    model['vocab']['qqq'] = len(model['vocab'])
+    write_tokenizer(tmp_path, byte_level, model=model | {'ignore_merges': True})
+    assert 'it has tokens that no merge makes' in refused(tmp_path)
+
+
 CHAT = "{% for m in messages %}{{ bos_token + 'Q: ' + m['content'] + '\n' }}{% endfor %}"
 
 

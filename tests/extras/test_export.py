@@ -19,7 +19,7 @@ from conftest import ROOT, SHARED, TINY, run, shared
 from extras import export as script
 from folio import engine
 from folio.configurator import UserError
-from folio.hugging_face import hub_errors, to_hugging_face
+from folio.hugging_face import hub_errors, template_of, to_hugging_face
 from hub import Hub
 from model import GPT, GPTConfig
 
@@ -473,6 +473,12 @@ def test_a_tuned_model_answers_alike_in_a_run_its_export_and_transformers(learne
     assert inputs['input_ids'].tolist() == [expected]
     ids = load(learned / 'hf').generate(**inputs, max_new_tokens=11, do_sample=False)[0]
     assert theirs.decode(ids[len(expected):], skip_special_tokens=True) == 'a bee'
+
+
+def test_a_template_of_any_characters_comes_back():
+    template = 'Say "{}" in {{ x }} {% y %}, \\ é 日本:\n\t'
+    config = {'bos_token': '<|endoftext|>'}
+    assert template_of(script.to_chat_template(template), config, ['<|endoftext|>']) == template
 
 
 def test_a_folder_that_transformers_saved_again_is_the_same_model(learned):
