@@ -56,9 +56,8 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
-ids = folio.checkpoint.beginning_of(checkpoint, tokenizer) + tokenizer.encode(start)
-if not ids:
-    ids = [tokenizer.start]
+begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
+ids = begin + tokenizer.encode(start) or [tokenizer.start]
 if len(ids) > model.config.block_size:
     print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens',
           file=sys.stderr)
@@ -112,7 +111,7 @@ def talk():
         # A tuned model has learned from documents of one question each. Any other goes on with the
         # text, in which only the first line begins a document.
         if is_tuned or not turns:
-            turn = [tokenizer.start] + turn
+            turn = (begin or [tokenizer.start]) + turn
         turns.append(turn)
         # The oldest turns are forgotten: the context has room for the answer too, up to half of it.
         longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import folio.checkpoint
 from folio.configurator import UserError, configure, notice
 from folio.hugging_face import CONV1D, to_hugging_face
-from folio.tokenizer import EACH_CHARACTER, SPLIT_PATTERN, spell
+from folio.tokenizer import EACH_CHARACTER, SPLIT_PATTERN, control_tokens, spell
 from model import GPT
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -59,21 +59,17 @@ def bpe_tokenizer(tokenizer):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     hf_tokenizer.decoder = decoders.ByteLevel()
-    for token in control_tokens(tokenizer).values():
+    for token in control_tokens(tokenizer.spec):
         hf_tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     return hf_tokenizer
 
 
-def control_tokens(tokenizer):
-    """Return {id: text} of the tokens of a BPETokenizer that no text has in it."""
-    encoding = tokenizer.encoding
-    return {encoding.encode_single_token(text): text for text in encoding.special_tokens_set}
-
-
 def spelled_tokens(tokenizer):
     """Return the tokens of a BPETokenizer, by their ids, as GPT-2's vocabulary spells them."""
-    control = control_tokens(tokenizer)
-    return [control.get(i) or spell(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
+    spelled = [spell(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
+    for token, i in control_tokens(tokenizer.spec).items():
+        spelled[i] = token
+    return spelled
 
 
 def list_merges(tokenizer):
@@ -85,7 +81,7 @@ def list_merges(tokenizer):
     if 'merges' in tokenizer.spec:
         learned = tokenizer.spec['merges']
         return [tuple(spell(part.encode('latin-1')) for part in pair) for pair in learned]
-    control = control_tokens(tokenizer)
+    control = control_tokens(tokenizer.spec).values()
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab) if i not in control]
     known = set(tokens)
     merges = []
@@ -140,13 +136,14 @@ def describe_tokenizer(checkpoint, model, tokenizer):
     else:
         hf_tokenizer = bpe_tokenizer(tokenizer)
     if tokenizer.eot is not None:
-        control = control_tokens(tokenizer)
-        bos = control[tokenizer.start]
-        eos = control[tokenizer.eot]
+        begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
+        first, = begin or [tokenizer.eot]
+        bos = hf_tokenizer.id_to_token(first)
+        eos = hf_tokenizer.id_to_token(tokenizer.eot)
         config |= {'bos_token': bos, 'eos_token': eos, 'unk_token': eos}
-        generation |= {'bos_token_id': tokenizer.start, 'eos_token_id': tokenizer.eot}
-        if folio.checkpoint.beginning_of(checkpoint, tokenizer):
-            begin_texts(hf_tokenizer, bos, tokenizer.start)
+        generation |= {'bos_token_id': first, 'eos_token_id': tokenizer.eot}
+        if begin:
+            begin_texts(hf_tokenizer, bos, first)
     if checkpoint.get('template'):
         config['chat_template'] = to_chat_template(checkpoint['template'])
     return hf_tokenizer.to_str(), config, generation
@@ -277,20 +274,20 @@ def write_gguf(path, title, hf, tensors, checkpoint, tokenizer):
         writer.add_head_count(hf['n_head'])
         writer.add_layer_norm_eps(hf['layer_norm_epsilon'])
 
-        control = control_tokens(tokenizer)
         types = [gguf.TokenType.NORMAL] * tokenizer.n_vocab
-        for i in control:
+        for i in control_tokens(tokenizer.spec).values():
             types[i] = gguf.TokenType.CONTROL
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre('gpt-2')  # the pattern
         writer.add_token_list(spelled_tokens(tokenizer))
         writer.add_token_types(types)
         writer.add_token_merges([' '.join(pair) for pair in list_merges(tokenizer)])
+        begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
         if tokenizer.eot is not None:
-            writer.add_bos_token_id(tokenizer.start)
+            first, = begin or [tokenizer.eot]
+            writer.add_bos_token_id(first)
             writer.add_eos_token_id(tokenizer.eot)
-        begins = folio.checkpoint.beginning_of(checkpoint, tokenizer) != []
-        writer.add_add_bos_token(begins)
+        writer.add_add_bos_token(begin != [])
         if checkpoint.get('template'):
             writer.add_chat_template(to_chat_template(checkpoint['template']))
 

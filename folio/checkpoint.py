@@ -241,14 +241,16 @@ def tokenizer_of(checkpoint):
 
 
 def beginning_of(checkpoint, tokenizer):
-    """Return the ids that come before a prompt: [tokenizer.start], or [] for some models.
+    """Return the ids that come before a prompt: the end-of-text token, or none.
 
-    folio begins each document with the end-of-text token, if its tokenizer has one, and so do the
-    folders that it exports. OpenAI's and nanoGPT's models continue a prompt as it is.
+    folio begins each document with that token, if its tokenizer has one. A Hugging Face folder says
+    which comes before a text. OpenAI's and nanoGPT's models continue a prompt as it is.
     """
-    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint and tokenizer.eot is not None
-    if is_run or checkpoint.get('add_bos_token'):
-        return [tokenizer.start]
+    if 'begin' in checkpoint:
+        return checkpoint['begin']
+    is_run = 'tokenizer' in checkpoint and 'config' in checkpoint
+    if is_run and tokenizer.eot is not None:
+        return [tokenizer.eot]
     return []
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from folio.configurator import UserError, notice
 from folio.download import hub_errors, sha256_of
-from folio.tokenizer import EOT, file_in, read_json, read_spec, token_named
+from folio.tokenizer import control_tokens, file_in, read_json, read_spec, token_named
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
@@ -204,36 +204,39 @@ def nanochat_weights(tensors):
 
 # ---- Reading what texts look like ----------------------------------------------------------------
 def read_tokenizer(folder):
-    """Return what a folder says of texts, as in a checkpoint: {tokenizer, add_bos_token, template}.
+    """Return what a folder says of texts, as in a checkpoint: {tokenizer, begin, template}.
 
-    Raises UserError for a tokenizer that ours cannot be.
+    begin: the ids in front of each text. template: see `template_of`. Raises UserError for a
+    tokenizer that ours cannot be.
     """
     spec = read_spec(folder)
+    control = control_tokens(spec)
     config = read_json(os.path.join(folder, 'tokenizer_config.json'))
+    first = first_token(read_json(os.path.join(folder, 'tokenizer.json')), config)
     template = None
     chat_template = read_chat_template(folder, config)
     if chat_template:
-        template = template_of(chat_template, config, spec.get('special', [EOT]))
+        template = template_of(chat_template, config, control)
         if template is None:
             notice(f'the chat template of {folder} is more than text around a question: '
                    '--chat=True will continue the text without it')
-    add_bos = adds_bos(read_json(os.path.join(folder, 'tokenizer.json')), config)
-    return {'tokenizer': spec, 'add_bos_token': add_bos, 'template': template}
+    begin = [] if first is None else [control[first]]
+    return {'tokenizer': spec, 'begin': begin, 'template': template}
 
 
-def adds_bos(saved, config):
-    """Return whether a tokenizer begins each text with its token for that.
+def first_token(saved, config):
+    """Return the control token that a tokenizer puts in front of each text, or None.
 
     saved, config: the contents of tokenizer.json and tokenizer_config.json. transformers 5 asks
     config first, the older ones only saved.
     """
-    if 'add_bos_token' in config:
-        return config['add_bos_token']
+    if config.get('add_bos_token'):
+        return token_named('bos_token', config)
     processor = saved.get('post_processor') or {}
     for step in processor.get('processors', [processor]):
-        if step.get('type') == 'TemplateProcessing':
-            return 'SpecialToken' in step['single'][0]
-    return False
+        if step.get('type') == 'TemplateProcessing' and 'add_bos_token' not in config:
+            return step['single'][0].get('SpecialToken', {}).get('id')
+    return None
 
 
 def read_chat_template(folder, config):
@@ -245,14 +248,15 @@ def read_chat_template(folder, config):
     return config.get('chat_template')
 
 
-def template_of(chat_template, config, special):
+def template_of(chat_template, config, control):
     """Return the text around a question that a chat template writes, {} in its place.
 
-    chat_template: in Jinja. config: the contents of tokenizer_config.json. special: the texts of
-    control tokens. Returns None if it writes anything but the token that begins a text, and text.
+    chat_template: in Jinja. config: the contents of tokenizer_config.json. control: the texts of
+    the control tokens. Returns None if it writes anything but the token that begins a text, and
+    text.
 
     >>> chat_template = "{% for m in messages %}{{ bos_token }}Q: {{ m['content'] }} A:{% endfor %}"
-    >>> template_of(chat_template, {'bos_token': '<s>', 'eos_token': '</s>'}, ['<s>', '</s>'])
+    >>> template_of(chat_template, {'bos_token': '<s>', 'eos_token': '<s>'}, ['<s>'])
     'Q: {} A:'
     """
     from jinja2 import TemplateError
@@ -267,7 +271,7 @@ def template_of(chat_template, config, special):
     except TemplateError:
         return None
     template = text.removeprefix(bos)
-    if template == text or template.count('{}') != 1 or any(token in template for token in special):
+    if template == text or template.count('{}') != 1 or any(token in template for token in control):
         return None
     return template
 

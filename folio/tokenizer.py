@@ -66,7 +66,7 @@ class BPETokenizer:
         self.spec = spec
         self.n_vocab = encoding.n_vocab
         self.eot = spec['eot'] if 'eot' in spec else encoding.eot_token
-        self.start = spec['start'] if 'start' in spec else self.eot
+        self.start = self.encode('\n')[0] if self.eot is None else self.eot
 
     def encode(self, text):
         if len(text) > MOST_WHITE:
@@ -167,6 +167,13 @@ def vocab_size_of(spec):
     raise ValueError(f'unknown kind of tokenizer {spec["kind"]!r}; choose from char, bpe, gpt2')
 
 
+def control_tokens(spec):
+    """Return {text: id} of the tokens of a spec that no text has in it."""
+    if spec['kind'] == 'char':
+        return {}
+    return spec.get('special', {EOT: vocab_size_of(spec) - 1})
+
+
 def load_bpe(spec):
     """Return the tokenizer of a spec of kind bpe: 256 bytes, then its merges, then EOT.
 
@@ -187,8 +194,8 @@ def load_bpe(spec):
 def load_ranks(spec):
     """Return the tokenizer of a spec of kind hugging_face: any byte-level BPE, tokens by ids.
 
-    spec: {pattern, ranks, special, eot, start}; ranks and special are {token: id}, eot is an id or
-    None, start an id. The pair that spells the token with the lowest id is joined first.
+    spec: {pattern, ranks, special, eot}; ranks and special are {token: id}, eot is an id or None.
+    The pair that spells the token with the lowest id is joined first.
     """
     import tiktoken
     encoding = tiktoken.Encoding(
@@ -353,11 +360,8 @@ def bpe_of_hugging_face(saved, config):
         if pattern == SPLIT_PATTERN and spec_hash(ranks) == GPT2_HASH:
             return {'kind': 'gpt2'}
     eot = special.get(token_named('eos_token', config))
-    start = special.get(token_named('bos_token', config), eot)
-    if start is None:
-        start = ranks['\n']
     return {'kind': 'hugging_face', 'pattern': pattern, 'ranks': ranks, 'special': special,
-            'eot': eot, 'start': start}
+            'eot': eot}
 
 
 def token_named(name, config):

@@ -370,7 +370,7 @@ def test_a_folder_brings_its_tokenizer(tmp_path, byte_level, form):
     for text in TEXTS:
         assert ours.encode(text) == byte_level.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
-    assert (ours.start, ours.eot, ours.n_vocab) == (0, 1, 300)
+    assert (ours.eot, ours.n_vocab) == (1, 300)
 
 
 def test_a_folder_with_the_files_of_gpt2_has_gpt2s_tokenizer(tmp_path):
@@ -391,7 +391,7 @@ def test_a_folder_with_the_files_of_gpt2_has_gpt2s_tokenizer(tmp_path):
     theirs.add_special_tokens({'pad_token': '[PAD]'})
     theirs.save_pretrained(tmp_path)
     ours = folio.tokenizer.load(str(tmp_path))
-    assert (ours.n_vocab, ours.eot, ours.start) == (50258, 50256, 50256)
+    assert (ours.eot, ours.n_vocab) == (50256, 50258)
     for text in TEXTS:
         assert ours.encode(text) == theirs(text)['input_ids']
 
