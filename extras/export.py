@@ -162,6 +162,8 @@ def list_facts(checkpoint, config, tokenizer, architecture, n_parameters):
     steps = checkpoint.get('iter_num', 0)
     if steps > 0:
         facts.append(f'trained for {steps:,} steps')
+    if checkpoint.get('template'):
+        facts.append('tuned to answer questions, in the form that its chat template writes')
     loss = float(checkpoint.get('best_val_loss', 1e9))
     if loss < 1e9:  # nanoGPT stores 1e9 before its first evaluation
         facts.append(f'best validation loss: {loss:.4f} nats a token')
