@@ -99,7 +99,7 @@ def begin_texts(hf_tokenizer, token, token_id):
     """Have a tokenizers.Tokenizer put a control token in front of each text."""
     from tokenizers.processors import TemplateProcessing
     hf_tokenizer.post_processor = TemplateProcessing(
-        single=f'{token} $A', pair=f'{token} $A $B', special_tokens=[(token, token_id)])
+        single=[token, '$A'], pair=[token, '$A', '$B'], special_tokens=[(token, token_id)])
 
 
 def to_chat_template(template):
