@@ -22,7 +22,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT, need_gpt2, run
-from extras.textbook.teacher import Teacher
 from folio.configurator import UserError
 from folio.data import Dataset
 from folio.download import download
@@ -479,36 +478,3 @@ def test_a_prompt_follows_the_end_of_text_token_if_documents_did(tmp_path, is_ru
     expected = tokenizer.decode_bytes(new).decode('utf-8', 'replace')
     # sample.py does not show a character that is not complete yet.
     assert out.strip('\n\ufffd') == f'one two{expected}'.strip('\n\ufffd')
-
-
-def test_an_answer_cut_at_the_limit_is_left_out_and_not_paid_for_again(
-        tmp_path, monkeypatch, capsys):
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            prompt = request['messages'][0]['content']
-            asked.append(prompt)
-            choice = {'message': {'content': 'A page that explains one idea and then sudden'},
-                      'finish_reason': prompt}
-            usage = {'prompt_tokens': 10, 'completion_tokens': 100}
-            body = json.dumps({'choices': [choice], 'usage': usage}).encode()
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('OPENAI_BASE_URL', f'http://127.0.0.1:{server.server_port}')
-    for _ in range(2):
-        teacher = Teacher('a', str(tmp_path), budget=100)
-        assert [prompt for prompt, _ in teacher.ask(['length', 'stop'])] == ['stop']
-        assert teacher.spent == 2
-        teacher.close()
-    server.shutdown()
-    assert sorted(asked) == ['length', 'stop']
-    assert '1 answers did not fit in 1,024 tokens' in capsys.readouterr().err
