@@ -544,19 +544,6 @@ def trained(trained_once, tmp_path):
     return shutil.copytree(trained_once, tmp_path / 'work')
 
 
-def test_exported_run_writes_the_same_text_in_transformers(trained):
-    run('extras/export.py', '--out_dir=out', cwd=trained)
-    theirs = load(trained / 'out' / 'hf')
-    ours = GPT.from_pretrained(folio.checkpoint.load(str(trained / 'out'))).eval()
-    assert_same_logits(ours, theirs)
-    tokenizer = load_tokenizer(trained / 'out' / 'hf')
-    inputs = tokenizer('The ', return_tensors='pt')
-    ids = theirs.generate(**inputs, max_new_tokens=28, do_sample=False)[0]
-    text, _ = run('sample.py', '--out_dir=out', '--start=The ', '--max_new_tokens=28',
-                  '--strategy=greedy', '--device=cpu', cwd=trained)
-    assert tokenizer.decode(ids) + '\n' == text
-
-
 def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch,
                                                                        capsys):
     export(trained, out_dir='out', to='hf')
