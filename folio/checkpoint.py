@@ -219,19 +219,25 @@ def require_same_run(checkpoint, model_args, data, seed):
 def tokenizer_of(checkpoint):
     """Return the tokenizer that a checkpoint carries, or else that of the data it was trained on.
 
-    nanoGPT's checkpoints carry none. Where that data is not here either, it is GPT-2's. Raises
-    UserError if it does not fit the model.
+    nanoGPT's checkpoints carry none. Where that data is not here either, it is GPT-2's, and a line
+    says so. Raises UserError if it does not fit the model.
     """
+    source = checkpoint['source']
     trained_on = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
     is_here = os.path.exists(os.path.join('data', trained_on, 'train.bin'))
     if spec is None and is_here:
         spec = Dataset(trained_on).spec
-    tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
     vocab_size = checkpoint['model_args']['vocab_size']
+    if spec is None and vocab_size != 50257:
+        raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not the 50257 '
+                        "of GPT-2's")
+    if spec is None:
+        notice(f"{source} has no tokenizer: its tokens are taken for GPT-2's")
+    tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
     if tokenizer.n_vocab != vocab_size:
-        raise UserError(f'a model of {vocab_size} tokens cannot be read with a tokenizer '
-                        f'({tokenizer.spec["kind"]}) of {tokenizer.n_vocab}')
+        raise UserError(f'{source} is a model of {vocab_size} tokens, and its tokenizer '
+                        f'({tokenizer.spec["kind"]}) has {tokenizer.n_vocab}')
     return tokenizer
 
 

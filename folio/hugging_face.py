@@ -13,12 +13,11 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from folio.configurator import UserError
+from folio.configurator import UserError, notice
 from folio.download import hub_errors, sha256_of
-from folio.tokenizer import read_spec
+from folio.tokenizer import control_tokens, file_in, read_json, read_spec, token_named
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-TOKENIZER = 'folio_tokenizer.json'  # in an exported folder, beside theirs: for tokenizer.load
 
 # What config.json calls our vocab_size, block_size, n_layer, n_head and n_embd, by its model_type.
 SIZES = {
@@ -77,10 +76,11 @@ def rename(name, parts):
 
 # ---- Reading -------------------------------------------------------------------------------------
 def load_hugging_face(source):
-    """Return {model_args, model[, tokenizer]}, as in a checkpoint, of a folder or an OpenAI model.
+    """Return what a checkpoint has, of a folder or an OpenAI model: {model_args, model, …}.
 
-    OpenAI's models are downloaded once. Raises UserError for a folder that is damaged, or that
-    holds a model which neither of our architectures can be.
+    Of a folder with a tokenizer also what `read_tokenizer` returns. OpenAI's models are downloaded
+    once. Raises UserError for a folder that is damaged, or that holds a model which neither of our
+    architectures can be.
     """
     folder = source
     if source in OPENAI:
@@ -93,17 +93,16 @@ def load_hugging_face(source):
         model_args = read_model_args(hf, kind)
         unsupported = unsupported_settings(hf, kind, model_args)
         if unsupported:
-            raise UserError(f'{folder} holds a {kind} that cannot be loaded, for what it sets: '
-                            f'{", ".join(unsupported)}')
+            settings = ', '.join(f'{name} = {hf.get(name)!r}' for name in unsupported)
+            raise UserError(f'{folder} holds a {kind} that model.py cannot be, by its {settings}')
         weights = load_weights(folder, kind)
         if kind == 'gpt2':
             weights[LM_HEAD] = weights[WTE]  # tied
         checkpoint = {'model_args': model_args, 'model': weights}
         if source in OPENAI:
-            checkpoint['tokenizer'] = {'kind': 'gpt2'}
-        path = os.path.join(folder, TOKENIZER)
-        if os.path.exists(path):
-            checkpoint['tokenizer'] = read_spec(path)
+            return checkpoint | {'tokenizer': {'kind': 'gpt2'}}
+        if file_in(folder):
+            checkpoint |= read_tokenizer(folder)
         return checkpoint
     except UserError:
         raise
@@ -132,8 +131,9 @@ def read_model_args(hf, kind):
     model_args = {'vocab_size': V, 'block_size': T, 'n_layer': L, 'n_head': H, 'n_embd': C}
     if kind == 'nanochat':
         return model_args | {'arch': 'modern', 'bias': False}
-    gelu_of = {theirs: ours for ours, theirs in GELU.items()}
-    return model_args | {'arch': 'gpt2', 'bias': True, 'gelu': gelu_of[hf['activation_function']]}
+    gelu_of = {theirs: ours for ours, theirs in GELU.items()} | {'gelu_pytorch_tanh': 'tanh'}
+    gelu = gelu_of.get(hf['activation_function'])  # None is refused below, by its name there
+    return model_args | {'arch': 'gpt2', 'bias': True, 'gelu': gelu}
 
 
 def unsupported_settings(hf, kind, model_args):
@@ -146,6 +146,8 @@ def unsupported_settings(hf, kind, model_args):
         derived = {'num_key_value_heads': H, 'head_dim': C // H, 'intermediate_size': 4 * C}
     # Missing or null, a derived size is the one that we have.
     names = [name for name, value in derived.items() if hf.get(name) not in (None, value)]
+    if kind == 'gpt2' and model_args['gelu'] is None:
+        names.append('activation_function')
 
     if kind == 'nanochat':
         # transformers 4 spreads the rotary settings over two keys, transformers 5 has one.
@@ -162,7 +164,13 @@ def unsupported_settings(hf, kind, model_args):
 def load_weights(folder, kind):
     """Return {our name: tensor} of a folder's .safetensors, one or several, without a tied head."""
     files = {'model.safetensors'}
-    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+    names = os.listdir(folder)
+    has_pickles = any(name.startswith('pytorch_model') for name in names)
+    if has_pickles and not any(name.startswith('model.safetensors') for name in names):
+        raise UserError(f'{folder} has its weights in pytorch_model.bin, which is not read. To get '
+                        'model.safetensors, load and save it with transformers: '
+                        'from_pretrained(…), then save_pretrained(…)')
+    if 'model.safetensors' not in names:
         with open(os.path.join(folder, 'model.safetensors.index.json'), encoding='utf-8') as f:
             files = set(json.load(f)['weight_map'].values())
     tensors = {}
@@ -192,6 +200,80 @@ def nanochat_weights(tensors):
         tensors[q_name.replace('.q_', '.qkv_')] = torch.cat(qkv)
     parts = {theirs: ours for ours, theirs in NANOCHAT.items()}
     return {rename(name, parts): w for name, w in tensors.items()}
+
+
+# ---- Reading what texts look like ----------------------------------------------------------------
+def read_tokenizer(folder):
+    """Return what a folder says of texts, as in a checkpoint: {tokenizer, begin, template}.
+
+    begin: the ids in front of each text. template: see `template_of`. Raises UserError for a
+    tokenizer that ours cannot be.
+    """
+    spec = read_spec(folder)
+    control = control_tokens(spec)
+    config = read_json(os.path.join(folder, 'tokenizer_config.json'))
+    first = first_token(read_json(os.path.join(folder, 'tokenizer.json')), config)
+    template = None
+    chat_template = read_chat_template(folder, config)
+    if chat_template:
+        template = template_of(chat_template, config, control)
+        if template is None:
+            notice(f'the chat template of {folder} is more than text around a question: '
+                   '--chat=True will continue the text without it')
+    begin = [] if first is None else [control[first]]
+    return {'tokenizer': spec, 'begin': begin, 'template': template}
+
+
+def first_token(saved, config):
+    """Return the control token that a tokenizer puts in front of each text, or None.
+
+    saved, config: the contents of tokenizer.json and tokenizer_config.json. transformers 5 asks
+    config first, the older ones only saved.
+    """
+    if config.get('add_bos_token'):
+        return token_named('bos_token', config)
+    processor = saved.get('post_processor') or {}
+    for step in processor.get('processors', [processor]):
+        if step.get('type') == 'TemplateProcessing' and 'add_bos_token' not in config:
+            return step['single'][0].get('SpecialToken', {}).get('id')
+    return None
+
+
+def read_chat_template(folder, config):
+    """Return a folder's chat template: a file since transformers 5, before in config; or None."""
+    path = os.path.join(folder, 'chat_template.jinja')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            return f.read()
+    return config.get('chat_template')
+
+
+def template_of(chat_template, config, control):
+    """Return the text around a question that a chat template writes, {} in its place.
+
+    chat_template: in Jinja. config: the contents of tokenizer_config.json. control: the texts of
+    the control tokens. Returns None if it writes anything but the token that begins a text, and
+    text.
+
+    >>> chat_template = "{% for m in messages %}{{ bos_token }}Q: {{ m['content'] }} A:{% endfor %}"
+    >>> template_of(chat_template, {'bos_token': '<s>', 'eos_token': '<s>'}, ['<s>'])
+    'Q: {} A:'
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    bos = token_named('bos_token', config) or ''
+    eos = token_named('eos_token', config) or ''
+    question = {'role': 'user', 'content': '{}'}
+    try:
+        text = environment.from_string(chat_template).render(
+            messages=[question], bos_token=bos, eos_token=eos, add_generation_prompt=True)
+    except TemplateError:
+        return None
+    template = text.removeprefix(bos)
+    if template == text or template.count('{}') != 1 or any(token in template for token in control):
+        return None
+    return template
 
 
 # ---- The hub -------------------------------------------------------------------------------------
@@ -253,6 +335,7 @@ def to_hugging_face(config, weights, eot):
     if kind == 'gpt2':
         hf |= {
             'architectures': ['GPT2LMHeadModel'],
+            'n_ctx': config.block_size,  # n_positions again, for llama.cpp's converter and mlx-lm
             'activation_function': GELU[config.gelu],
             'resid_pdrop': config.dropout,
             'embd_pdrop': config.dropout,
@@ -310,15 +393,20 @@ def require_weights_that_fit(config, weights):
 
 
 def to_gpt2_tensors(weights):
-    """Return our weights under GPT2LMHeadModel's names and in its layout, each with a bias."""
+    """Return our weights under OpenAI's names and in GPT2LMHeadModel's layout, each with a bias.
+
+    transformers would write the prefix transformer. before each name; mlx-lm does without.
+    """
     tensors = {}
     for name, w in weights.items():
-        if name.startswith(('transformer.h.', 'transformer.ln_f.')):
+        name = name.removeprefix('transformer.')
+        if name.startswith(('h.', 'ln_f.')):
             tensors[name.replace('.weight', '.bias')] = w.new_zeros(len(w))
     # Biases that the model has come after the zeros, and take their place.
     for name, w in weights.items():
         if name != LM_HEAD:  # tied
-            tensors[name] = w.T if name.endswith(CONV1D) else w
+            w = w.T if name.endswith(CONV1D) else w
+            tensors[name.removeprefix('transformer.')] = w
     return tensors
 
 

@@ -12,7 +12,7 @@ Each tokenizer has
     spec: a dictionary of plain values that `load` turns into the same tokenizer again
 
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the
-control token.
+control token. A byte-level BPE that others trained, in the files of Hugging Face, is read as well.
 """
 import hashlib
 import json
@@ -25,6 +25,7 @@ from folio.configurator import UserError
 
 EOT = '<|endoftext|>'
 MOST_WHITE = 900_000  # white characters in a row, at about a million of which tiktoken crashes
+GPT2_HASH = '42083fc7477d771d'  # of the ids of GPT-2's 50,256 tokens, see spec_hash
 
 # GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
 # are endings like 's; words, numbers and punctuation, each with the space before it; white space.
@@ -60,12 +61,12 @@ class CharTokenizer:
 
 class BPETokenizer:
     def __init__(self, encoding, spec):
-        """encoding: a tiktoken.Encoding whose one special token is EOT."""
+        """encoding: a tiktoken.Encoding. Its token EOT ends a text, if the spec names no other."""
         self.encoding = encoding
         self.spec = spec
         self.n_vocab = encoding.n_vocab
-        self.eot = encoding.eot_token
-        self.start = encoding.eot_token
+        self.eot = spec['eot'] if 'eot' in spec else encoding.eot_token
+        self.start = self.encode('\n')[0] if self.eot is None else self.eot
 
     def encode(self, text):
         if len(text) > MOST_WHITE:
@@ -108,8 +109,9 @@ def without_surrogates(text):
 # ---- Loading and saving --------------------------------------------------------------------------
 
 def load(source):
-    """Return a tokenizer from 'gpt2', a spec, a tokenizer.json that `save` wrote, or its folder.
+    """Return a tokenizer from 'gpt2', a spec, a tokenizer.json, or the folder that it is in.
 
+    The tokenizer.json is one that `save` wrote, or Hugging Face's: see `read_hugging_face`.
     GPT-2's files are downloaded once by tiktoken, into TIKTOKEN_CACHE_DIR if that is set. Raises
     UserError if there is no tokenizer, or if it is damaged or of an unknown kind.
     """
@@ -122,6 +124,8 @@ def load(source):
             return CharTokenizer(spec['chars'])
         if spec['kind'] == 'bpe':
             return load_bpe(spec)
+        if spec['kind'] == 'hugging_face':
+            return load_ranks(spec)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f'a damaged tokenizer ({type(e).__name__}: {e}); run prepare.py again') from e
@@ -129,12 +133,16 @@ def load(source):
 
 
 def read_spec(path):
-    """Return the spec in a tokenizer.json, or in that of a data folder. Raises UserError."""
+    """Return the spec in a tokenizer.json, or in that of a folder. Raises UserError."""
     if os.path.isdir(path):
-        path = os.path.join(path, 'tokenizer.json')
+        path = file_in(path) or os.path.join(path, 'tokenizer.json')
     try:
         with open(path, encoding='utf-8') as f:
             spec = json.load(f)
+        if os.path.basename(path) == 'vocab.json':
+            spec = as_tokenizer_json(spec, os.path.dirname(path))
+        if 'model' in spec:
+            return read_hugging_face(spec, path)
         vocab_size_of(spec)
         return spec
     except (OSError, ValueError, TypeError, KeyError) as e:
@@ -152,9 +160,18 @@ def vocab_size_of(spec):
         return len(spec['chars'])
     if spec['kind'] == 'bpe':
         return 256 + len(spec['merges']) + 1
+    if spec['kind'] == 'hugging_face':
+        return len(spec['ranks']) + len(spec['special'])
     if spec['kind'] == 'gpt2':
         return 50257
     raise ValueError(f'unknown kind of tokenizer {spec["kind"]!r}; choose from char, bpe, gpt2')
+
+
+def control_tokens(spec):
+    """Return {text: id} of the tokens of a spec that no text has in it."""
+    if spec['kind'] == 'char':
+        return {}
+    return spec.get('special', {EOT: vocab_size_of(spec) - 1})
 
 
 def load_bpe(spec):
@@ -171,6 +188,21 @@ def load_bpe(spec):
         pat_str=spec['pattern'],
         mergeable_ranks={token.encode('latin-1'): rank for rank, token in enumerate(tokens)},
         special_tokens={EOT: len(tokens)})
+    return BPETokenizer(encoding, spec)
+
+
+def load_ranks(spec):
+    """Return the tokenizer of a spec of kind hugging_face: any byte-level BPE, tokens by ids.
+
+    spec: {pattern, ranks, special, eot}; ranks and special are {token: id}, eot is an id or None.
+    The pair that spells the token with the lowest id is joined first.
+    """
+    import tiktoken
+    encoding = tiktoken.Encoding(
+        'folio',
+        pat_str=spec['pattern'],
+        mergeable_ranks={token.encode('latin-1'): i for token, i in spec['ranks'].items()},
+        special_tokens=spec['special'])
     return BPETokenizer(encoding, spec)
 
 
@@ -196,6 +228,169 @@ def spec_hash(spec):
     """Return a fingerprint of a spec, or of another JSON value: 16 hexadecimal digits."""
     text = json.dumps(spec, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- Hugging Face's files ------------------------------------------------------------------------
+
+# How export.py writes a CharTokenizer: each character is a word of its own.
+EACH_CHARACTER = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated',
+                  'invert': False}
+
+
+def byte_characters():
+    """Return GPT-2's 256 characters: a printable byte as it is, chr(256), chr(257) … for others."""
+    characters = []
+    n_others = 0
+    for b in range(256):
+        if chr(b).isprintable() and chr(b) != ' ':
+            characters.append(chr(b))
+        else:
+            characters.append(chr(256 + n_others))
+            n_others += 1
+    return characters
+
+
+BYTE_CHARACTERS = byte_characters()
+BYTE_OF = {character: b for b, character in enumerate(BYTE_CHARACTERS)}
+
+
+def spell(token):
+    """Return bytes as the text that stands for them in a vocabulary, a character for each byte.
+
+    >>> spell(b' the')
+    'Ġthe'
+    """
+    return ''.join(BYTE_CHARACTERS[b] for b in token)
+
+
+def unspell(text):
+    """Return the bytes of a token of a vocabulary as Latin-1 text, as in our specs; see `spell`."""
+    return ''.join(chr(BYTE_OF[character]) for character in text)
+
+
+def file_in(folder):
+    """Return the path of the tokenizer in a folder of Hugging Face's, or None if it has none."""
+    for name in ('tokenizer.json', 'vocab.json'):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def read_json(path):
+    """Return what a JSON file holds; {} if there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding='utf-8') as f:
+        return json.load(f)
+
+
+def as_tokenizer_json(vocab, folder):
+    """Return the tokenizer.json that says the same as a vocab.json, a merges.txt and GPT2Tokenizer.
+
+    Such are older folders.
+    """
+    with open(os.path.join(folder, 'merges.txt'), encoding='utf-8') as f:
+        lines = f.read().split('\n')
+    merges = [line for line in lines if line and not line.startswith('#version')]
+    special = read_json(os.path.join(folder, 'added_tokens.json'))
+    added = [{'content': token, 'id': i, 'special': True} for token, i in special.items()]
+    return {'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges}, 'added_tokens': added,
+            'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False}}
+
+
+def read_hugging_face(saved, path):
+    """Return the spec of a tokenizer.json of Hugging Face's: its contents, and where it was.
+
+    It is of kind char, bpe or gpt2 where the tokens are those, whoever wrote the file. Raises
+    UserError for what is neither a byte-level BPE nor a token for each character.
+    """
+    config = read_json(os.path.join(os.path.dirname(path), 'tokenizer_config.json'))
+    try:
+        if saved['model']['type'] == 'WordLevel' and saved['pre_tokenizer'] == EACH_CHARACTER:
+            id_of = saved['model']['vocab']
+            return {'kind': 'char', 'chars': ''.join(sorted(id_of, key=id_of.get))}
+        return bpe_of_hugging_face(saved, config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f'{path} cannot be read here, for it is not a byte-level BPE like '
+                        f"GPT-2's ({type(e).__name__}: {e})") from None
+
+
+def bpe_of_hugging_face(saved, config):
+    """Return the spec of a byte-level BPE. Raises KeyError, TypeError or ValueError if it is not.
+
+    saved, config: the contents of tokenizer.json and tokenizer_config.json.
+    """
+    if saved['model']['type'] != 'BPE':
+        raise ValueError(f'it is a {saved["model"]["type"]}')
+    if saved.get('normalizer'):
+        raise ValueError('it changes the text')
+    pattern = pattern_of(saved['pre_tokenizer'])
+    added = {}
+    for token in saved['added_tokens']:
+        if not token['special']:
+            raise ValueError(f'{token["content"]!r} was added to it, to be found in texts')
+        added[token['content']] = token['id']
+    id_of = saved['model']['vocab'] | added
+    if sorted(id_of.values()) != list(range(len(id_of))):
+        raise ValueError('its ids have gaps')
+    pairs = []
+    for pair in saved['model']['merges']:
+        if isinstance(pair, str):  # as tokenizers wrote them before version 0.20
+            pair = pair.split(' ')
+        pairs.append(pair)
+
+    # tokenizers joins the pair that is first in its list, tiktoken the one whose token has the
+    # lowest id. A token that is neither a byte nor joined is one that no text has in it.
+    made = [id_of[left + right] for left, right in pairs]
+    if made != sorted(made):
+        raise ValueError('its merges are not in the order of their tokens')
+    bytes_first = [id_of[character] for character in BYTE_CHARACTERS] + made
+    ranks = {chr(b): i for b, i in enumerate(bytes_first[:256])}
+    ranks |= {unspell(left + right): i for (left, right), i in zip(pairs, made)}
+    in_texts = set(ranks.values())
+    special = {token: i for token, i in id_of.items() if i not in in_texts}
+    if saved['model'].get('ignore_merges') and special != added:
+        raise ValueError('it has tokens that no merge makes')
+
+    if special == {EOT: len(ranks)}:
+        if bytes_first == list(range(len(ranks))):
+            merges = [[unspell(left), unspell(right)] for left, right in pairs]
+            return {'kind': 'bpe', 'pattern': pattern, 'merges': merges}
+        if pattern == SPLIT_PATTERN and spec_hash(ranks) == GPT2_HASH:
+            return {'kind': 'gpt2'}
+    eot = special.get(token_named('eos_token', config))
+    return {'kind': 'hugging_face', 'pattern': pattern, 'ranks': ranks, 'special': special,
+            'eot': eot}
+
+
+def token_named(name, config):
+    """Return the text of eos_token or bos_token in a tokenizer_config.json; without one, EOT."""
+    token = config.get(name, EOT)
+    if isinstance(token, dict):
+        return token['content']
+    return token
+
+
+def pattern_of(pre_tokenizer):
+    """Return the regular expression by which a byte-level BPE cuts texts into pieces.
+
+    pre_tokenizer: of a tokenizer.json. Raises ValueError if it does something else to the text.
+    """
+    steps = [pre_tokenizer]
+    if pre_tokenizer['type'] == 'Sequence':
+        steps = pre_tokenizer['pretokenizers']
+    *splits, byte_level = steps
+    has_its_own = byte_level.get('use_regex', True)  # GPT-2's
+    if byte_level['type'] != 'ByteLevel' or byte_level['add_prefix_space']:
+        raise ValueError('it does not cut texts as GPT-2 does')
+    if not splits and has_its_own:
+        return SPLIT_PATTERN
+    if len(splits) == 1 and not has_its_own:
+        split = splits[0]
+        if split['type'] == 'Split' and split['behavior'] == 'Isolated' and not split['invert']:
+            return split['pattern']['Regex']
+    raise ValueError('it does not cut texts by one pattern')
 
 
 # ---- Training a BPE ------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """folio/checkpoint.py: what is loaded, what is refused in one line, and files that are whole."""
 import dataclasses
 import errno
+import json
 import os
 import pickle
 
 import pytest
 import torch
 
+import folio.tokenizer
+from conftest import need_gpt2
 from folio import checkpoint, hugging_face
 from folio.configurator import UserError
 from model import GPT, GPTConfig
@@ -58,9 +61,7 @@ def test_resume_loads_the_run_in_out_dir(small, tmp_path):
 
 
 def test_a_hugging_face_folder_is_loaded(tmp_path):
-    transformers = pytest.importorskip('transformers')
-    config = transformers.GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    gpt2_of_transformers().save_pretrained(tmp_path)
     args = GPTConfig(**checkpoint.load(str(tmp_path))['model_args'])
     assert args == GPTConfig(vocab_size=101, block_size=32, n_embd=48, n_layer=3, n_head=4)
 
@@ -314,20 +315,31 @@ def test_a_second_name_is_a_copy_where_there_are_no_links(small, tmp_path, monke
 
 
 # ---- Other people's weights ----------------------------------------------------------------------
-@pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
-def test_a_gpt2_folder_of_transformers_gives_the_same_logits(tmp_path, activation):
+def gpt2_of_transformers(**fields):
+    """Return a small GPT-2 of transformers, its predictions sharp."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=0,
-        eos_token_id=0, initializer_range=0.2, activation_function=activation)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    config = dict(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=0,
+                  eos_token_id=0, initializer_range=0.2)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(config | fields))).eval()
+
+
+@pytest.mark.parametrize('activation', ['gelu_new', 'gelu', 'gelu_pytorch_tanh'])
+def test_a_gpt2_folder_of_transformers_gives_the_same_logits(tmp_path, activation):
+    theirs = gpt2_of_transformers(activation_function=activation)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(checkpoint.load(str(tmp_path))).eval()
     idx_BT = torch.randint(101, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx_BT, all_logits=True)[0], theirs(idx_BT).logits,
                                    atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_are_pickles_are_refused_with_what_makes_them_safetensors(tmp_path):
+    gpt2_of_transformers().save_pretrained(tmp_path)
+    os.rename(tmp_path / 'model.safetensors', tmp_path / 'pytorch_model.bin')
+    line = refused(tmp_path)
+    assert 'pytorch_model.bin' in line and 'save_pretrained' in line and 'damaged' not in line
 
 
 def test_modern_has_the_shape_of_nanochat(tmp_path):
@@ -359,3 +371,136 @@ def test_rotary_embeddings_of_another_kind_are_not_supported(change, unsupported
     hf, _ = hugging_face.to_hugging_face(config, GPT(config).state_dict(), eot=None)
     model_args = dataclasses.asdict(config)
     assert hugging_face.unsupported_settings(hf | change, 'nanochat', model_args) == unsupported
+
+
+# ---- Other people's tokenizers -------------------------------------------------------------------
+TEXTS = ['', ' ', 'The value', '  two\n\n  three \t', "we've 1234 ½ naïve 日本語 👍🏽", 'ab' * 50]
+
+
+@pytest.fixture
+def byte_level():
+    """A byte-level BPE trained with Hugging Face's tokenizers, its control tokens in front."""
+    tokenizers = pytest.importorskip('tokenizers')
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(["The value of two values, we've three. "] * 3 + TEXTS * 2,
+                               vocab_size=300, special_tokens=['<s>', '</s>', '<pad>'])
+    return theirs
+
+
+def write_tokenizer(folder, theirs, config=None, **changes):
+    """Write tokenizer.json, some of its entries changed, and tokenizer_config.json to a folder."""
+    saved = json.loads(theirs._tokenizer.to_str()) | changes
+    (folder / 'tokenizer.json').write_text(json.dumps(saved), encoding='utf-8')
+    named = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(named | (config or {})))
+
+
+@pytest.mark.parametrize('form', ['tokenizer.json', 'vocab.json'])
+def test_a_folder_brings_its_tokenizer(tmp_path, byte_level, form):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, byte_level)
+    if form == 'vocab.json':
+        byte_level.save_model(str(tmp_path))
+        (tmp_path / 'tokenizer.json').unlink()
+    ours = checkpoint.tokenizer_of(checkpoint.load(str(tmp_path)))
+    for text in TEXTS:
+        assert ours.encode(text) == byte_level.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eot, ours.n_vocab) == (1, 300)
+
+
+def test_a_folder_with_the_files_of_gpt2_has_gpt2s_tokenizer(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    need_gpt2()
+    encoding = folio.tokenizer.load('gpt2').encoding
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(50256)}
+    vocab = {folio.tokenizer.spell(token): i for token, i in ranks.items()}
+    merges = []
+    for token in ranks:
+        cuts = range(1, len(token))
+        pairs = [(token[:cut], token[cut:]) for cut in cuts if token[:cut] in ranks]
+        pairs = [pair for pair in pairs if pair[1] in ranks]
+        merges += [tuple(map(folio.tokenizer.spell, pair)) for pair in pairs]
+    theirs = transformers.GPT2Tokenizer(vocab | {'<|endoftext|>': 50256}, merges)
+    theirs.save_pretrained(tmp_path)
+    assert folio.tokenizer.load(str(tmp_path)).spec == {'kind': 'gpt2'}
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained(tmp_path)
+    ours = folio.tokenizer.load(str(tmp_path))
+    assert (ours.eot, ours.n_vocab) == (50256, 50258)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)['input_ids']
+
+
+def test_a_folder_without_a_tokenizer_is_read_with_gpt2s_and_says_so(tmp_path, capsys):
+    need_gpt2()
+    gpt2_of_transformers(vocab_size=50257, n_embd=4).save_pretrained(tmp_path)
+    ours = checkpoint.tokenizer_of(checkpoint.load(str(tmp_path)))
+    assert ours.spec == {'kind': 'gpt2'}
+    assert "has no tokenizer: its tokens are taken for GPT-2's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('changes, reason', [
+    ({'normalizer': {'type': 'NFC'}}, 'it changes the text'),
+    ({'pre_tokenizer': {'type': 'Metaspace'}}, 'it does not cut texts as GPT-2 does'),
+    ({'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True}}, 'as GPT-2 does'),
+    ({'pre_tokenizer': None}, 'NoneType'),
+    ({'model': {'type': 'Unigram', 'vocab': []}}, 'Unigram'),
+    ({'model': {'type': 'WordLevel', 'vocab': {}}}, 'WordLevel'),
+    ({'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': []}, 'added_tokens': []}, 'KeyError'),
+    ({'added_tokens': [{'id': 0, 'content': 'covid', 'special': False}]}, "'covid' was added"),
+    ({'added_tokens': [{'id': 999, 'content': '<mask>', 'special': True}]}, 'gaps'),
+], ids=str)
+def test_another_tokenizer_is_refused_by_the_name_of_its_file(tmp_path, byte_level, changes,
+                                                              reason):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, byte_level, **changes)
+    line = refused(tmp_path)
+    assert line.startswith(f'{tmp_path}/tokenizer.json cannot be read here') and reason in line
+
+
+def test_tokens_that_no_merge_makes_and_texts_have_are_refused(tmp_path, byte_level):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    model = json.loads(byte_level._tokenizer.to_str())['model']
+    model['vocab']['qqq'] = len(model['vocab'])
+    write_tokenizer(tmp_path, byte_level, model=model | {'ignore_merges': True})
+    assert 'it has tokens that no merge makes' in refused(tmp_path)
+
+
+CHAT = "{% for m in messages %}{{ bos_token + 'Q: ' + m['content'] + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize('where', ['chat_template.jinja', 'tokenizer_config.json'])
+def test_a_folder_brings_its_template(tmp_path, byte_level, where):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, byte_level, config={'chat_template': CHAT})
+    if where == 'chat_template.jinja':
+        write_tokenizer(tmp_path, byte_level)
+        (tmp_path / where).write_text(CHAT)
+    assert checkpoint.load(str(tmp_path))['template'] == 'Q: {}\n'
+
+
+@pytest.mark.parametrize('chat', [
+    '{% for m in messages %}{{ m.content }}</s>{% endfor %}', '{{ raise_exception("no") }}', '{% x',
+    '<s>{{ messages[0].content }}</s>', '<s>no question'])
+def test_a_template_that_is_more_than_text_around_a_question_is_not_taken(tmp_path, byte_level,
+                                                                          chat, capsys):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, byte_level, config={'chat_template': chat})
+    assert checkpoint.load(str(tmp_path))['template'] is None
+    assert f'the chat template of {tmp_path} is more than text' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('config, processor, begins', [
+    ({}, None, False), ({'add_bos_token': True}, None, True), ({}, 'TemplateProcessing', True),
+    ({'add_bos_token': False}, 'TemplateProcessing', False)])
+def test_a_folder_says_whether_a_text_begins_with_a_token(tmp_path, byte_level, config, processor,
+                                                          begins):
+    gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
+    single = [{'SpecialToken': {'id': '<s>'}}, {'Sequence': {'id': 'A'}}]
+    steps = [{'type': 'ByteLevel'}, {'type': processor, 'single': single}]
+    write_tokenizer(tmp_path, byte_level, config=config,
+                    post_processor={'type': 'Sequence', 'processors': steps})
+    found = checkpoint.load(str(tmp_path))
+    tokenizer = checkpoint.tokenizer_of(found)
+    assert checkpoint.beginning_of(found, tokenizer) == ([0] if begins else [])
