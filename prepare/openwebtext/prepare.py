@@ -11,10 +11,9 @@ import os
 import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
-from prepare import documents
 import folio.tokenizer
 from folio.configurator import configure
-from prepare.corpus import find_sources, write_corpus
+from prepare import corpus
 
 source = (  # the hub's files, or a pattern of your own
     'hf://datasets/Skylion007/openwebtext/plain_text/train-*.parquet')
@@ -26,12 +25,11 @@ max_tokens = 0  # stop after this many tokens, val.bin included; 0: take all
 
 configure(globals())
 folder = os.path.join('data', dataset)
+form = corpus.Form(column, skip_bad=skip_bad)
 tok = folio.tokenizer.load('gpt2')
-files, revision = find_sources(source, folder)
-to_tokens = functools.partial(documents.tokenize, tokenizer=tok, column=column, skip_bad=skip_bad)
-meta = write_corpus(folder, tok, files, to_tokens, val_tokens=val_tokens, max_tokens=max_tokens,
-                    column=column, pattern=source, revision=revision)
-if meta.get('bad_rows'):
-    print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
-for split, counts in meta['splits'].items():
-    print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens in {counts["documents"]:,} documents')
+files, revision = corpus.find_sources(source, folder, form)
+tokenize = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
+origin = {'pattern': source, 'revision': revision, 'column': column}
+meta = corpus.write_corpus(folder, tok, files, tokenize, source=origin, val_tokens=val_tokens,
+                           max_tokens=max_tokens)
+corpus.report(folder, meta)
