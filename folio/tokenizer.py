@@ -67,7 +67,8 @@ class BPETokenizer:
         self.start = encoding.eot_token
 
     def encode(self, text):
-        if len(text) <= MOST_WHITE:
+        # A row of that length has a character at one of these places.
+        if not any(c.isspace() for c in text[MOST_WHITE - 1::MOST_WHITE]):
             return self.encoding.encode_ordinary(text)
         ids = []
         for part in re.split(rf'((?<!\s)\s{{{MOST_WHITE},}})', text):

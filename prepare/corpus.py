@@ -559,7 +559,8 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
     done = find_finished(folder, meta)
     if done:
         print(f'{folder} is there already; remove it to make it again')
-        shutil.rmtree(parts, ignore_errors=True)
+        for name in ('parts', 'new'):  # left by a run that was killed at its very end
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         return done
     try:
         os.makedirs(parts, exist_ok=True)
@@ -664,7 +665,7 @@ def with_count(stream, bar, max_tokens):
         n_tokens += len(tokens)
         bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
         if max_tokens and n_tokens:  # they may need only a share of the bytes
-            bar.total = min(n_bytes, bar.n * max_tokens / n_tokens)
+            bar.total = max(bar.n, min(n_bytes, bar.n * max_tokens / n_tokens))
 
 
 def write_part(path, stream, dtype, limit):
