@@ -118,9 +118,9 @@ def publish(folder, tokenizer, meta):
     """Move the token files of a data set from <folder>/new to the folder."""
     new = os.path.join(folder, 'new')
     folio.tokenizer.save(tokenizer, os.path.join(new, 'tokenizer.json'))
-    names = os.listdir(new)
+    write_json(os.path.join(new, 'meta.json'), meta)
     # meta.json goes first: if we die half-way, its token counts will not match the files.
-    write_json(os.path.join(folder, 'meta.json'), meta)
+    names = sorted(os.listdir(new), key=lambda name: name != 'meta.json')
     for name in os.listdir(folder):
         if TOKEN_FILE.fullmatch(name) and name not in names:  # of an earlier data set
             os.remove(os.path.join(folder, name))

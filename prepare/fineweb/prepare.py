@@ -5,14 +5,14 @@ Turn FineWeb-Edu, FineWeb or documents of yours into val.bin, the first 100 M to
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine --tokenizer=bpe
 
-The text is tokenized by all cores as it streams in. If it is killed, the same command continues
-where it was, but for a second's work or so. Of the hub it takes the commit that was there when it
-began. A row without text ends it, once what came before is kept; --skip_bad=True leaves such rows
-out.
+The text is tokenized by all cores as it streams in, each source file into a part. If the run is
+killed, the same command continues with the files that have no part. Of the hub it takes the commit
+that was there when it began. A row without text ends it, until the row is fixed or
+--skip_bad=True leaves such rows out; the parts that are finished stay.
 
-Several machines on one file system can share the work: --worker=0/4 on the first … --worker=3/4 on
-the fourth, and then once without --worker, to join what they made. A BPE is trained once and kept
-in data/tokenizers/: let the first machine do that alone.
+Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
+the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
+data/tokenizers/: let the first machine do that alone.
 """
 import functools
 import os
