@@ -40,6 +40,7 @@ from folio.tokenizer import EOT
 
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
 BUFFER = 2**20  # bytes read at a time
+PACKINGS = ('gzip', 'bz2', 'xz', 'zstd')  # fsspec's names for .gz, .bz2, .xz, .zst
 HEADER = 8  # bytes in front of the tokens of a part: how many broken rows were left out
 
 
@@ -389,7 +390,7 @@ def rows_of(raw, file, form):
     name = file.lower()
     stream = raw
     packing = fsspec.utils.infer_compression(name)
-    if packing:
+    if packing in PACKINGS:  # but not zip, which may hold many files
         if not raw.peek(1):
             raise ValueError('it has 0 bytes, where even nothing has some when it is compressed')
         stream = io.BufferedReader(fsspec.compression.compr[packing](raw, mode='rb'), BUFFER)

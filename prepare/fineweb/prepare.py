@@ -114,7 +114,8 @@ def first_texts(files, form):
                     n_left -= len(text)
                     if n_left <= 0:
                         return
-                bar.total = min(n_bytes, bar.n * limit // (limit - n_left))
+                n_used = max(1, limit - n_left)  # perhaps not all bytes are needed
+                bar.total = min(n_bytes, bar.n * limit // n_used)
 
 
 def trained_bpe(files, form):
