@@ -75,7 +75,7 @@ optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for t
 learning_rate = 6e-4  # the peak
 muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
 max_iters = 600000  # steps
-weight_decay = 1e-1  # of matrices, never of biases and norms
+weight_decay = 1e-1  # of matrices (with muon, of the blocks' only), never of biases and norms
 beta1 = 0.9  # of AdamW: how much of the average gradient stays in a step
 beta2 = 0.95  # of AdamW: the same of its square
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
@@ -223,8 +223,13 @@ n_steps = max(0, max_iters - first_iter)
 n_tokens = n_steps * tokens_per_step
 print0(f'{n_steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
        f'{n_tokens / len(train_tokens):.2f} epochs')
-if min_lr > learning_rate and decay_lr:
+if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
+if decay_lr and decay_iters < max_iters:
+    print0(f'from step {decay_iters} (lr_decay_iters) on the learning rate is {min_lr:g} (min_lr)')
+if decay_lr and 0 < decay_iters <= warmup_iters:
+    print0(f'the learning rate never reaches its peak: it rises over {warmup_iters} steps '
+           f'(warmup_iters) and falls from step {decay_iters} on')
 
 log = NoLog()
 record = folio.checkpoint.record_of(GPT)  # which code runs
@@ -259,8 +264,9 @@ def require_finite(what, value, step):
 
 def save(iter_num, *paths):
     """Write a checkpoint of the run as it is before step iter_num, under one name or more."""
-    largest = torch.stack([p.detach().abs().max() for p in model.parameters()]).max()
-    require_finite('the largest weight', largest.item(), iter_num)
+    # The largest weight of each parameter; this takes no memory, of which there may be none left.
+    largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters()]
+    require_finite('the largest weight', torch.stack(largest).max().item(), iter_num)
     if rank == 0:
         folio.checkpoint.save(paths, {
             'model': model.state_dict(),
@@ -282,9 +288,10 @@ def save(iter_num, *paths):
 
 
 def save_first(kind, error, trace):
-    """Save before a disk, a pipe or a network ends the run: that is no fault of the model."""
-    if issubclass(kind, OSError) and iter_num > 0:
+    """Save before an error ends the run, as long as the weights are those of a whole step."""
+    if iter_num > first_iter and weights_are_whole and not issubclass(kind, UserError):
         save(iter_num, ckpt_path)
+        print0(f'an error ends the run; step {iter_num} is saved in {ckpt_path}')
     report(kind, error, trace)
 
 
@@ -311,6 +318,7 @@ if world_size > 1:
     # torch 2.13 has a newer name for it, torch 2.11 has this one only.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
+                                        gradient_as_bucket_view=True,  # saves a copy of them
                                         find_unused_parameters=machine.any(has_unused))
     model.zero_grad(set_to_none=True)
 if compile:
@@ -331,6 +339,7 @@ batches = prefetch(train_batches(train_tokens, train_mask, block_size, batch_siz
 logged_iter = first_iter
 logged_seconds = train_seconds
 iter_num = first_iter
+weights_are_whole = True  # False while the optimizers change them
 machine.synchronize()
 step_start = time.perf_counter()
 # One turn more than there are steps: the last one only validates and saves.
@@ -414,12 +423,14 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # Where float16 has overflowed, no optimizer steps; the scaler then scales less.
     overflowed = machine.dtype == 'float16' and not norm.isfinite()
+    weights_are_whole = False
     for o in optimizers:
         if not overflowed:
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
     iter_num += 1  # at once: if the rest fails, the weights are saved with their step
+    weights_are_whole = True
 
     # Log
     if (iter_num - 1) % log_interval == 0:

@@ -18,6 +18,6 @@ max_iters = 19073
 weight_decay = 0.1
 eval_interval = 250
 eval_iters = 160  # the first 10.5 M tokens of val.bin, those of the published runs
-hellaswag_interval = 250
+hellaswag_interval = 1000
 sample_interval = 250
 log_interval = 10

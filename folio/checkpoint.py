@@ -12,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import torch
@@ -271,11 +272,25 @@ def replacing(path):
         os.remove(temporary)
     try:
         yield temporary
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def rename(path, other):
+    """Rename a file, over another one if need be.
+
+    Windows refuses that while somebody reads the other file: sample.py, say, or a virus scanner.
+    Try for some seconds.
+    """
+    for _ in range(20):
+        try:
+            return os.replace(path, other)
+        except PermissionError:
+            time.sleep(0.25)
+    os.replace(path, other)
 
 
 def link_or_copy(path, other):

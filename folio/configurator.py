@@ -118,7 +118,7 @@ def run_file(path, namespace):
     try:
         exec(compile(source, path, 'exec'), namespace)
     except SyntaxError as e:
-        raise UserError(f'{e.filename}, line {e.lineno}: SyntaxError: {e.msg}') from None
+        raise UserError(f'{path}: SyntaxError: {e}') from None  # it names file and line
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         if where.filename != path:
@@ -159,7 +159,9 @@ def checked(key, value, defaults, where):
     beginning of a text is the user's home.
     """
     if key not in defaults:
-        similar = difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
+        # --lr is meant for learning_rate, whatever else is spelled like it
+        similar = [name for name in defaults if key == ''.join(w[:1] for w in name.split('_'))]
+        similar += difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
         raise UserError(f'unknown setting {key} {where}: {hint}')
     default = defaults[key]

@@ -20,8 +20,9 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
     """Return a list of optimizers that together step every parameter once.
 
     kind: 'adamw' is AdamW (Loshchilov and Hutter 2017) for all; 'muon' is Muon for the matrices of
-    the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay.
-    Raises ValueError for a value outside its range.
+    the blocks, and AdamW for embeddings, head and vectors. Vectors (biases, norms) never decay, nor
+    do embeddings and head next to Muon: their rate is high, and the decay that suits the blocks
+    cost 0.006 nats there (docs/log.md). Raises ValueError for a value outside its range.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f'optimizer is {kind!r}; choose from {", ".join(OPTIMIZERS)}')
@@ -36,7 +37,7 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
 
     matrices = [p for p in by_adamw if p.ndim >= 2]
     vectors = [p for p in by_adamw if p.ndim < 2]
-    groups = [{'params': matrices, 'weight_decay': weight_decay},
+    groups = [{'params': matrices, 'weight_decay': weight_decay if kind == 'adamw' else 0.0},
               {'params': vectors, 'weight_decay': 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas,
                                     weight_decay=weight_decay, fused=True)]
@@ -212,7 +213,7 @@ def momentum_at(step, steps):
     """Return Muon's momentum of a step: from 0.85 to 0.95 over the first fifth, at most 300 steps.
 
     Early gradients change fast, and an average that reaches back far lags behind. In two sweeps
-    (docs/notes.md) it was worth 0.02 nats.
+    (docs/log.md) it was worth 0.02 nats.
 
     >>> [round(momentum_at(step, steps=20), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]

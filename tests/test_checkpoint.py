@@ -234,6 +234,42 @@ def test_a_checkpoint_is_replaced_by_a_rename_not_by_writing_into_it(small, tmp_
 
 
 @pytest.fixture
+def in_use(monkeypatch):
+    """A function: as on Windows while somebody reads a file, the next renames over it fail."""
+    replace = os.replace
+    errors = []
+
+    def busy(*names):
+        if errors:
+            raise errors.pop()
+        replace(*names)
+
+    def next_fail(times):
+        errors.extend(PermissionError(errno.EACCES, 'in use') for _ in range(times))
+
+    monkeypatch.setattr(os, 'replace', busy)
+    monkeypatch.setattr(checkpoint.time, 'sleep', lambda seconds: None)
+    return next_fail
+
+
+def test_a_checkpoint_that_somebody_reads_is_waited_for(small, tmp_path, in_use):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, contents(small, iter_num=1))
+    in_use(3)
+    checkpoint.save(path, contents(small, iter_num=2))
+    assert checkpoint.load(path)['iter_num'] == 2
+
+
+def test_a_checkpoint_that_stays_in_use_is_left_as_it_is(small, tmp_path, in_use):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, contents(small, iter_num=1))
+    in_use(100)
+    with pytest.raises(UserError, match='in use; what was there before is intact'):
+        checkpoint.save(path, contents(small, iter_num=2))
+    assert checkpoint.load(path)['iter_num'] == 1
+
+
+@pytest.fixture
 def twice(small, tmp_path):
     """Where best.pt is, saved at step 2, and ckpt.pt, which was of step 1 and is now the same."""
     best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')

@@ -51,6 +51,7 @@ def test_values_take_the_type_of_their_setting(arg, key, value):
 @pytest.mark.parametrize('arg, says', [
     ('--sed=1', 'unknown setting sed on the command line: did you mean seed?'),
     ('--learning-rate=1', 'did you mean learning_rate?'),
+    ('--lr=3', 'did you mean learning_rate?'),
     ('--xyzzy=1', 'see --help'),
     ('--seed=1.5', 'takes int'),
     ('--seed=x', 'takes int'),
@@ -110,7 +111,8 @@ def test_helpers_of_a_config_file_stay_its_own(write):
     ('bias = 1', 'takes bool'),
     ('seed = True', 'takes int'),
     ('start = None', 'takes str'),
-    ('seed = 1\nx y', 'config.py, line 2: SyntaxError'),
+    ('seed = 1\nx y', r'config.py: SyntaxError: invalid syntax \(config.py, line 2\)'),
+    ('seed = 1\0', 'config.py: SyntaxError: .*null bytes'),
     ('seed = 1 / 0', 'config.py, line 1: ZeroDivisionError'),
 ])
 def test_a_mistake_in_a_config_file_is_named(write, text, says):

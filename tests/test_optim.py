@@ -39,11 +39,16 @@ def model_and_groups(request):
     return model, groups
 
 
-def test_matrices_decay_and_vectors_do_not(model_and_groups):
-    _, groups = model_and_groups
-    for group in groups:
+def test_matrices_decay_and_vectors_do_not():
+    for group in optimizers_of(GPT(GPTConfig(**SMALL)), 'adamw')[0].param_groups:
         for p in group['params']:
             assert group['weight_decay'] == (0.1 if p.ndim >= 2 else 0.0)
+
+
+def test_next_to_muon_only_the_matrices_of_the_blocks_decay():
+    adamw, muon = optimizers_of(GPT(GPTConfig(**SMALL, arch='modern')), 'muon')
+    assert [group['weight_decay'] for group in adamw.param_groups] == [0.0, 0.0]
+    assert muon.param_groups[0]['weight_decay'] == 0.1
 
 
 def test_every_parameter_is_stepped_once(model_and_groups):

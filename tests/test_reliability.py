@@ -434,9 +434,19 @@ def test_max_iters_alone_shortens_a_run(book):
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_a_rate_that_would_rise_is_said(book):
-    out, _ = run('train.py', *FAST, '--learning_rate=3e-5', '--min_lr=6e-5', cwd=book)
-    assert 'min_lr (6e-05) is above learning_rate (3e-05)' in out
+@pytest.mark.parametrize('args, says', [
+    (['--learning_rate=3e-5', '--min_lr=6e-5'], 'min_lr (6e-05) is above learning_rate (3e-05)'),
+    (['--max_iters=6', '--lr_decay_iters=4', '--min_lr=0'], 'from step 4 (lr_decay_iters) on'),
+    (['--max_iters=6', '--warmup_iters=2000'], 'never reaches its peak'),
+])
+def test_a_schedule_that_nobody_means_is_said(book, args, says):
+    out, _ = run('train.py', *FAST, *args, cwd=book)
+    assert says in out
+
+
+def test_a_usual_schedule_has_nothing_to_say(book):
+    out, _ = run('train.py', *FAST, cwd=book)
+    assert 'rate' not in out
 
 
 # ---- Signals -------------------------------------------------------------------------------------
@@ -607,23 +617,40 @@ log.Log = FullLog
     assert load(book)['iter_num'] == 10
 
 
-def test_a_run_whose_data_cannot_be_read_any_more_saves_first(book):
-    """A disk that fails under the data is no fault of the model."""
-    plant = '''
-from folio import data
-plain = data.train_batch
+FAILS = """
+import torch, folio.data, folio.optim
 calls = []
+plain = {function}
 def fails(*args, **options):
     calls.append(1)
-    if len(calls) == 9:
-        raise OSError(5, "Input/output error")
+    if len(calls) == {call}:
+        raise {error}
     return plain(*args, **options)
-data.train_batch = fails
-'''
-    status, printed = python(plant, *FAST, cwd=book)
-    assert status == 2
-    assert 'error: [Errno 5] Input/output error' in printed
+{function} = fails
+"""
+
+
+@pytest.mark.parametrize('function, call, error, says', [
+    ('folio.data.train_batch', 9, 'OSError(5, "Input/output error")', 'error: [Errno 5] Input'),
+    ('folio.data.evaluate', 2, 'torch.OutOfMemoryError("CUDA out of memory")', 'halve'),
+    ('folio.optim.learning_rate_at', 8, 'KeyError("a bug")', 'Traceback'),
+])
+def test_a_run_that_an_error_ends_is_saved_first(book, function, call, error, says):
+    """A disk that fails, an evaluation that finds no memory or a bug of an editor loses no step."""
+    plant = FAILS.format(function=function, call=call, error=error)
+    status, printed = python(plant, *FAST, '--eval_interval=7', cwd=book)
+    assert status != 0
+    assert 'an error ends the run; step 7 is saved in out/ckpt.pt' in printed
+    assert says in printed
     assert load(book)['iter_num'] == 7
+
+
+def test_half_a_step_is_not_saved(book):
+    """An error in an optimizer leaves weights that no run has had."""
+    plant = FAILS.format(function='torch.optim.AdamW.step', call=8, error='KeyError("a bug")')
+    status, printed = python(plant, *FAST, cwd=book)
+    assert status == 1, printed
+    assert load(book)['iter_num'] == 5
 
 
 # ---- What a run looks at -------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """
 Make Python exercises and textbook pages by composing a predicate, a transform and an aggregate.
-    python extras/textbook/generator.py 3  # three exercises, three pages, three problems
+    python extras/textbook/generator.py --n=3  # three exercises, three pages, three problems
 
 A composition such as (even, squares, sum) takes the numbers of a list, of a dictionary's values or
 of a range; others take the words of a list, a dictionary or a text. Each is named, worded and coded
@@ -8,11 +8,18 @@ in many ways. Every solution is executed: the examples in its docstring are what
 what the same thing written as a single comprehension returns. One composition in seven is held out:
 it occurs in no page and no exercise, only in the problems.
 
-Needs nothing of ours.
+Needs folio/configurator.py.
 """
+import os
 import random
 import sys
 import zlib
+
+if __name__ == '__main__':
+    sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
+from folio.configurator import configure
+
+n = 3  # exercises, pages and problems to show
 
 # ---- What is composed ----------------------------------------------------------------------------
 # (name, wordings, code). In the wordings {x} is what the elements are called, such as "numbers in
@@ -365,9 +372,6 @@ def make(write, n, held_out, rng):
 
 
 def main():
-    n = 3
-    if len(sys.argv) > 1 and sys.argv[1].isdigit():
-        n = int(sys.argv[1])
     rng = random.Random(1)
     for prompt, solution in make(exercise, n, held_out=False, rng=rng):
         print(prompt + solution)
@@ -378,4 +382,5 @@ def main():
 
 
 if __name__ == '__main__':
+    configure(globals())
     main()

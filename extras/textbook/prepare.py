@@ -9,13 +9,16 @@ Writes three data sets, with one BPE for all:
 - data/textbook_filtered: the part of that code which a quality classifier likes best, and textbook
   pages
 - data/textbook_exercises: a signature and a docstring as the prompt, of which only the solution is
-  learned; beside them problems.jsonl, problems of held-out compositions for
-  extras/humaneval.py
+  learned; next to them problems.jsonl, problems of held-out compositions for extras/humaneval.py
+
+To be read, textbook_filtered also has chosen.txt and textbook.txt, and textbook_exercises has
+exercises.txt: a document after the other.
 
 A document that shares `overlap` words in a row with one of these problems, or with one of
-HumanEval's, is removed. study.py, beside this file, runs the study.
+HumanEval's, is removed. study.py, next to this file, runs the study.
 
-Needs folio/, prepare/, extras/humaneval.py, extras/confine.py and the files beside it.
+Needs folio/, prepare/, extras/humaneval.py, extras/confine.py and the files next to it; for a
+teacher the package openai.
 """
 import itertools
 import os
@@ -32,9 +35,8 @@ import torch.nn.functional as F
 
 import folio.tokenizer
 from extras import confine, humaneval
-from extras.textbook import generator
-from extras.textbook import teacher as teachers
-from folio.configurator import UserError, configure, require_at_least, require_choice
+from extras.textbook import generator, lessons
+from folio.configurator import UserError, configure, notice, require_at_least, require_choice
 from folio.data import write_jsonl
 from folio.download import hub_errors
 from prepare.corpus import write_dataset
@@ -51,13 +53,14 @@ vocab_size = 2048
 val_share = 0.02  # of the documents of each set
 seed = 1337
 teacher = 'gpt-4o-mini'  # api: the model's name; OPENAI_BASE_URL and OPENAI_API_KEY say where it is
-budget = 5.0  # api: dollars to spend at most; a number of answers, if both prices are 0
-price_in = 0.15  # api: dollars for a million tokens of questions; gpt-4o-mini's price
+budget = 5.0  # api: dollars to spend on this teacher, and the answers then under way
+price_in = 0.15  # api: dollars for a million tokens of prompts; gpt-4o-mini's price; 0: it is free
 price_out = 0.6  # api: dollars for a million tokens of answers
-concurrency = 8  # api: questions at a time
+max_tokens = 1024  # api: of an answer; longer ones are left out
+concurrency = 8  # api: prompts asked at once
 topics = ''  # api: a JSON file {topic: [subtopic, …]}; empty: the teacher is asked for them
 rated = 300  # api: pieces of raw code that the teacher rates, for the classifier
-allow_code_execution = False  # api: run each of the teacher's solutions apart, drop those that fail
+allow_code_execution = False  # api: run each of the teacher's solutions apart, drop what fails
 
 # The published sets: a repository on the Hugging Face hub, and the columns that are used
 HUB = {
@@ -178,27 +181,28 @@ def open_teacher():
     Raise UserError for what would make it a waste of money to ask.
     """
     if teacher != 'gpt-4o-mini' and (price_in, price_out) == (0.15, 0.6):
-        raise UserError(
-            f'what does {teacher} cost? Give --price_in and --price_out, dollars per million '
-            'tokens; with 0 for both, the budget is a number of answers')
+        raise UserError(f'what does {teacher} cost? Give --price_in and --price_out, dollars per '
+                        'million tokens, or 0 for both if it is free')
     if allow_code_execution:
         confine.permit(True)
-    return teachers.Teacher(teacher, 'data/textbook_teacher', budget, concurrency=concurrency,
-                            price_in=price_in, price_out=price_out)
+    else:
+        notice("the teacher's solutions are checked for their form only; to run their examples as "
+               'well, each in a process of its own: --allow_code_execution=True')
+    from extras.textbook.teacher import Teacher  # slow to import, and needed for this source alone
+    return Teacher(teacher, 'data/textbook_teacher', budget, price_in, price_out,
+                   max_tokens=max_tokens, concurrency=concurrency)
 
 
 def from_api(model, rng):
     """Return raw code, and pages, exercises and ratings of some of that code by a teacher."""
+    raw = standard_library(raw_chars, rng)
+    combinations = lessons.topics(model, topics)
+    ratings = dict(zip(raw[:rated], lessons.rate(model, raw[:rated])))
+    textbook = lessons.write_textbook(model, combinations, pages, seed)
     runs = None
     if allow_code_execution:
         runs = examples_hold
-    else:
-        print("the teacher's solutions are checked for their form only; to run their examples as "
-              'well, each in a process of its own: --allow_code_execution=True', file=sys.stderr)
-    raw = standard_library(raw_chars, rng)
-    ratings = dict(zip(raw[:rated], teachers.rate(model, raw[:rated])))
-    textbook = teachers.write_textbook(model, pages, seed, path=topics)
-    pairs = teachers.write_exercises(model, exercises, seed, path=topics, runs=runs)
+    pairs = lessons.write_exercises(model, combinations, exercises, seed, runs)
     model.close()
     return raw, textbook, pairs, ratings
 
@@ -294,7 +298,7 @@ def best_of(raw, textbook, ratings, rng):
     else:
         bad = raw
         good = textbook
-        what = 'textbook against raw code'
+        what = 'textbook against raw code, which differ in style already'
     classifier, accuracy = train_classifier(good, bad, rng)
     print(f'classifier, {what}: {100 * accuracy:.1f} % right on texts that it had not seen')
 
@@ -334,16 +338,19 @@ def decontaminate(documents, tests, what):
 
 
 def other_problems():
-    """Return HumanEval's problems, which no document may be too like either.
+    """Return HumanEval's problems, which no document may be too like either; [] without a network.
 
-    They are downloaded if need be. Only source = 'builtin', which works without a network, does
-    without them if they are not there.
+    source = 'builtin' takes them only if they are there already, so that it needs none.
     """
     if source == 'builtin' and not os.path.exists('data/downloads/HumanEval.jsonl.gz'):
         print('HumanEval is not in data/downloads, '
               'so texts are compared with the held-out problems alone')
         return []
-    return list(humaneval.load('humaneval').values())
+    try:
+        return list(humaneval.load('humaneval').values())
+    except UserError as e:
+        notice(f'{e}; until then texts are compared with the held-out problems alone')
+        return []
 
 
 # ---- Work ----------------------------------------------------------------------------------------
@@ -351,7 +358,8 @@ def check_settings():
     """Raise UserError for a setting out of its range."""
     settings = globals()
     require_choice(settings, 'source', ('builtin', 'hub', 'api'))
-    require_at_least(1, settings, 'raw_chars', 'pages', 'exercises', 'problems', 'overlap')
+    require_at_least(1, settings, 'raw_chars', 'pages', 'exercises', 'problems', 'overlap',
+                     'max_tokens', 'concurrency')
     if not 0 < keep <= 1:
         raise UserError(f'keep is {keep}; it must be above 0 and at most 1')
     if not 0 < val_share < 1:
@@ -371,6 +379,12 @@ def write_set(name, tokenizer, documents, rng):
     n_train_tokens = meta['splits']['train']['tokens']
     n_val_tokens = meta['splits']['val']['tokens']
     print(f'{folder}: {n_train_tokens:,} tokens to train on, {n_val_tokens:,} to validate')
+
+
+def write_text(path, documents):
+    """Write documents into a text file, to be read: one after the other, a rule between them."""
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(f'\n{"-" * 80}\n'.join(documents))
 
 
 def move_white_space(prompt, solution):
@@ -422,12 +436,16 @@ def main():
     pairs = decontaminate(pairs, forbidden, 'exercises')
     pairs = [move_white_space(prompt, solution) for prompt, solution in pairs]
     chosen = best_of(raw, textbook, ratings, rng)
-    print(f'of the raw code the {len(chosen):,} documents that it likes best join the textbook')
+    print(f'of the {len(raw):,} documents of raw code the {len(chosen):,} that it likes best join '
+          'the textbook')
 
     tokenizer = train_tokenizer(raw, textbook, pairs)
     write_set('raw', tokenizer, raw, rng)
     write_set('filtered', tokenizer, chosen + textbook, rng)
     write_set('exercises', tokenizer, pairs, rng)
+    write_text('data/textbook_filtered/chosen.txt', chosen)
+    write_text('data/textbook_filtered/textbook.txt', textbook)
+    write_text('data/textbook_exercises/exercises.txt', map(''.join, pairs))
     write_jsonl('data/textbook_exercises/problems.jsonl', tests)
     print(f'data/textbook_exercises/problems.jsonl: {len(tests)} problems '
           f'of {n_compositions} held-out compositions')

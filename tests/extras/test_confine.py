@@ -1,204 +1,183 @@
-"""Programs that set out to get out, at each level that this machine permits."""
-import contextlib
+"""Programs that run apart: in bubblewrap, where that works here, and under plain limits."""
 import os
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run
 from extras import confine
+from extras.confine import execute
+from folio.configurator import UserError
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='of Linux alone')
-LEVELS = pytest.mark.parametrize('level', [0, 1, 2])
-
-
-def outcome(program, level, timeout=5.0):
-    """Return how a program ends at a level; skip where there is none, or not with this Python."""
-    works = confine.execute('import hashlib, socket', 30, level=level)
-    if works != 'passed':
-        pytest.skip(f'level {level} does not work here: {works}')
-    return confine.execute(program, timeout, level=level)
+pytestmark = pytest.mark.skipif(os.name == 'nt', reason='Windows has no limits for a process')
+needs_bubblewrap = pytest.mark.skipif(not confine.sandbox(), reason='bubblewrap does not work here')
+needs_linux = pytest.mark.skipif(sys.platform != 'linux', reason='only Linux limits memory')
 
 
-@contextlib.contextmanager
-def open_folder():
-    """A folder to which also the user nobody has a way, unlike tmp_path; programs run in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        yield folder
+@pytest.fixture(params=[pytest.param('bubblewrap', marks=needs_bubblewrap), 'plain'])
+def mode(request, monkeypatch):
+    if request.param == 'plain':
+        monkeypatch.setattr(confine, 'sandbox', lambda: [])
+    return request.param
 
 
-def has_seccomp():
-    try:
-        confine.ctypes.CDLL('libseccomp.so.2')
-    except OSError:
-        return False
-    return True
+# ---- Results -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('program, result', [
+    ('assert 1 + 1 == 2', 'passed'),
+    ('import asyncio, ctypes, json, math, typing', 'passed'),
+    ('open("a", "w").write("b"); assert open("a").read() == "b"', 'passed'),
+    ('assert 1 + 1 == 3, "three"', 'failed: AssertionError: three'),
+    ('while True: pass', 'timed out'),
+    ('import time; time.sleep(60)', 'timed out'),
+    ('import signal, time; signal.alarm(0); time.sleep(60)', 'timed out'),
+    ('open("x", "wb").write(bytes(10**8))', 'failed: OSError'),
+    ('[open("x", "w") for i in range(99)]', 'failed: OSError'),
+    ('import os; os._exit(0)', 'failed: ended early, with status 0'),
+    ('import sys; sys.exit()', 'failed: SystemExit'),
+    ('import os; os.abort()', 'failed: ended early'),
+    ('import ctypes; ctypes.string_at(0)', 'failed: ended early'),
+    ('raise KeyboardInterrupt', 'failed: KeyboardInterrupt'),
+    ('import os; os.closerange(0, 64)', 'failed: ended early'),
+    ('import os\nfor fd in range(64):\n  with __import__("contextlib").suppress(OSError):\n'
+     '    os.write(fd, b"passed" * 10**6)', 'passedpassed'),
+    ('for i in range(10**4): print("y" * 10**4)\nassert 0', 'failed: AssertionError'),
+    ('input()', 'failed: EOFError'),
+    ('import os; assert not os.environ and not os.listdir()', 'passed'),
+    ('x = (', 'failed: SyntaxError'),
+    ('"\0"', 'failed: '),
+    ('"\udc80"', 'failed: UnicodeEncodeError'),
+    ('(' * 10**5, 'failed: '),
+    ('def f(): f()\nf()', 'failed: RecursionError'),
+    ('class E(Exception):\n  def __str__(self): raise self\nraise E', 'failed: ended early'),
+    ('raise Exception("é" * 10**6)', 'failed: Exception: éé'),
+    ('import numpy', 'failed: ModuleNotFoundError'),
+], ids=lambda x: ascii(x)[1:41])
+def test_how_a_program_ended_is_said_in_a_few_words(mode, program, result, capfd, monkeypatch):
+    monkeypatch.setenv('SECRET', 'x')
+    said = execute(program, 2.0, 256)
+    assert said.startswith(result) and len(said) <= 200
+    assert (said == 'passed') == (result == 'passed')
+    assert capfd.readouterr() == ('', '')
 
 
-# ---- Sockets and the kernel ----------------------------------------------------------------------
-@LEVELS
-@pytest.mark.parametrize('call', [
-    'socket.socket()', 'socket.socket(socket.AF_UNIX)', 'socket.socket(socket.AF_VSOCK)',
-    'socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)', 'os.memfd_create("x")',
-    'check(libc.syscall(425, 8, 0))',  # io_uring_setup
-    'check(libc.syscall(323, 0))',  # userfaultfd
-    'check(libc.shmget(0, 1 << 30, 0o1600))', 'check(libc.unshare(0x10000000))',
-    'check(libc.syscall(250, 0, -3, 1))',  # keyctl
-])
-def test_no_socket_and_no_memory_of_the_kernel_can_be_had(level, call):
-    if not has_seccomp() or os.uname().machine != 'x86_64':
-        pytest.skip('needs libseccomp; the numbers are those of x86-64')
-    program = ('import ctypes, os, socket\nlibc = ctypes.CDLL(None, use_errno=True)\n'
-               'def check(result):\n    if result < 0: raise OSError(ctypes.get_errno(), "")\n')
-    assert outcome(program + call, level).startswith('failed: PermissionError: [Errno 1]')
+@needs_linux
+@pytest.mark.parametrize('program', ['bytearray(10**9)', 'x = [0]\nwhile True: x += x'])
+def test_memory_is_limited(mode, program):
+    assert execute(program, 10.0, 256).startswith('failed: MemoryError')
 
 
-@LEVELS
-def test_asyncio_works_as_it_needs_but_a_pair_of_streams(level):
-    program = 'import asyncio\nasync def f(): return 1\nassert asyncio.run(f()) == 1'
-    assert outcome(program, level) == 'passed'
+@pytest.mark.skipif(os.getuid() == 0, reason='root has no limit on processes')
+@pytest.mark.parametrize('program', [
+    'import os; os.fork()', 'import subprocess; subprocess.run("true")',
+    'import threading; threading.Thread(target=print).start()'])
+def test_no_other_process_or_thread_can_be_started(mode, program):
+    assert execute(program).startswith(('failed: BlockingIOError', 'failed: RuntimeError'))
 
 
-def test_a_socket_in_a_folder_for_all_is_not_there():
-    with open_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f'{folder}/socket')
-        result = outcome(f'import os; os.stat({folder + "/socket"!r})', 2)
-        assert result.startswith('failed: FileNotFound')
+# ---- What is kept in -----------------------------------------------------------------------------
+@needs_bubblewrap
+def test_bubblewrap_shows_no_file_no_network_and_no_process(tmp_path):
+    (tmp_path / 'secret').write_text('x')
+    assert execute(f'open({str(tmp_path / "secret")!r})').startswith('failed: FileNotFoundError')
+    assert execute(f'open({str(ROOT / "README.md")!r})').startswith('failed: FileNotFoundError')
+    assert execute('open("/etc/passwd")').startswith('failed: FileNotFoundError')
+    assert execute('open("/x", "w")') == 'passed' and not os.path.exists('/x')
+    assert execute('open("/usr/x", "w")').startswith(('failed: OSError', 'failed: PermissionError'))
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+        connect = f'import socket; socket.create_connection(("127.0.0.1", {port}), 1)'
+        assert execute(connect).startswith('failed: ConnectionRefusedError')
+    assert execute(f'import os; os.kill({os.getpid()}, 0)').startswith('failed: ProcessLookupError')
+    assert execute('import os; assert not os.path.exists("/proc/1")') == 'passed'
 
 
-KEYS = """
-import ctypes
-libc = ctypes.CDLL(None)
-# keyctl(KEYCTL_SEARCH, the session's keyring, ...), and add_key to it
-assert libc.syscall(250, 10, -3, b'user', b'folio-secret', 0) < 0, 'found'
-assert libc.syscall(248, b'user', b'folio-left', b'x', 1, -3) < 0 or not {has_seccomp}, 'left'
-"""
+def test_no_file_of_a_program_stays(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(confine.tempfile, 'tempdir', str(tmp_path))
+    for program in ('open("a", "w")', 'import os; os.mkdir("d"); os.chmod("d", 0)',
+                    'open("a", "w"); import time; time.sleep(60)'):
+        execute(program, 1.0)
+    assert os.listdir(tmp_path) == []
 
 
-@LEVELS
-def test_the_callers_keys_are_not_there(level):
-    libc = confine.ctypes.CDLL(None)
-    is_x86 = os.uname().machine == 'x86_64'
-    if not is_x86 or libc.syscall(248, b'user', b'folio-secret', b'x', 1, -3) < 0:
-        pytest.skip('no keyrings here, or their numbers are other ones')
-    assert outcome(KEYS.format(has_seccomp=has_seccomp()), level) == 'passed'
-    assert libc.syscall(250, 10, -3, b'user', b'folio-secret', 0) > 0  # it was there to be found
-    assert libc.syscall(250, 10, -3, b'user', b'folio-left', 0) < 0
-
-
-# ---- Files and devices ---------------------------------------------------------------------------
-def test_level_2_sees_no_terminal_and_no_device_but_three():
-    program = 'import os\nassert sorted(os.listdir("/dev")) == ["null", "urandom", "zero"]'
-    assert outcome(program, 2) == 'passed'
-    for path in ('/dev/null', '/dev/zero', '/dev/urandom'):
-        assert outcome(f'open({path!r}, "r+b", buffering=0).write(b"x")', 2) == 'passed'
-    assert outcome('assert open("/dev/zero", "rb").read(2) == bytes(2)', 2) == 'passed'
-
-
-def test_level_2_hides_what_lies_in_the_folders_for_all():
-    for folder in ('/run', '/var/tmp', '/proc'):
-        assert outcome(f'import os\nassert os.listdir({folder!r}) == []', 2) == 'passed'
-    with open_folder() as folder:
-        os.mkfifo(f'{folder}/fifo')
-        os.chmod(f'{folder}/fifo', 0o666)
-        assert outcome(f'open({folder + "/fifo"!r}, "w")', 2).startswith('failed: FileNotFound')
-
-
-def test_the_number_of_files_is_limited_at_level_2():
-    program = 'for i in range(10**5): open(str(i), "w").close()'
-    assert outcome(program, 2, 20.0).startswith('failed: OSError: [Errno 28]')
-
-
-DEEP = '''
-import os
-for i in range(1100):  # beyond which Python 3.11 fails
-    os.mkdir('d')
-    os.chdir('d')
-os.chmod('.', 0)
-'''
-
-
-@LEVELS
-def test_folders_nested_deeper_than_python_can_follow_are_removed(level, monkeypatch):
-    with open_folder() as folder:
-        monkeypatch.setattr(tempfile, 'tempdir', folder)
-        assert outcome(DEEP, level, 20.0) == 'passed'
-        assert os.listdir(folder) == []
-
-
-def test_what_cannot_be_removed_ends_nothing(monkeypatch):
-    def fail(*args, **options):
-        raise OSError('no such program')
-    monkeypatch.setattr(confine.subprocess, 'run', fail)
-    with open_folder() as folder:
-        os.mkdir(f'{folder}/d')
-        confine.remove(folder)
-        assert os.listdir(folder) == ['d']
-
-
-# ---- Verdicts and endings ------------------------------------------------------------------------
-# The frame that runs the program has the nonce with which a verdict is told from other words.
-CLAIM = r'''
-import os, sys
-frame = sys._getframe(1)
-nonce = frame.f_locals['job']['nonce'].encode()
-os.write(frame.f_locals['writer'], nonce + b' \x1b]52;c;x\x07 ' + b'y' * 3000)
-os._exit(0)
-'''
-
-
-@LEVELS
-def test_a_claimed_verdict_is_one_short_line_without_control_characters(level):
-    result = outcome(CLAIM, level)
-    assert 'yyy' in result and len(result) <= 200 and result.isprintable()
-
-
-@pytest.mark.parametrize('level', [1, 2])
-def test_the_process_that_keeps_the_time_cannot_be_reached(level):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
-        program = f'import os, time\nos.kill(1, {int(number)})\ntime.sleep(0.2)'
-        result = outcome(program, level)
-        assert result == 'passed' or result.startswith('failed: PermissionError')
-
-
-def test_ending_the_process_that_keeps_the_time_is_told_from_not_starting():
-    if os.getuid() == 0:
-        pytest.skip('root: its programs run as nobody, who may not signal that process')
-    result = outcome('import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(9)', 0)
-    assert result == 'failed: it ended the process that kept its time'
+@needs_bubblewrap
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can start processes in there')
+def test_all_that_a_program_started_ends_with_it_in_bubblewrap():
+    sleep = [confine.PYTHON, '-c', 'import time; time.sleep(61.5)']
+    start = f'import subprocess; subprocess.Popen({sleep}, start_new_session=True)'
+    assert execute(start, 10.0) == 'passed'
+    running = subprocess.run(['ps', 'axww', '-o', 'args'], capture_output=True, text=True).stdout
+    assert '61.5' not in running
 
 
 CALLER = '''
 import sys
-sys.path.insert(0, sys.argv[1])
 from extras import confine
-print(confine.execute('import time; time.sleep(60)', 60, level=int(sys.argv[2])))
+if sys.argv[1] == 'plain':
+    confine.sandbox = lambda: []
+confine.sandbox()  # starts processes of its own, once
+print('ready', flush=True)
+confine.execute('import time; time.sleep(60)', 3.0)
 '''
 
 
-@LEVELS
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
-def test_all_processes_end_with_the_one_that_asked_for_them(level, number):
-    outcome('', level)
-    with open_folder() as folder:
-        caller = subprocess.Popen([sys.executable, '-c', CALLER, str(ROOT), str(level)],
-                                  env=os.environ | {'TMPDIR': folder})
+def descendants(pid):
+    """Return the ids of the processes that a process started, and those started."""
+    listed = subprocess.run(['ps', 'axo', 'pid=,ppid='], capture_output=True, text=True).stdout
+    pairs = [line.split() for line in listed.splitlines()]
+    children = [int(child) for child, parent in pairs if int(parent) == pid]
+    return children + [each for child in children for each in descendants(child)]
 
-        def n_running():
-            listed = subprocess.run(['ps', 'axww'], capture_output=True, text=True)
-            return listed.stdout.count(f'{folder}/confine-')
-        end = time.monotonic() + 20
-        while n_running() < 3 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert n_running() == 3
-        caller.send_signal(number)
-        caller.wait()
-        while n_running() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert n_running() == 0
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def test_a_program_ends_in_time_though_the_one_that_asked_for_it_was_killed(mode, tmp_path):
+    caller = subprocess.Popen([sys.executable, '-c', CALLER, mode], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, env=os.environ | {'TMPDIR': str(tmp_path)})
+    assert caller.stdout.readline() == 'ready\n'
+    until = time.monotonic() + 20
+    n_processes = {'bubblewrap': 3, 'plain': 1}[mode]
+    while len(started := descendants(caller.pid)) < n_processes and time.monotonic() < until:
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    while any(map(is_running, started)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(started) >= n_processes and not any(map(is_running, started))
+
+
+# ---- Permission ----------------------------------------------------------------------------------
+def test_the_user_is_asked_first():
+    with pytest.raises(UserError, match='--allow_code_execution=True'):
+        confine.permit(False)
+    confine.permit(True)
+
+
+@pytest.mark.parametrize('bwrap, reason', [
+    ('#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n',
+     'bwrap: No permissions to create new namespace'),
+    (None, 'it is not installed')])
+def test_where_bubblewrap_does_not_work_the_reason_is_said_and_programs_run(
+        tmp_path, bwrap, reason):
+    if bwrap:
+        (tmp_path / 'bwrap').write_text(bwrap)
+        (tmp_path / 'bwrap').chmod(0o755)
+    command = 'from extras.confine import execute; print(execute("1"), execute("1 / 0"))'
+    done = subprocess.run([sys.executable, '-c', command], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {'PATH': str(tmp_path)})
+    assert done.stdout == 'passed failed: ZeroDivisionError: division by zero\n'
+    assert done.stderr.count('\n') == 1 and f'does not work here ({reason})' in done.stderr
+
+
+def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
+    out, _ = run('extras/confine.py', cwd=tmp_path)
+    assert 'What neither keeps in: ' in out
+    assert ('Here bubblewrap works.' in out) == bool(confine.sandbox())

@@ -1,6 +1,7 @@
 """Test what extras/textbook/prepare.py writes, and the study that study.py runs."""
 import ast
 import doctest
+import importlib.util
 import io
 import itertools
 import json
@@ -13,13 +14,16 @@ import pytest
 
 import folio.tokenizer
 from conftest import ROOT, run, shared
+from endpoint import Endpoint
 from extras.textbook import generator, prepare, study
 from folio.log import read
 from folio.configurator import UserError
 from folio.data import Dataset
 from hub import Hub
-from test_teacher import Endpoint
 
+needs_openai = pytest.mark.skipif(
+    importlib.util.find_spec('openai') is None,
+    reason='needs openai: pip install -r extras/requirements.txt')
 PREPARE = 'extras/textbook/prepare.py'
 STUDY = 'extras/textbook/study.py'
 SMALL = ['--raw_chars=200000', '--pages=120', '--exercises=150', '--problems=12',
@@ -44,6 +48,12 @@ def test_solutions_give_what_the_examples_in_their_docstrings_say():
         assert 1 <= len(test.examples) <= 2
         runner.run(test, out=out.write)
     assert runner.summarize(verbose=False).failed == 0, out.getvalue()
+
+
+def test_the_generator_shows_what_it_makes(tmp_path):
+    out, _ = run('extras/textbook/generator.py', '--n=2', cwd=tmp_path)
+    assert out.count('\n# ') >= 2 and out.count("'entry_point'") == 2
+    assert '--n=3' in run('extras/textbook/generator.py', '--help', cwd=tmp_path)[0]
 
 
 def test_hidden_tests_pass_the_solution_and_fail_whatever_always_says_the_same():
@@ -125,6 +135,17 @@ def test_three_sets_share_a_tokenizer_and_solutions_are_the_targets_of_exercises
     assert text.count(folio.tokenizer.EOT + '# ') > 100 and 'classifier, ' in out
 
 
+def test_the_texts_can_be_read(prepared_once):
+    folder, out = prepared_once
+    exercises = (folder / 'data/textbook_exercises/exercises.txt').read_text(encoding='utf-8')
+    ast.parse(exercises.replace('-' * 80, ''))
+    assert exercises.count('def ') == 150 and exercises.startswith('def ')
+    assert (folder / 'data/textbook_filtered/textbook.txt').read_text().startswith('# ')
+    n_chosen = int(re.search(r'documents of raw code the (\d+) that', out)[1])
+    chosen = (folder / 'data/textbook_filtered/chosen.txt').read_text(encoding='utf-8')
+    assert chosen.count(f'\n{"-" * 80}\n') >= n_chosen - 1
+
+
 def test_problems_have_humanevals_schema(prepared_once):
     folder, _ = prepared_once
     path = folder / 'data/textbook_exercises/problems.jsonl'
@@ -163,7 +184,7 @@ def test_the_classifier_keeps_the_code_that_is_like_the_textbook(monkeypatch, ca
     monkeypatch.setattr(prepare, 'keep', 0.1)
     chosen = prepare.best_of(bad[:50] + good + bad[50:], textbook, {}, rng)
     assert chosen == good
-    assert 'classifier, textbook against raw code: ' in capsys.readouterr().out
+    assert 'classifier, textbook against raw code, ' in capsys.readouterr().out
 
     rated = bad[:12] + good + [f'{text}, found' for text in good]
     ratings = {'removed since': 9.0}
@@ -215,16 +236,16 @@ def test_published_sets_come_from_the_hub(tmp_path):
     assert 'error: jinaai/code_exercises has the columns question, solution' in error
 
 
+@needs_openai
 def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_path):
     (tmp_path / 'data/downloads').mkdir(parents=True)
     shutil.copy(shared('HumanEval.jsonl.gz'), tmp_path / 'data/downloads')
+    (tmp_path / 'topics.json').write_text('{"adding": ["one", "two"]}')
     endpoint = Endpoint()
     count = itertools.count()
 
     def say(prompt):
         i = next(count)
-        if 'Answer with a JSON list' in prompt:
-            return json.dumps([f'subject {i} {j}' for j in range(8)])
         if 'Answer with one number' in prompt:
             return str(1 + i % 10)
         if 'exercise' in prompt:
@@ -233,21 +254,33 @@ def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_p
                     f'    >>> add_{i}(1)\n    {i + 1}\n    """\n    return n + {added}\n```')
         return f'Page {i} tells of adding {i} to a number, step by step and in plain words.'
     endpoint.say = say
-    environment = os.environ | {
-        'OPENAI_BASE_URL': endpoint.url, 'OPENAI_API_KEY': 'right', 'NO_PROXY': '127.0.0.1'}
+    environment = os.environ | {'OPENAI_BASE_URL': endpoint.url, 'NO_PROXY': '127.0.0.1'}
     command = [PREPARE, '--source=api', '--raw_chars=100000', '--pages=30', '--exercises=24',
-               '--problems=3', '--rated=20', '--vocab_size=400', '--allow_code_execution=True',
-               '--budget=100']
-    run(*command, cwd=tmp_path, env=environment)
+               '--problems=3', '--rated=20', '--vocab_size=400', '--topics=topics.json',
+               '--teacher=local', '--price_in=0', '--price_out=0', '--allow_code_execution=True']
+    _, error = run(*command, cwd=tmp_path, env=environment)
+    for stage in ('ratings', 'pages', 'exercises'):
+        assert re.search(rf'{stage}: 100%.*\$0.0000', error)
     data = Dataset(str(tmp_path / 'data/textbook_exercises'))
     text = folio.tokenizer.load(data.spec).decode(data.tokens('train').tolist())
     assert text.count('def add_') > 8 and data.mask('train') is not None
     for number, added in re.findall(r'def add_(\d+).*?return n \+ (\d+)', text, re.DOTALL):
         assert number == added
-    asked = len(endpoint.asked)
+    assert len(endpoint.asked) == 20 + 30 + 24
     run(*command, cwd=tmp_path, env=environment)
     endpoint.server.shutdown()
-    assert len(endpoint.asked) == asked > 70  # nothing is asked twice
+    assert len(endpoint.asked) == 74  # nothing is asked twice
+
+
+def test_without_humaneval_a_teacher_can_be_asked_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, 'source', 'api')
+
+    def fail(name):
+        raise UserError('could not download HumanEval.jsonl.gz')
+    monkeypatch.setattr(prepare.humaneval, 'load', fail)
+    assert prepare.other_problems() == []
+    assert 'could not download HumanEval.jsonl.gz; until then' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('settings, says', [
@@ -255,8 +288,9 @@ def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_p
     ({'keep': 0.0}, 'keep is 0.0; it must be above 0'),
     ({'val_share': 1.0}, 'val_share is 1.0; it must lie between 0 and 1'),
     ({'problems': 0}, 'problems is 0; it must be at least 1'),
+    ({'concurrency': 0}, 'concurrency is 0; it must be at least 1'),
     ({'pages': 3, 'raw_chars': 90_000}, 'too few to learn from'),
-    ({'source': 'api'}, 'OPENAI_API_KEY'),
+    pytest.param({'source': 'api'}, 'OPENAI_API_KEY', marks=needs_openai),
     ({'source': 'api', 'teacher': 'x'}, 'what does x cost?')])
 def test_mistakes_in_preparing_get_one_line(tmp_path, monkeypatch, settings, says):
     for name in ('OPENAI_BASE_URL', 'OPENAI_API_KEY'):
