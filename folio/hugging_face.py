@@ -304,7 +304,7 @@ def download_model(repository):
     """Return the path of a downloaded model.safetensors, config.json beside it; try four times."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    for seconds in (1, 2, 4, None):  # before the next try, which goes on where this one broke off
+    for seconds in (1, 2, 4, None):  # before the next try, which begins again
         try:
             hf_hub_download(repository, 'config.json')
             return hf_hub_download(repository, 'model.safetensors')

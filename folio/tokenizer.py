@@ -19,12 +19,10 @@ import json
 import os
 import re
 
-import numpy as np
-
-from folio.configurator import UserError
+from folio.configurator import UserError, notice
 
 EOT = '<|endoftext|>'
-MOST_WHITE = 900_000  # white characters in a row, at about a million of which tiktoken crashes
+MOST_WHITE = 900_000  # white characters in a row; more are cut, or tiktoken would crash
 GPT2_HASH = '42083fc7477d771d'  # of the ids of GPT-2's 50,256 tokens, see spec_hash
 
 # GPT-2's pattern cuts a text into pieces, and no token reaches from one piece into the next. Pieces
@@ -69,26 +67,21 @@ class BPETokenizer:
         self.start = self.encode('\n')[0] if self.eot is None else self.eot
 
     def encode(self, text):
-        if len(text) > MOST_WHITE:
-            longest = max(map(len, re.findall(r'\s+', text)), default=0)
-            if longest > MOST_WHITE:
-                raise UserError(f'a text has {longest:,} white characters in a row, and tiktoken '
-                                f'crashes at more than {MOST_WHITE:,}: leave some out')
-        return self.encoding.encode_ordinary(text)
+        # A row of that length has a character at one of these places.
+        if not any(c.isspace() for c in text[MOST_WHITE - 1::MOST_WHITE]):
+            return self.encoding.encode_ordinary(text)
+        ids = []
+        for part in re.split(rf'((?<!\s)\s{{{MOST_WHITE},}})', text):
+            step = MOST_WHITE if part.isspace() else len(text)
+            for start in range(0, len(part), step):
+                ids += self.encoding.encode_ordinary(part[start:start + step])
+        return ids
 
     def decode(self, ids):
         return self.encoding.decode(ids)
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
-
-    def encode_documents(self, texts):
-        """Return the tokens of a list of str, eot before each of them, as an array of uint32."""
-        ids = []
-        for text in texts:
-            ids.append(self.eot)
-            ids += self.encode(text)
-        return np.array(ids, dtype=np.uint32)
 
 
 def without_surrogates(text):
@@ -395,13 +388,13 @@ def pattern_of(pre_tokenizer):
 
 # ---- Training a BPE ------------------------------------------------------------------------------
 
-def train_bpe(texts, vocab_size, apply=map):
+def train_bpe(texts, vocab_size):
     """Return a byte-level BPE of at most vocab_size tokens, learned from an iterable of str.
 
     The vocabulary is 256 bytes, the merges that bpe.learn_merges_slowly defines, and EOT. Learning
     stops early when no pair occurs twice any more. If the texts have over a million distinct
-    pieces, the rarest are not counted (see bpe.count_pieces). apply: a map that may use many
-    processes; the merges do not depend on it. Raises UserError for a vocab_size under 257.
+    pieces, the rarest are not counted (see bpe.count_pieces). Raises UserError for a vocab_size
+    under 257.
 
     No two merges spell the same token. At any time during the learning, the bytes between two
     borders of tokens are cut as they would be on their own, so the same bytes are always the same
@@ -412,8 +405,11 @@ def train_bpe(texts, vocab_size, apply=map):
     if vocab_size < n_fixed:
         raise UserError(
             f'vocab_size is {vocab_size}; a byte-level BPE needs at least 257: 256 bytes and {EOT}')
-    piece_counts = bpe.count_pieces(texts, SPLIT_PATTERN, apply)
+    piece_counts = bpe.count_pieces(texts, SPLIT_PATTERN)
     merges = bpe.learn_merges(piece_counts, vocab_size - n_fixed)
+    if n_fixed + len(merges) < vocab_size:
+        notice(f'the BPE has {n_fixed + len(merges):,} tokens, not {vocab_size:,}: no pair of them '
+               'occurs twice in the text any more')
     # JSON has no bytes: see `save`.
     as_text = [[left.decode('latin-1'), right.decode('latin-1')] for left, right in merges]
     return load({'kind': 'bpe', 'pattern': SPLIT_PATTERN, 'merges': as_text})

@@ -4,40 +4,44 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
-A corpus is appended to val.bin.tmp and train.bin.tmp. Every few million tokens, the run adds a line
-to parts/<request>.jsonl that records how far it has come. So a run that was killed continues near
-where it stopped, and ends with the same bytes as one that was not.
-
-A worker, which does a share of the source files, writes pieces instead, of a few million tokens
-each. The name of a piece tells everything about it: the request, which is a hash of the sources,
-the settings and the tokenizer; where in the source files it begins and ends; and how many broken
-rows were left out. The run that joins them takes a piece wherever one begins at the place it has
-reached, and reads the source files everywhere else.
+A source file of a corpus is .parquet, .jsonl or .ndjson (an object on each line), .json (the same,
+or one list of objects) or .txt, which may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
+parts/<hash>.bin, whole or not at all. So a run that was killed continues with the files that have
+no part, and several machines can share them. The hash is of the file's name, size and date and of
+all else that decides its tokens: a part stays right when other files come, go or are repaired. The
+last run joins the parts; for a while, they and the result take twice the room.
 """
+import codecs
+import collections
+import concurrent.futures
 import contextlib
+import functools
 import glob
+import io
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
-import time
+import sys
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 from tqdm import tqdm
 
 import folio.tokenizer
-from folio.configurator import UserError
+from folio import bpe
+from folio.configurator import UserError, notice
+from folio.download import hub_errors
 from folio.log import only_one
-from prepare import documents
+from folio.tokenizer import EOT
 
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
-COMMIT_TOKENS = 2**23  # tokens between two records of progress: a second's work
-BLOCK_TOKENS = 2**22  # tokens counted at a time, because counting takes eight bytes for each
-BAR_FORMAT = '{desc} {percentage:3.0f}% |{bar}|{postfix}, {remaining} to go'
+BUFFER = 2**20  # bytes read at a time
+PACKINGS = ('gzip', 'bz2', 'xz', 'zstd')  # fsspec's names for .gz, .bz2, .xz, .zst
+HEADER = 8  # bytes in front of the tokens of a part: how many broken rows were left out
 
 
 # ---- A folder of token files ---------------------------------------------------------------------
@@ -58,80 +62,72 @@ def new_meta(tokenizer, source):
     }
 
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all, even if other machines write the same one."""
-    # The name must be this process's own, also among the machines that share a file system.
-    temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'w', encoding='utf-8') as f:
-            json.dump(value, f, indent=2)
-            # Sync before the rename, or a power cut could leave the name without its contents.
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError:  # such as a full disk, whose last room this file should not keep
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-    sync_folder(os.path.dirname(path))
-
-
-def sync_folder(folder):
-    """Sync the names of a folder's files to the disk, so that a power cut cannot undo a rename."""
-    if os.name == 'nt':  # Windows cannot open a folder
-        return
-    number = os.open(folder or '.', os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def read_json(path):
-    """Return the contents of a JSON file, or None if there is no such file."""
+def read_meta(folder):
+    """Return the meta.json of a folder, {} if there is none. Raises UserError if it is damaged."""
+    path = os.path.join(folder, 'meta.json')
     try:
         with open(path, encoding='utf-8') as f:
             return json.load(f)
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError as e:
-        folder = os.path.dirname(path)
-        raise UserError(f'{path} is damaged ({e}): remove {folder} to begin anew') from None
+        raise UserError(f'{path} is damaged ({e}): remove {folder} to make it again') from None
 
 
-def publish(folder, tokenizer, meta):
-    """Write tokenizer.json and meta.json, then rename each <split>.bin.tmp to <split>.bin."""
-    folio.tokenizer.save(tokenizer, os.path.join(folder, 'tokenizer.json.tmp'))
-    # meta.json goes first: if we die half-way, its token counts will not match the files.
-    write_json(os.path.join(folder, 'meta.json'), meta)
+def write_json(path, value):
+    with whole(path) as f:
+        f.write(json.dumps(value, indent=2).encode())
 
-    # An earlier data set may have had other splits, or masks. They do not belong to this one.
-    for name in os.listdir(folder):
-        if TOKEN_FILE.fullmatch(name) and name.removesuffix('.bin') not in meta['splits']:
-            os.remove(os.path.join(folder, name))
 
-    names = ['tokenizer.json']
-    for split in meta['splits']:
-        names += [f'{split}.bin', f'{split}.mask.bin']
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.exists(f'{path}.tmp'):
-            os.replace(f'{path}.tmp', path)
-    sync_folder(folder)
+@contextlib.contextmanager
+def whole(path):
+    """Open a binary file that gets its name when it is complete, even if others write it too."""
+    # This process's own name, also among the machines that share a file system.
+    temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            yield f
+            # Sync before the rename, or a power cut could leave the name without its contents.
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # such as a full disk, whose last room this file should not keep
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def require_ours(folder):
-    """Raise UserError if a folder holds files that are not from a data set of ours.
-
-    What a killed run of ours may have left behind, which is parts/ and *.tmp, is allowed.
-    """
-    meta = read_json(os.path.join(folder, 'meta.json')) or {}
-    if not os.path.isdir(folder) or {'tokenizer', 'vocab_size', 'dtype', 'splits'} <= meta.keys():
+    """Raise UserError if a folder contains files that are not from a data set of ours."""
+    if not os.path.isdir(folder) or {'tokenizer', 'dtype', 'splits'} <= read_meta(folder).keys():
         return
     for name in os.listdir(folder):
-        if name != 'parts' and not name.endswith('.tmp'):
-            raise UserError(f'{folder} holds {name}, which no preparing of ours has left there; '
+        if name not in ('parts', 'new'):  # a killed run may have left these
+            raise UserError(f'{folder} contains {name}, which folio did not write; '
                             'give another --dataset')
+
+
+def empty_folder(folder):
+    """Return <folder>/new, made empty, in which a data set can be written; see `publish`."""
+    new = os.path.join(folder, 'new')
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    return new
+
+
+def publish(folder, tokenizer, meta):
+    """Move the token files of a data set from <folder>/new to the folder."""
+    new = os.path.join(folder, 'new')
+    folio.tokenizer.save(tokenizer, os.path.join(new, 'tokenizer.json'))
+    write_json(os.path.join(new, 'meta.json'), meta)
+    # meta.json goes first: if we die half-way, its token counts will not match the files.
+    names = sorted(os.listdir(new), key=lambda name: name != 'meta.json')
+    for name in os.listdir(folder):
+        if TOKEN_FILE.fullmatch(name) and name not in names:  # of an earlier data set
+            os.remove(os.path.join(folder, name))
+    for name in names:
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
+    os.rmdir(new)
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
@@ -153,42 +149,55 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None, 
     if template is not None:
         meta['template'] = template
     try:
-        os.makedirs(folder, exist_ok=True)
-        remove_unfinished(folder)  # else publish would rename the masks of a killed run too
+        new = empty_folder(folder)
         for split, documents in splits.items():
-            counts = write_split(folder, split, documents, tokenizer, dtype=meta['dtype'],
-                                 learn_end=learn_end)
+            path = os.path.join(new, f'{split}.bin')
+            counts = write_split(path, documents, tokenizer, meta['dtype'], learn_end)
             if words:
                 counts['words'] = words[split]
             meta['splits'][split] = counts
         publish(folder, tokenizer, meta)
     except OSError as e:
-        remove_unfinished(folder)
+        shutil.rmtree(os.path.join(folder, 'new'), ignore_errors=True)  # make room
         raise UserError(f'could not write {folder} ({e.strerror or e}); '
                         'make room and run this again') from e
     return meta
 
 
-def write_split(folder, split, documents, tokenizer, dtype, learn_end):
-    """Write <split>.bin.tmp and, if not all tokens are targets, its mask; return the counts."""
-    pieces = [pieces_of(document) for document in documents]
-    encoded = [encode_pieces(tokenizer, each, learn_end) for each in pieces]
-    tokens = np.concatenate([document_tokens for document_tokens, _ in encoded])
-    mask = np.concatenate([document_mask for _, document_mask in encoded])
-
-    all_bytes = 0
-    target_bytes = 0
-    for text, is_target in itertools.chain.from_iterable(pieces):
-        all_bytes += n_bytes(text)
-        if is_target:
-            target_bytes += n_bytes(text)
-    counts = {'tokens': len(tokens), 'documents': len(pieces), 'bytes': all_bytes}
-    tokens.astype(dtype).tofile(os.path.join(folder, f'{split}.bin.tmp'))
+def write_split(path, documents, tokenizer, dtype, learn_end):
+    """Write <split>.bin and, if not all tokens are targets, its mask; return the counts."""
+    encoded = [encode_document(tokenizer, document, learn_end) for document in documents]
+    tokens, mask = map(np.concatenate, zip(*encoded))
+    n_bytes = bytes_of_tokens(tokenizer)[tokens]
+    tokens.astype(dtype).tofile(path)
+    counts = {'tokens': len(tokens), 'documents': len(documents), 'bytes': int(n_bytes.sum())}
     if not mask.all():
-        mask.tofile(os.path.join(folder, f'{split}.mask.bin.tmp'))
+        mask.tofile(path.replace('.bin', '.mask.bin'))
         counts['targets'] = int(mask[1:].sum())  # nothing predicts the first token
-        counts['target_bytes'] = target_bytes
+        counts['target_bytes'] = int(n_bytes[mask == 1].sum())
     return counts
+
+
+def bytes_of_tokens(tokenizer):
+    """Return how many bytes of text each token stands for: (vocab_size,)."""
+    n_bytes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
+    if tokenizer.eot is not None:
+        n_bytes[tokenizer.eot] = 0  # it separates texts, and is part of none
+    return np.array(n_bytes)
+
+
+def encode_document(tokenizer, document, learn_end=True):
+    """Return (tokens, mask) of a document, arrays of one length; the mask is 1 for targets."""
+    tokens = []
+    mask = []
+    if tokenizer.eot is not None:
+        tokens.append(tokenizer.eot)
+        mask.append(learn_end)  # it ends the document before this one
+    for text, is_target in pieces_of(document):
+        ids = tokenizer.encode(text)
+        tokens += ids
+        mask += [is_target] * len(ids)
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
 
 def pieces_of(document):
@@ -205,558 +214,528 @@ def pieces_of(document):
     return document
 
 
-def remove_unfinished(folder):
-    """Remove the token files that were never published; do nothing if there is no such folder."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        if name.endswith('.bin.tmp'):
-            os.remove(os.path.join(folder, name))
+def without_blank_ends(text):
+    """Return a text without blank lines at its ends; the first line keeps its indentation.
+
+    >>> without_blank_ends('\\n  if x:\\n    return 1\\n\\n')
+    '  if x:\\n    return 1'
+    """
+    return re.sub(r'\A\s*\n', '', text).rstrip()
 
 
-def n_bytes(text):
-    """Return the length of a text in bytes of UTF-8."""
-    # JSON can hold half of a surrogate pair, which plain 'utf-8' refuses.
-    return len(text.encode('utf-8', 'surrogatepass'))
+# ---- The source files of a corpus ----------------------------------------------------------------
+class Form(NamedTuple):
+    """How documents lie in files."""
+    column: str = 'text'  # of a .parquet, or the key of a .jsonl
+    separator: str = ''  # the line between the documents of a .txt; '': it is one document
+    skip_bad: bool = False  # leave out rows that hold no text, and count them
 
 
-def encode_pieces(tokenizer, pieces, learn_end=True):
-    """Return (tokens, mask) of a document, arrays of one length; the mask is 1 for targets."""
-    tokens = []
-    mask = []
-    if tokenizer.eot is not None:
-        tokens.append(tokenizer.eot)
-        mask.append(learn_end)  # it ends the document before this one
-    for text, is_target in pieces:
-        ids = tokenizer.encode(text)
-        tokens += ids
-        mask += [is_target] * len(ids)
-    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
+def find_sources(pattern, folder, form):
+    """Return ({file: its bytes} for the files that match a pattern, the hub's commit or '').
+
+    pattern: 'my/*.parquet', 'hf://datasets/owner/name/*.parquet', or of another store of fsspec's.
+    Each file is there once, whatever names it has, and its first row has been read.
+    folder: of the data set. The commit is the one that the first run into it found, so that all
+    runs and workers read the same text.
+    Raises UserError if nothing matches, or for a file that cannot be read.
+    """
+    address = pattern
+    commit = ''
+    with hub_errors(f'{pattern} could not be listed', 'give --source=files that can be read'):
+        if pattern.startswith('hf://'):
+            address, commit = at_commit(pattern, folder)
+        if '://' in pattern:
+            store, path = fsspec.core.url_to_fs(address)
+            found = store.glob(path, detail=True)
+            files = {store.unstrip_protocol(name): facts['size']
+                     for name, facts in found.items() if facts['type'] == 'file'}
+        else:
+            files = {name: os.path.getsize(name) for name in local_files(pattern)}
+    if not files:
+        raise UserError(f'no file is called {pattern}; --source takes a pattern, such as '
+                        "'my/*.parquet', in which [[] stands for [")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a hub takes its time to answer
+        first_texts = list(pool.map(lambda file: first_text(file, form), files))
+    for file, text in zip(files, first_texts):
+        if '.txt' in os.path.basename(file).lower() and EOT in text and not form.separator:
+            notice(f'{file} contains {EOT}, and stays one document; if a line of it stands between '
+                   f"two documents, give --separator='{EOT}'")
+            break
+    return files, commit
+
+
+def local_files(pattern):
+    """Return the files that match a pattern, sorted, each once, however many links lead to it."""
+    pattern = os.path.expanduser(pattern).replace(os.sep, '/')
+    found = [pattern]
+    if not os.path.lexists(pattern):  # 'a[1].txt' is a name, and also a pattern that matches a1.txt
+        found = expand(re.sub(r'\*\*$', '**/*', pattern))
+    files = {}
+    for path in sorted(found):
+        if not os.path.isdir(path):
+            facts = os.stat(path)  # an error for a link to nothing
+            files.setdefault((facts.st_dev, facts.st_ino), path)
+    return list(files.values())
+
+
+def expand(pattern):
+    """Return the paths that match a pattern; ** stands for any folders, also behind links."""
+    # Not by glob's own **, which walks in circles where a link leads back.
+    before, stars, after = pattern.partition('**/')
+    if not stars:
+        return glob.glob(pattern)
+    found = []
+    seen = set()
+    for top in glob.glob(before or '.'):
+        for folder, subfolders, _ in os.walk(top, followlinks=True):
+            subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+            if os.path.realpath(folder) in seen:
+                subfolders.clear()
+            seen.add(os.path.realpath(folder))
+            found += expand(os.path.join(glob.escape(folder), after))
+    return found
+
+
+def at_commit(pattern, folder):
+    """Return (a pattern 'hf://…' that names a commit, the commit).
+
+    It is the one that an earlier run into a folder recorded, or else the newest.
+    """
+    from huggingface_hub import HfApi, HfFileSystem, constants
+    place = HfFileSystem().resolve_path(pattern)
+    commit = pinned_commit(pattern, folder)
+    if not commit:
+        info = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision)
+        commit = info.sha
+    kind = constants.REPO_TYPES_URL_PREFIXES.get(place.repo_type, '')
+    return f'hf://{kind}{place.repo_id}@{commit}/{place.path_in_repo}', commit
+
+
+def pinned_commit(pattern, folder):
+    """Return the commit that an earlier run into a folder recorded for a pattern, or ''."""
+    for place in (os.path.join(folder, 'parts'), folder):
+        source = read_meta(place).get('source')
+        if isinstance(source, dict) and source.get('pattern') == pattern:
+            return source['revision']
+    return ''
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+def first_text(file, form):
+    """Return the first text of a file, or ''. Raises UserError, also if all rows are broken."""
+    for texts, n_bad in read(file, form, tqdm(disable=True)):
+        if texts:
+            return texts[0][0]
+        if n_bad:
+            raise UserError(f'{file}: no row holds text; is it in another --column?')
+    return ''
+
+
+def read(file, form, bar):
+    """Yield (documents of a file, how many broken rows were left out), at least once.
+
+    The documents are pairs (text, whether a document begins there), for about a million characters.
+    bar: a progress bar of bytes, which moves on by those of the file. Raises UserError.
+    """
+    before = bar.n
+    texts = []
+    n_chars = 0
+    n_bad = 0
+    with opened(file) as raw:
+        after = before + raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        for place, get, is_new in rows_of(raw, file, form):
+            try:
+                text = get()
+                if not isinstance(text, str | None):
+                    raise ValueError(f'{form.column} is {type(text).__name__}, not text; name '
+                                     'another by --column=')
+            except (ValueError, RecursionError) as e:
+                if not form.skip_bad:
+                    raise UserError(f'{file}, {place}: {e}; or leave such rows out and count them: '
+                                    '--skip_bad=True') from None
+                n_bad += 1
+                continue
+            if text:
+                texts.append((folio.tokenizer.without_surrogates(text), is_new))
+                n_chars += len(text)
+            if n_chars >= bpe.CHUNK_CHARS:
+                yield texts, n_bad
+                texts = []
+                n_chars = 0
+                n_bad = 0
+                bar.update(before + raw.tell() - bar.n)
+        yield texts, n_bad
+        bar.update(after - bar.n)
+
+
+@contextlib.contextmanager
+def opened(file):
+    """Open a file as bytes, local or of a store; what may go wrong with it becomes a UserError."""
+    with hub_errors(f'{file} could not be read', 'fetch it again, unpack it yourself (of a .zst '
+                    'that needs much memory: zstd -d --long=31), or leave it out'):
+        if '://' in file:
+            store, path = fsspec.core.url_to_fs(file)
+            raw = store.open(path, 'rb')
+        else:
+            raw = open(file, 'rb', buffering=0)
+        with io.BufferedReader(raw, BUFFER) as buffered:
+            yield buffered
+
+
+def rows_of(raw, file, form):
+    """Return the rows of an open file, by the ending of its name: what one of READERS yields."""
+    name = file.lower()
+    stream = raw
+    packing = fsspec.utils.infer_compression(name)
+    if packing in PACKINGS:  # but not zip, which may hold many files
+        if not raw.peek(1):
+            raise ValueError('it has 0 bytes, where even nothing has some when it is compressed')
+        stream = io.BufferedReader(fsspec.compression.compr[packing](raw, mode='rb'), BUFFER)
+        name, _ = os.path.splitext(name)
+    _, ending = os.path.splitext(name)
+    if ending not in READERS:
+        raise UserError(f'{file} is none of {", ".join(READERS)}, compressed or not')
+    return READERS[ending](stream, form)
+
+
+def open_zstd(raw, mode='rb'):
+    import pyarrow
+    # By pyarrow, because Python itself reads this format only from 3.14 on.
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode='r'), 'zstd')
+
+
+fsspec.compression.register_compression('zstd', open_zstd, 'zst', force=True)
+
+
+# Each reader yields, for each row, its place for a message, a function that returns its text or
+# None, or raises what is wrong with it, and whether a document begins there.
+
+def read_parquet(stream, form):
+    import pyarrow.parquet
+    # Both options save memory. With pre_buffer, pyarrow keeps everything it has read until the file
+    # is closed. Without buffer_size, it reads a column of a whole row group at once, and a row
+    # group may be as large as the file.
+    parquet = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER)
+    require_column(form.column, parquet.schema_arrow.names)
+    number = 0
+    for batch in parquet.iter_batches(64, columns=[form.column]):  # few, for a row can be large
+        for value in batch.column(0):
+            number += 1
+            yield f'row {number}', value.as_py, True
+
+
+def read_lines(lines, form, what='line'):
+    for number, line in enumerate(lines, 1):
+        if not line.isspace():
+            yield f'{what} {number}', functools.partial(text_in, line, form.column), True
+
+
+def read_json(stream, form):
+    # Neither a byte order mark nor white space tells whether this is one list, or a line each.
+    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
+        return read_lines(map(json.dumps, json.load(stream)), form, what='object')
+    return read_lines(stream, form)
+
+
+def text_in(line, column):
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f'it is {type(row).__name__}, not an object')
+    require_column(column, row)
+    return row[column]
+
+
+def require_column(column, names):
+    if column not in names:
+        raise ValueError(f'it has no {column}; by --column=, name one of {", ".join(names)}')
+
+
+def read_text(stream, form):
+    if stream.peek(30).startswith(b'version https://git-lfs'):
+        raise ValueError('git lfs pull has not fetched it yet')
+    text = io.TextIOWrapper(stream, 'utf-8-sig')  # whose line ends are all \n
+    pieces = in_stretches(text)
+    if form.separator:
+        pieces = between_lines(text, form.separator)
+    try:
+        for piece, is_new in pieces:
+            yield 'text', functools.partial(str, piece), is_new
+    except UnicodeDecodeError as e:
+        yield 'text', functools.partial(str, e.object, 'utf-8'), True  # the same error again
+
+
+def between_lines(text, separator):
+    """Yield what stands between the lines of an open text that are the separator."""
+    lines = []
+    for line in text:
+        if line.rstrip() == separator:
+            # The last line end belongs to the separator, which is a line of its own.
+            yield ''.join(lines).removesuffix('\n'), True
+            lines = []
+        else:
+            lines.append(line)
+    yield ''.join(lines), True
+
+
+def in_stretches(text):
+    """Yield an open text as one document, in stretches whose tokens are those of the whole."""
+    rest = ''
+    is_new = True
+    while block := text.read(bpe.CHUNK_CHARS):
+        *stretches, rest = bpe.stretches(rest + block)
+        for stretch in stretches:
+            yield stretch, is_new
+            is_new = False
+    yield rest, is_new
+
+
+READERS = {'.parquet': read_parquet, '.jsonl': read_lines, '.ndjson': read_lines,
+           '.json': read_json, '.txt': read_text}
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
+def tokenize(files, bar, tokenizer, form):
+    """Yield (file, tokens as an array of uint32, broken rows left out) of all files, in order.
+
+    All cores make them, from about a million characters at a time. An end-of-text token stands in
+    front of every document. Raises what `read` raises, after the tokens of what came before.
+    """
+    def encode(file, texts, n_bad):
+        ids = []
+        for text, is_new in texts:
+            if is_new:
+                ids.append(tokenizer.eot)
+            ids += tokenizer.encode(text)
+        return file, np.array(ids, np.uint32), n_bad
+
+    n_cores = os.cpu_count()
+    if hasattr(os, 'sched_getaffinity'):  # Linux may have given us only some of its cores
+        n_cores = len(os.sched_getaffinity(0))
+    pending = collections.deque()
+    # Threads are enough, because tiktoken releases Python's global lock while it works.
+    with concurrent.futures.ThreadPoolExecutor(n_cores) as pool:
+        try:
+            for file in files:
+                for texts, n_bad in read(file, form, bar):
+                    pending.append(pool.submit(encode, file, texts, n_bad))
+                    # Two for each core, one at work and one waiting, so that no core runs dry.
+                    if len(pending) > 2 * n_cores:
+                        yield pending.popleft().result()
+        except UserError:
+            while pending:
+                yield pending.popleft().result()
+            raise
+        while pending:
+            yield pending.popleft().result()
 
 
 # ---- A corpus ------------------------------------------------------------------------------------
-class Position(NamedTuple):
-    """A place in the source files, between two rows."""
-    file: int = 0  # number of the file
-    row: int = 0  # rows of it before this place
-    offset: int = 0  # bytes of it before this place, in a file of lines
-
-    def __str__(self):
-        return f'{self.file:05}.{self.row}.{self.offset}'
-
-
-def write_corpus(folder, tokenizer, files, to_tokens, val_tokens, max_tokens=0, worker='',
-                 column='text', pattern='', revision=''):
+def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_tokens=0, worker=''):
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
-    files: the source files of the stream, in order.
-    to_tokens(file, row=, offset=): yields (mark, tokens) from that place in the file to its end,
-    with an end-of-text token in front of each document; see documents.Mark.
-    max_tokens: where to cut the stream, counting val.bin too; 0: read all files to the end.
-    worker: 'i/n' writes only the pieces of the i-th of n shares of the files, and returns None. A
-    run without it joins them later.
-    column: the column that to_tokens reads. It is only recorded, to tell data sets apart.
-    pattern, revision: the pattern of the source files, and the hub's commit that they are of; see
-    find_sources.
+    files: {source file: its bytes}, in the order of the stream.
+    tokenize(files, bar): yields what the function above does, of some of the files.
+    source: for meta.json: the 'pattern' of the files, their 'revision', and the form's fields.
+    val_tokens: 0: a tenth of all, at most 100 M.
+    max_tokens: where to cut the stream, counting val.bin too; 0: at its end.
+    worker: 'i/n' makes the parts of every n-th file from the i-th on, and returns None. A run
+    without it makes those that are missing, and joins all.
     Raises UserError for impossible settings, for a folder that was made with other settings, and
     if the folder cannot be written.
     """
-    require_possible(tokenizer, val_tokens, max_tokens)
-    share = share_of(worker, len(files))
-    fresh = new_meta(tokenizer, source={
-        'pattern': pattern,
-        'revision': revision,
-        'files': file_stamps(files),
-        'column': column,
-        'val_tokens': val_tokens,
-        'max_tokens': max_tokens,
-    })
-    require_ours(folder)
-    parts = os.path.join(folder, 'parts')
-    try:
-        done = find_finished(folder, fresh)
-        if done is None:
-            os.makedirs(parts, exist_ok=True)
-            with only_one(os.path.join(parts, f'{name_of(worker)}.lock')):
-                # Ask again: another run may have finished just before we got the lock.
-                done = find_finished(folder, fresh)
-                if done is None and worker:
-                    return make_pieces(folder, fresh, files, to_tokens, share=share, worker=worker)
-                if done is None:
-                    meta = join(folder, tokenizer, fresh, files, to_tokens)
-            # Only now that the lock is closed: Windows cannot remove an open file. A worker that is
-            # still at work may write into parts/ meanwhile, and what it leaves does no harm.
-            shutil.rmtree(parts, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f'could not write {e.filename or folder} ({e.strerror or e}); '
-                        'mend that, and the same command goes on') from e
-    if done is not None:
-        print(f'{folder} is there already; remove it to make it anew')
-        return done
-    return meta
-
-
-def require_possible(tokenizer, val_tokens, max_tokens):
-    """Raise UserError if documents could not be told apart, or nothing were left to train on."""
     if tokenizer.eot is None:
         raise UserError('a corpus of many documents needs a tokenizer that can tell them apart: '
                         'gpt2 or a bpe')
     if 0 < max_tokens <= val_tokens:
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on '
-                        f'beside val_tokens ({val_tokens:,})')
-
-
-def join(folder, tokenizer, meta, files, to_tokens):
-    """Write the whole corpus, from pieces where there are any, and publish it; return its meta."""
+                        f'next to val_tokens ({val_tokens:,})')
+    share = share_of(worker, list(files))
+    meta = new_meta(tokenizer, source | {'files': [stamp(file) for file in files],
+                                         'val_tokens': val_tokens, 'max_tokens': max_tokens})
     parts = os.path.join(folder, 'parts')
-    begin(parts, meta)
-    with Splits(folder, tokenizer, meta) as splits:
-        advance(splits, files, to_tokens, share=range(len(files)))
-    if not all(counts['tokens'] >= 2 for counts in meta['splits'].values()):
-        # The advice is to change a setting, which begin would refuse while this request is here.
-        remove_unfinished(folder)
-        shutil.rmtree(parts, ignore_errors=True)
-        raise too_few(meta)
-    publish(folder, tokenizer, meta)
-    os.remove(splits.log_path)  # from here on find_finished counts the set as finished
+    require_ours(folder)
+    done = find_finished(folder, meta)
+    if done:
+        print(f'{folder} is there already; remove it to make it again')
+        for name in ('parts', 'new'):  # left by a run that was killed at its very end
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        return done
+    try:
+        os.makedirs(parts, exist_ok=True)
+        with only_one(os.path.join(parts, f'{worker.replace("/", "of") or "join"}.lock')):
+            write_json(os.path.join(parts, 'meta.json'), meta)  # for pinned_commit
+            paths = make_parts(parts, {file: files[file] for file in share}, tokenize, meta)
+            if worker:
+                return None
+            join(folder, paths, tokenizer, meta)
+    except OSError as e:
+        shutil.rmtree(os.path.join(folder, 'new'), ignore_errors=True)
+        raise UserError(f'could not write {e.filename or folder} ({e.strerror or e}); fix that, '
+                        'and the same command continues') from e
+    shutil.rmtree(parts, ignore_errors=True)  # after the lock: Windows cannot remove open files
     return meta
 
 
-def too_few(meta):
-    """Return the UserError for a stream that does not fill both splits."""
-    total = sum(counts['tokens'] for counts in meta['splits'].values())
-    val_tokens = meta['source']['val_tokens']
-    # A split needs at least two tokens: an input and its target.
-    if total < 4:
-        return UserError(f'{total} tokens in all are too few for two splits: more text is needed')
-    if val_tokens < 2:
-        return UserError(f'{val_tokens} tokens are too few for validation: give --val_tokens=2')
-    return UserError(f'{total:,} tokens in all are too few for {val_tokens:,} of validation: '
-                     f'give --val_tokens={max(2, total // 10)}, or more text')
+def share_of(worker, files):
+    """Return the files of worker 'i/n', or all of them for ''; raise UserError.
 
-
-def make_pieces(folder, meta, files, to_tokens, share, worker):
-    """Write the pieces of a share of the files, a range of their numbers.
-
-    Return None, or the meta of the data set if another run has finished it meanwhile.
+    >>> share_of('1/3', ['a', 'b', 'c', 'd', 'e'])
+    ['b', 'e']
     """
-    parts = os.path.join(folder, 'parts')
-    begin(parts, meta)
-    try:
-        with Pieces(parts, meta, name_of(worker), start=Position(share.start)) as pieces:
-            advance(pieces, files, to_tokens, share=share)
-    except FileNotFoundError:  # a run that finishes the set removes parts/
-        done = find_finished(folder, meta)
-        if done is None:
-            raise
-        return done
+    if not worker:
+        return files
+    i, _, n = worker.partition('/')
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f'worker is {worker!r}; for the first of four machines, give --worker=0/4')
+    return files[int(i)::int(n)]
 
 
-# ---- What is there already -----------------------------------------------------------------------
-def file_stamps(files):
-    """Return [name, bytes, time of last change] for each local file, its name for a remote one."""
-    stamps = []
-    for file in files:
-        if os.path.exists(file):
-            stamps.append([file, os.path.getsize(file), os.path.getmtime(file)])
-        else:
-            stamps.append(file)
-    return stamps
-
-
-def request_of(meta):
-    """Return what decides the tokens of a corpus: its sources, its settings and its tokenizer."""
-    keys = ('files', 'column', 'val_tokens', 'max_tokens')
-    source = meta.get('source')
-    if not isinstance(source, dict):  # write_dataset wrote this meta, not write_corpus
-        source = {}
-    return [[source.get(key) for key in keys], meta.get('tokenizer')]
-
-
-def request_hash(meta):
-    """Return the name of a request: 16 hexadecimal digits."""
-    return folio.tokenizer.spec_hash(request_of(meta))
-
-
-def begin(parts, meta):
-    """Record a request in parts/; raise UserError if parts/ belongs to another request."""
-    request = request_hash(meta)
-    for name in os.listdir(parts):
-        owner = re.match(r'([0-9a-f]{16})(-.*[.]bin|[.]jsonl)$', name)
-        if owner and owner[1] != request:
-            raise UserError(f'{parts} is of an unfinished run with other settings or files: '
-                            'finish it with those, or remove that folder to begin anew')
-    path = os.path.join(parts, f'{request}.json')
-    if not os.path.exists(path):
-        write_json(path, meta)
+def stamp(file):
+    """Return [name, bytes, time of last change] of a local file, the name of a remote one."""
+    if not os.path.exists(file):
+        return file
+    return [file, os.path.getsize(file), os.path.getmtime(file)]
 
 
 def find_finished(folder, fresh):
-    """Return the meta of a finished data set, or None if there is none yet.
+    """Return the meta of a finished data set, {} if there is none yet.
 
     Raises UserError if it was made with other settings, or from other files, than those of `fresh`.
     """
-    done = read_json(os.path.join(folder, 'meta.json'))
-    # While there is a log in parts/, a run is not done: it may have died while publishing.
-    logs = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.jsonl'))
-    if not done or logs or not is_whole(folder, done):
-        return None
-    if request_of(done) != request_of(fresh):
+    done = read_meta(folder)
+    total = 0
+    for split, counts in done.get('splits', {}).items():
+        path = os.path.join(folder, f'{split}.bin')
+        n_bytes = counts['tokens'] * np.dtype(done['dtype']).itemsize
+        if not os.path.exists(path) or os.path.getsize(path) != n_bytes:
+            return {}
+        total += counts['tokens']
+    asked = fresh['source'] | {'val_tokens': fresh['source']['val_tokens'] or a_tenth(total)}
+    if done and (done['source'], done['tokenizer']) != (asked, fresh['tokenizer']):
         raise UserError(f'{folder} is there already, of other settings or files; '
                         'remove it, or give another --dataset')
     return done
 
 
-def is_whole(folder, meta):
-    """Return whether the token files are there, each with as many tokens as meta.json says."""
-    itemsize = np.dtype(meta['dtype']).itemsize
+def a_tenth(n_tokens):
+    """Return how many tokens of a stream are for validation by default."""
+    return min(100_000_000, max(2, n_tokens // 10))
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+def make_parts(parts, files, tokenize, meta):
+    """Write the parts of these files that are missing; return the paths of those that are needed.
+
+    files: {file: its bytes}. They are needed in this order until there are max_tokens.
+    """
+    source = meta['source']
+    paths = {}
+    for file in files:
+        decides = [stamp(file), source['column'], source.get('separator'), source['max_tokens'],
+                   meta['tokenizer']['hash']]
+        paths[file] = os.path.join(parts, f'{folio.tokenizer.spec_hash(decides)}.bin')
+    missing = {file: size for file, size in files.items() if not os.path.exists(paths[file])}
+    n_bytes = sum(files.values())
+    limit = source['max_tokens'] or sys.maxsize
+    needed = []
+    n_tokens = 0
+    with tqdm(desc=os.path.basename(os.path.dirname(parts)), unit='B', unit_scale=True,
+              total=n_bytes, initial=n_bytes - sum(missing.values())) as bar:
+        stream = with_count(tokenize(missing, bar), bar, source['max_tokens'])
+        by_file = itertools.groupby(stream, key=lambda item: item[0])
+        for file, path in paths.items():
+            if n_tokens >= limit:
+                break
+            if file in missing:
+                _, of_file = next(by_file)
+                write_part(path, of_file, meta['dtype'], limit)
+            needed.append(path)
+            n_tokens += tokens_in(path, meta)
+    return needed
+
+
+def with_count(stream, bar, max_tokens):
+    """Yield what `tokenize` yields, and show on its bar how many tokens there are."""
+    n_bytes = bar.total
+    n_tokens = 0
+    for file, tokens, n_bad in stream:
+        yield file, tokens, n_bad
+        n_tokens += len(tokens)
+        bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
+        if max_tokens and n_tokens:  # they may need only a share of the bytes
+            bar.total = max(bar.n, min(n_bytes, bar.n * max_tokens / n_tokens))
+
+
+def write_part(path, stream, dtype, limit):
+    """Write the tokens of a file, but at most `limit`, whole or not at all."""
+    n_bad = 0
+    n_tokens = 0
+    with whole(path) as f:
+        f.write(bytes(HEADER))
+        for _, tokens, n_bad_here in stream:
+            tokens = tokens[:limit - n_tokens]
+            f.write(tokens.astype(dtype).tobytes())
+            n_tokens += len(tokens)
+            n_bad += n_bad_here
+            if n_tokens >= limit:
+                break
+        f.seek(0)
+        f.write(n_bad.to_bytes(HEADER, 'little'))
+
+
+def tokens_in(path, meta):
+    """Return how many tokens a part has."""
+    return (os.path.getsize(path) - HEADER) // np.dtype(meta['dtype']).itemsize
+
+
+def join(folder, paths, tokenizer, meta):
+    """Write the parts as val.bin and train.bin, count them into the meta, and publish the set."""
+    total = sum(tokens_in(path, meta) for path in paths)
+    total = min(total, meta['source']['max_tokens'] or total)
+    n_val = meta['source']['val_tokens'] or a_tenth(total)
+    if n_val < 2 or total - n_val < 2:  # a split needs an input and its target
+        raise UserError(f'{total:,} tokens in all are too few for two splits, if val_tokens is '
+                        f'{n_val:,}: give more text, or --val_tokens={a_tenth(total)}')
+    meta['source']['val_tokens'] = n_val
+    meta['bad_rows'] = sum(int(np.fromfile(path, '<u8', count=1)[0]) for path in paths)
+    new = empty_folder(folder)
+    blocks = blocks_of(paths, meta['dtype'])
+    rest = np.array([], meta['dtype'])  # of a block that ends in the next split
+    for split, n_missing in (('val', n_val), ('train', total - n_val)):
+        counts = np.zeros(tokenizer.n_vocab, np.int64)  # of each token
+        with open(os.path.join(new, f'{split}.bin'), 'wb') as f:
+            while n_missing > 0:
+                block = rest if len(rest) else next(blocks)
+                tokens = block[:n_missing]
+                rest = block[n_missing:]
+                f.write(tokens.tobytes())
+                counts += np.bincount(tokens, minlength=tokenizer.n_vocab)
+                n_missing -= len(tokens)
+            f.flush()
+            os.fsync(f.fileno())
+        meta['splits'][split] = {'tokens': int(counts.sum()),
+                                 'documents': int(counts[tokenizer.eot]),
+                                 'bytes': int(counts @ bytes_of_tokens(tokenizer))}
+    publish(folder, tokenizer, meta)
+
+
+def blocks_of(paths, dtype):
+    """Yield the tokens of all parts, in arrays of some millions."""
+    for path in tqdm(paths, desc='joining', unit=' parts', delay=2):
+        with open(path, 'rb') as f:
+            f.seek(HEADER)
+            while block := f.read(8 * BUFFER):
+                yield np.frombuffer(block, dtype)
+
+
+def report(folder, meta):
+    """Print what a data set contains."""
+    if meta.get('bad_rows'):
+        print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
     for split, counts in meta['splits'].items():
-        path = os.path.join(folder, f'{split}.bin')
-        if not os.path.isfile(path) or os.path.getsize(path) != counts['tokens'] * itemsize:
-            return False
-    return True
-
-
-def find_sources(pattern, folder):
-    """Return (files that match a pattern, the hub's commit that they are of; '' for local files).
-
-    The commit is the one that the first run into this folder found, so that a run that is continued
-    and all workers read the same text. Raises UserError if nothing matches, or if the hub cannot be
-    reached.
-    """
-    if not documents.is_on_hub(pattern):
-        return documents.source_files(pattern), ''
-    revision = pinned_revision(folder, pattern) or documents.newest_revision(pattern)
-    return documents.source_files(documents.at_revision(pattern, revision)), revision
-
-
-def pinned_revision(folder, pattern):
-    """Return the commit that an earlier run into a folder recorded for a pattern, or ''."""
-    paths = glob.glob(os.path.join(glob.escape(folder), 'parts', '*.json'))
-    paths.append(os.path.join(folder, 'meta.json'))
-    for path in paths:
-        meta = read_json(path) or {}
-        source = meta.get('source')
-        if isinstance(source, dict) and source.get('pattern') == pattern:
-            if source.get('revision'):
-                return source['revision']
-    return ''
-
-
-# ---- Workers -------------------------------------------------------------------------------------
-def share_of(worker, n_files):
-    """Return the range of files that worker 'i/n' reads, or all of them for ''; raise UserError.
-
-    >>> share_of('1/4', n_files=10)
-    range(2, 5)
-    """
-    if not worker:
-        return range(n_files)
-    i, _, n = worker.partition('/')
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise UserError(f'worker is {worker!r}; for the first of four machines, give --worker=0/4')
-    return range(int(i) * n_files // int(n), (int(i) + 1) * n_files // int(n))
-
-
-def name_of(worker):
-    """Return the name of a run's lock and of its unfinished piece.
-
-    Each worker has its own name, because workers run side by side.
-    """
-    return worker.replace('/', 'of') or 'join'
-
-
-class Piece(NamedTuple):
-    """A piece of a corpus, in a file of tokens."""
-    path: str
-    end: Position  # where in the source files it ends
-    n_bad: int  # broken rows that were left out
-
-
-def find_piece(parts, request, start):
-    """Return the piece that begins at a position, or None if no worker has made it."""
-    prefix = f'{request}-{start}-'
-    for name in os.listdir(parts):
-        if name.startswith(prefix) and name.endswith('.bin'):
-            end, n_bad = name.removeprefix(prefix).removesuffix('.bin').split('-')
-            position = Position(*map(int, end.split('.')))
-            return Piece(os.path.join(parts, name), position, int(n_bad))
-    return None
-
-
-class Pieces:
-    """The pieces that a worker writes.
-
-    position: how far it has come in the source files.
-    n_waiting: tokens written since the last commit; they are lost if the run is killed.
-    """
-
-    def __init__(self, parts, meta, name, start):
-        self.parts = parts
-        self.request = request_hash(meta)
-        self.dtype = meta['dtype']
-        self.name = name
-        self.start = start  # where the piece that is being written begins
-        self.position = start
-        self.n_waiting = 0
-        self.n_bad = 0
-        self.temporary = os.path.join(parts, f'{name}.tmp')
-        self.file = open(self.temporary, 'wb')
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-        with contextlib.suppress(OSError):
-            os.remove(self.temporary)
-
-    def fullness(self):
-        """Return the share of max_tokens that is written; a worker has no such limit."""
-        return 0.0
-
-    def write(self, tokens, position, n_bad):
-        self.file.write(tokens.astype(self.dtype).tobytes())
-        self.n_waiting += len(tokens)
-        self.n_bad += n_bad
-        self.position = position
-
-    def commit(self):
-        """Give the piece its final name, and begin the next one."""
-        if self.position == self.start:  # nothing was read since the last one
-            return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        name = f'{self.request}-{self.start}-{self.position}-{self.n_bad}.bin'
-        os.replace(self.temporary, os.path.join(self.parts, name))
-        sync_folder(self.parts)
-        self.file = open(self.temporary, 'wb')
-        self.start = self.position
-        self.n_waiting = 0
-        self.n_bad = 0
-
-    def take(self, piece):
-        """Pass over a piece that is there already."""
-        self.start = piece.end
-        self.position = piece.end
-
-
-# ---- The splits ----------------------------------------------------------------------------------
-class Splits:
-    """val.bin.tmp and train.bin.tmp of a corpus, and the log of how far they have come.
-
-    position: how far they have come in the source files.
-    n_waiting: tokens written since the last commit; they are made again if the run is killed.
-    """
-
-    def __init__(self, folder, tokenizer, meta):
-        """Go on where an earlier run has stopped. meta: of a new corpus; the counts go into it."""
-        self.folder = folder
-        self.meta = meta
-        self.parts = os.path.join(folder, 'parts')
-        self.request = request_hash(meta)
-        self.dtype = np.dtype(meta['dtype'])
-        self.name = os.path.basename(folder)
-        self.token_bytes = bytes_of_tokens(tokenizer)
-        self.files = {}  # {split: its open file}, from the first write on
-        self.position = Position()
-        self.n_waiting = 0
-        meta['bad_rows'] = 0  # broken rows that were left out
-        for split in ('val', 'train'):
-            meta['splits'][split] = {'tokens': 0, 'documents': 0, 'bytes': 0}
-
-        self.log_path = os.path.join(self.parts, f'{self.request}.jsonl')
-        last = last_entry(self.log_path)
-        if last is not None:
-            self.position = Position(*last['position'])
-            meta['bad_rows'] = last['bad_rows']
-            meta['splits'] = last['splits']
-        self.log = open(self.log_path, 'ab')
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for file in [self.log, *self.files.values()]:
-            file.close()
-
-    def total(self):
-        """Return the number of tokens written, in this run and before."""
-        return sum(split['tokens'] for split in self.meta['splits'].values())
-
-    def fullness(self):
-        """Return the share of max_tokens that is written, 0 if there is no limit."""
-        max_tokens = self.meta['source']['max_tokens']
-        return self.total() / max_tokens if max_tokens else 0.0
-
-    def write(self, tokens, position, n_bad):
-        """Append tokens to val.bin.tmp until it has its val_tokens, then to train.bin.tmp."""
-        max_tokens = self.meta['source']['max_tokens']
-        if max_tokens:
-            tokens = tokens[:max_tokens - self.total()]
-        val_missing = self.meta['source']['val_tokens'] - self.meta['splits']['val']['tokens']
-        n_val = max(0, val_missing)
-        self.append('val', tokens[:n_val])
-        self.append('train', tokens[n_val:])
-        self.meta['bad_rows'] += n_bad
-        self.position = position
-
-    def append(self, split, tokens):
-        """Append tokens to <split>.bin.tmp, and count them."""
-        counts = self.meta['splits'][split]
-        for i in range(0, len(tokens), BLOCK_TOKENS):
-            block = tokens[i:i + BLOCK_TOKENS]
-            self.file_of(split).write(block.astype(self.dtype).tobytes())
-            counts['tokens'] += len(block)
-            counts['documents'] += int((block == self.meta['eot']).sum())
-            counts['bytes'] += int(self.token_bytes[block].sum())
-            self.n_waiting += len(block)
-
-    def file_of(self, split):
-        """Return the open <split>.bin.tmp, cut to the tokens that the log has recorded."""
-        if split not in self.files:
-            path = os.path.join(self.folder, f'{split}.bin.tmp')
-            file = open(path, 'ab')
-            recorded_size = self.meta['splits'][split]['tokens'] * self.dtype.itemsize
-            if os.path.getsize(path) < recorded_size:
-                file.close()
-                raise UserError(f'{path} is damaged: remove it and {self.parts} to begin anew')
-            # A killed run may have written more than it recorded. That will be written again.
-            file.truncate(recorded_size)
-            self.files[split] = file
-        return self.files[split]
-
-    def commit(self):
-        """Sync what was written to the disk, then record the position in the log."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        entry = {
-            'position': self.position,
-            'bad_rows': self.meta['bad_rows'],
-            'splits': self.meta['splits'],
-        }
-        self.log.write(json.dumps(entry).encode() + b'\n')
-        self.log.flush()
-        os.fsync(self.log.fileno())
-        self.n_waiting = 0
-
-    def take(self, piece):
-        """Append a worker's piece, and remove its file once that is recorded."""
-        self.write(np.fromfile(piece.path, self.dtype), piece.end, n_bad=piece.n_bad)
-        self.commit()
-        os.remove(piece.path)
-
-
-def last_entry(path):
-    """Return the last whole line of a log, decoded, or None; cut off a line that a kill tore."""
-    try:
-        with open(path, 'r+b') as f:
-            contents = f.read()
-            n_whole = contents.rfind(b'\n') + 1
-            f.truncate(n_whole)
-    except FileNotFoundError:
-        return None
-    lines = contents[:n_whole].splitlines()
-    if not lines:
-        return None
-    try:
-        return json.loads(lines[-1])
-    except ValueError as e:
-        folder = os.path.dirname(path)
-        raise UserError(f'{path} is damaged ({e}): remove {folder} to begin anew') from None
-
-
-def bytes_of_tokens(tokenizer):
-    """Return how many bytes of text each token stands for: (vocab_size,).
-
-    They turn tokens into the bytes of text that meta.json records, for bits per byte, also where
-    only tokens are at hand, as in a worker's piece.
-    """
-    counts = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
-    counts[tokenizer.eot] = 0  # it separates texts, and is part of none
-    return counts
-
-
-# ---- From the source files to the tokens ---------------------------------------------------------
-def advance(writer, files, to_tokens, share):
-    """Write the tokens of a share of the files, a range of their numbers.
-
-    writer: Splits or Pieces; its position says where to go on. A piece that another run has made is
-    taken instead of read again.
-    """
-    with tqdm(total=1.0, bar_format=BAR_FORMAT, desc=writer.name) as bar:
-        clock = Clock(bar, share)
-        while writer.position.file < share.stop and writer.fullness() < 1:
-            piece = find_piece(writer.parts, writer.request, writer.position)
-            if piece is not None:
-                writer.take(piece)
-                continue
-            chunks = read_on(files, to_tokens, writer.position, end=share.stop)
-            write_until_piece(writer, chunks, clock)
-
-
-def write_until_piece(writer, chunks, clock):
-    """Write chunks until they end, max_tokens are reached, or a piece of another run begins.
-
-    chunks: what read_on yields. If they end in a UserError, what came before it is kept.
-    """
-    with contextlib.closing(chunks):
-        while writer.fullness() < 1:
-            try:
-                position, mark, tokens = next(chunks)
-            except StopIteration:
-                break
-            except UserError:
-                writer.commit()
-                raise
-            writer.write(tokens, position, n_bad=mark.n_bad)
-            clock.show(position.file + mark.share, len(tokens), writer.fullness())
-            if writer.n_waiting >= COMMIT_TOKENS:
-                writer.commit()
-            if find_piece(writer.parts, writer.request, position) is not None:
-                break
-    writer.commit()
-
-
-def read_on(files, to_tokens, start, end):
-    """Yield (position, mark, tokens) for each chunk, from a position up to file number `end`.
-
-    position: where the chunk ends. After each file comes an empty chunk, whose position is the
-    beginning of the next file, where a piece may go on.
-    """
-    row = start.row
-    offset = start.offset
-    for number in range(start.file, end):
-        with contextlib.closing(to_tokens(files[number], row=row, offset=offset)) as chunks:
-            for mark, tokens in chunks:
-                yield Position(number, mark.row, mark.offset), mark, tokens
-        row = 0
-        offset = 0
-        yield Position(number + 1), documents.Mark(), np.array([], np.uint32)
-
-
-class Clock:
-    """Show on a progress bar how much of a share of the files is done."""
-
-    def __init__(self, bar, share):
-        self.bar = bar
-        self.share = share
-        self.began = time.perf_counter()
-        self.n_tokens = 0
-
-    def show(self, files_done, n_new, fullness):
-        """Move the bar to the share done of the files, or of max_tokens if that is larger.
-
-        files_done: files done, counted from the first of all, plus the share done of the current
-        one. n_new: tokens since the last call. fullness: the share done of max_tokens.
-        """
-        self.n_tokens += n_new
-        speed = self.n_tokens / (time.perf_counter() - self.began)
-        done = (files_done - self.share.start) / len(self.share)
-        number = min(math.floor(files_done) + 1, self.share.stop)
-        self.bar.set_postfix_str(f'file {number} of {self.share.stop}: '
-                                 f'{self.n_tokens / 1e6:,.1f} M tokens, '
-                                 f'{speed / 1e6:.2f} M a second', refresh=False)
-        self.bar.update(min(1.0, max(done, fullness)) - self.bar.n)
+        print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens '
+              f'in {counts["documents"]:,} documents, '
+              f'{counts["bytes"] / counts["tokens"]:.2f} bytes a token')

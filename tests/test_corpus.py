@@ -1,8 +1,11 @@
-"""A corpus is made once, from the files there at first, no matter how often it is interrupted."""
+"""A corpus holds every document of its source files once, however they lie there and are read."""
+import bz2
+import gzip
 import hashlib
-import io
 import json
+import lzma
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -12,197 +15,541 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings, strategies as st
+from tqdm import tqdm
 
-from conftest import ROOT, need_gpt2, run
+from conftest import ROOT, largest_file, need_gpt2, run
+from folio import bpe
 from folio.configurator import UserError
 from folio.data import Dataset
-from hub import COMMIT, Hub
+from folio.log import only_one
 from prepare import corpus
-from prepare.documents import Mark
 import folio.tokenizer
 
 FINEWEB = 'prepare/fineweb/prepare.py'
+TEXTS = ['He said "hi"\nand left.', 'plain text, two lines\nhere', 'naïve 漢字 🙂', 'last']
+PARQUET = {'row_group_size': 5, 'compression': 'none', 'use_dictionary': False}
 
 
-class Tokenizer:
-    """Stand in for a tokenizer where a test makes the tokens itself."""
-    spec = {'kind': 'gpt2'}
-    n_vocab = 70001
-    eot = 70000
-
-    def decode_bytes(self, ids):
-        return b'abc'
+@pytest.fixture(scope='module')
+def alphabet(tmp_path_factory):
+    """The path of a tokenizer whose tokens are bytes."""
+    path = tmp_path_factory.mktemp('tokenizer') / 'bytes.json'
+    folio.tokenizer.save(folio.tokenizer.train_bpe([], 257), path)
+    return path
 
 
-def lines(texts):
+@pytest.fixture
+def prepare(tmp_path, alphabet, monkeypatch):
+    """A function that runs prepare.py in tmp_path, where we are; it returns what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(*args, status=0):
+        out, err = run(FINEWEB, f'--tokenizer={alphabet}', *args, cwd=tmp_path, status=status)
+        return out + err
+    return prepare
+
+
+def documents(folder='.', name='fineweb'):
+    """Return the documents of a data set in the order of the stream: val.bin, then train.bin."""
+    data = Dataset(str(pathlib.Path(folder) / 'data' / name))
+    ids = np.concatenate([data.tokens('val'), data.tokens('train')]).tolist()
+    texts = folio.tokenizer.load(data.spec).decode_bytes(ids).decode().split('<|endoftext|>')
+    assert texts[0] == ''
+    return texts[1:]
+
+
+def lines(texts, **others):
     """Return the contents of a .jsonl of these texts."""
-    return ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+    return ''.join(json.dumps({'text': text} | others) + '\n' for text in texts)
 
 
-def texts_of(name, n=60):
+def texts_of(name, n=20):
     return [f'{name}, document {i}: ' + ' '.join(map(str, range(i))) for i in range(n)]
 
 
-def decoded(folder, name='fineweb'):
-    """Return the text of a data set."""
-    data = Dataset(str(folder / 'data' / name))
-    ids = np.concatenate([data.tokens('val'), data.tokens('train')]).tolist()
-    return folio.tokenizer.load('gpt2').decode(ids)
+def read(path, **form):
+    """Return the documents of a file, and how many broken rows were left out."""
+    texts = []
+    n_bad = 0
+    for chunk, n_bad_here in corpus.read(str(path), corpus.Form(**form), tqdm(disable=True)):
+        texts += [text for text, _ in chunk]
+        n_bad += n_bad_here
+    return texts, n_bad
 
 
-def as_stream(texts):
-    return ''.join('<|endoftext|>' + text for text in texts)
+def hashes_of(folder):
+    """Return {file: SHA-256} of data/fineweb, which must be complete and have left nothing else."""
+    files = sorted((folder / 'data' / 'fineweb').iterdir())
+    assert [path.name for path in files] == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def chunks_of(arrays, chunk=100, log=None):
-    """Return a to_tokens that yields `chunk` tokens at a time, and logs (file, row) of its start.
-
-    arrays: {file: its tokens}. A row is a token.
-    """
-    def to_tokens(file, row, offset):
-        if log is not None:
-            log.append((file, row))
-        tokens = arrays[file]
-        for start in range(row, len(tokens), chunk):
-            end = min(len(tokens), start + chunk)
-            yield Mark(row=end, offset=end, share=end / len(tokens)), tokens[start:end]
-    return to_tokens
+# ---- The source files ----------------------------------------------------------------------------
+def write_files(*paths):
+    for path in map(pathlib.Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines([str(path)]))
 
 
-def stream_in(folder):
-    """Return all tokens of a data set, val.bin before train.bin."""
-    return np.concatenate([np.fromfile(folder / 'val.bin', '<u4'),
-                           np.fromfile(folder / 'train.bin', '<u4')])
+@pytest.mark.parametrize('pattern', ['d/**/**/*.jsonl', 'd/**/*.jsonl', 'd/**', '**/*.jsonl'])
+def test_each_file_is_read_once_whatever_leads_to_it(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    write_files('d/a/b/c/x.jsonl', 'd/a/y.jsonl', 'd/z.jsonl')
+    os.symlink('.', 'd/self')
+    os.symlink('../../d', 'd/a/up')  # with the other one, endlessly many ways
+    os.symlink('y.jsonl', 'd/a/same.jsonl')
+    os.link('d/z.jsonl', 'd/zz.jsonl')
+    found = corpus.local_files(pattern)
+    assert len(found) == 3
+    assert sorted(read(path)[0][0] for path in found) == [
+        'd/a/b/c/x.jsonl', 'd/a/y.jsonl', 'd/z.jsonl']
 
 
-# ---- Workers -------------------------------------------------------------------------------------
-def test_a_file_that_arrives_between_two_workers_is_neither_lost_nor_doubled(tmp_path):
+def test_files_behind_a_link_to_a_folder_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files('elsewhere/deep/x.jsonl', 'd/y.jsonl', 'd/.hidden.jsonl', 'd/.cache/z.jsonl')
+    os.symlink('../elsewhere', 'd/linked')
+    assert corpus.local_files('d/**/*.jsonl') == ['d/linked/deep/x.jsonl', 'd/y.jsonl']
+
+
+@pytest.mark.parametrize('pattern', ['d/*.jsonl', 'd/1.jsonl', 'd/**/*.jsonl'])
+def test_a_link_to_nothing_is_named(prepare, pattern):
+    """As a download that broke off leaves it in the hub's cache."""
+    write_files('blobs/0', 'd/0.jsonl')
+    os.symlink('../blobs/1', 'd/1.jsonl')
+    assert "No such file or directory: 'd/1.jsonl'" in prepare(f'--source={pattern}', status=2)
+
+
+def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
+    names = ['BIG.JSONL', 'a [1].jsonl', 'b.ndjson', 'colon::x.jsonl']
+    write_files(*names)
+    for name in names:
+        assert corpus.local_files(name) == [name]
+        assert read(name)[0] == [name]
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert len(corpus.local_files('~/*')) == 4
+    prepare('--source=*')
+    assert documents() == names
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('z.md', b'# About these files\n', 'z.md is none of .parquet, .jsonl'),
+    ('z.csv.gz', gzip.compress(b'a'), 'none of .parquet'),
+    ('z.jsonl.zip', b'PK', 'none of .parquet'),
+    ('z.jsonl', b'{"content": "a"}\n', 'z.jsonl, line 1: it has no text; by --column=, name one'),
+    ('z.jsonl.gz', b'', 'z.jsonl.gz could not be read (ValueError: it has 0 bytes'),
+    ('z.jsonl.zst', b'', 'it has 0 bytes'),
+    ('z.jsonl.bz2', b'torn', 'z.jsonl.bz2 could not be read'),
+    ('z.parquet', b'PAR1', 'z.parquet could not be read'),
+    ('z.txt', b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'git lfs pull'),
+    ('z.txt', 'd\xe9j\xe0 vu'.encode('latin-1'), "z.txt, text: 'utf-8' codec can't decode"),
+    ('z.txt', '\ufeffd\xe9j\xe0 vu'.encode('utf-16'), "'utf-8' codec can't decode"),
+])
+def test_what_cannot_be_read_is_named_before_the_first_token(prepare, name, content, says):
+    write_files('a.jsonl')
+    pathlib.Path(name).write_bytes(content)
+    assert says in prepare('--source=*', status=2)
+    assert not os.path.exists('data')
+
+
+def test_a_parquet_without_the_column_is_named_before_the_first_token(prepare):
+    pyarrow.parquet.write_table(pyarrow.table({'text': TEXTS}), 'a.parquet')
+    pyarrow.parquet.write_table(pyarrow.table({'content': TEXTS, 'id': range(4)}), 'b.parquet')
+    said = prepare('--source=*.parquet', '--skip_bad=True', status=2)
+    assert 'b.parquet could not be read (ValueError: it has no text' in said
+    assert 'name one of content, id' in said
+    assert not os.path.exists('data')
+
+
+def test_a_corrected_column_just_works(prepare):
+    pathlib.Path('a.jsonl').write_text(lines(TEXTS).replace('text', 'content', 1).replace(
+        '"text":', '"content":'))
+    assert '--column=' in prepare('--source=a.jsonl', status=2)
+    assert 'another --column' in prepare('--source=a.jsonl', '--skip_bad=True', status=2)
+    prepare('--source=a.jsonl', '--column=content')
+    assert len(documents()) == 4
+
+
+# ---- Lines and tables ----------------------------------------------------------------------------
+@pytest.mark.parametrize('line, says', [
+    ('{"text": "a\x01b"}', 'Invalid control character'),
+    ('{"text": "torn', 'Invalid control character'),
+    ('{"txt": "a", "id": 1}', 'it has no text; by --column=, name one of txt, id'),
+    ('["text"]', 'it is list, not an object'),
+    ('{"text": ["a"]}', 'text is list, not text; name another by --column='),
+    ('{"text": false}', 'text is bool, not text'),
+    ('[' * 100_000, 'recursion'),
+    (b'{"text": "\xff"}', "can't decode byte 0xff"),
+], ids=['control', 'torn', 'column', 'row', 'list', 'bool', 'deep', 'bytes'])
+def test_a_broken_line_is_named_by_its_number(tmp_path, line, says):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(lines(TEXTS).encode() + b'\n' + line + b'\n' + b'{"text": "after"}')
+    with pytest.raises(UserError, match=r'a.jsonl, line 6: .*--skip_bad=True') as error:
+        read(path)
+    assert says in str(error.value)
+    assert read(path, skip_bad=True) == ([*TEXTS, 'after'], 1)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5)
+PLAIN = st.fixed_dictionaries({'text': st.text()}, optional={'id': VALUES, 'meta': VALUES})
+HOSTILE = st.one_of(
+    PLAIN.map(json.dumps), PLAIN.map(lambda row: json.dumps(row, ensure_ascii=False)),
+    PLAIN.map(lambda row: json.dumps(row)[:-2]), VALUES.map(json.dumps),
+    st.dictionaries(st.text(), VALUES).map(json.dumps), st.text(),
+).map(lambda line: line.replace('\n', ' ').encode('utf-8', 'surrogatepass')) | st.binary().map(
+    lambda line: line.replace(b'\n', b''))
+
+
+def expected_of(line):
+    """Return the document in a line of bytes, '' if it has none, or None if the line is broken."""
+    if not line.strip(b' \t\r\n\x0b\x0c'):
+        return ''
+    try:
+        row = json.loads(line)
+        text = row['text']
+        if text is None:
+            return ''
+        assert isinstance(row, dict) and isinstance(text, str)
+    except Exception:
+        return None
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+@settings(deadline=None)
+@given(st.lists(HOSTILE, max_size=30))
+def test_documents_are_those_of_json_loads_or_the_line_is_named(tmp_path_factory, some):
+    path = tmp_path_factory.getbasetemp() / 'hostile.jsonl'
+    path.write_bytes(b''.join(line + b'\n' for line in some))
+    expected = [expected_of(line) for line in some]
+    found = [text for text in expected if text]
+    assert read(path, skip_bad=True) == (found, expected.count(None))
+    if None in expected:
+        with pytest.raises(UserError, match=f', line {expected.index(None) + 1}: '):
+            read(path)
+
+
+@pytest.mark.parametrize('early, late', [
+    ({}, {'lang': 'en'}), ({'score': None}, {'score': 0.5}), ({'id': 5}, {'id': 'x13999'}),
+    ({'meta': {'a': 1}}, {'meta': {'a': 1, 'b': 2}}), ({'type': 'a', 'message': 'b'}, {}),
+])
+def test_other_columns_may_hold_what_they_like(tmp_path, early, late):
+    # Over ten megabytes: a reader that guesses the columns' types from the first would fail later.
+    texts = ['word ' * 200_000] * 11
+    (tmp_path / 'a.jsonl').write_text(lines(texts, **early) + lines(['end'], **late))
+    assert read(tmp_path / 'a.jsonl') == ([*texts, 'end'], 0)
+
+
+def test_text_may_be_null_and_look_like_anything(tmp_path):
+    texts = [None] * 30 + ['2024-01-01', '5', 'null', '', 'true', 'a\ud83d', '\ud83d\ude42']
+    expected = ['2024-01-01', '5', 'null', 'true', 'a\ufffd', '🙂']
+    (tmp_path / 'a.jsonl').write_text(lines(texts))
+    (tmp_path / 'a.json').write_text(lines(texts))
+    (tmp_path / 'b.json').write_text(json.dumps([{'text': text} for text in texts], indent=2))
+    for name in ('a.jsonl', 'a.json', 'b.json'):
+        assert read(tmp_path / name) == (expected, 0)
+
+
+@pytest.mark.parametrize('kind', [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(),
+                                  pyarrow.dictionary(pyarrow.int32(), pyarrow.string())], ids=str)
+def test_a_parquet_may_hold_text_in_many_ways(tmp_path, kind):
+    text = pyarrow.array([*TEXTS, None, ''] * 9).cast(kind)
+    table = pyarrow.table({'id': range(54), 'text': text, 'meta': [{'a': [1]}] * 54})
+    pyarrow.parquet.write_table(table, tmp_path / 'a.parquet', row_group_size=5)
+    assert read(tmp_path / 'a.parquet') == (TEXTS * 9, 0)
+
+
+@pytest.mark.parametrize('value', [['a'], {'a': 'b'}, b'abc', 5], ids=repr)
+def test_a_parquet_column_that_is_not_text_gets_one_line(tmp_path, value):
+    table = pyarrow.table({'text': [value] * 9, 'id': range(9)})
+    pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
+    with pytest.raises(UserError, match=r'row 1: text is \w+, not text; name another by --column='):
+        read(tmp_path / 'a.parquet')
+
+
+def test_a_parquet_row_that_is_not_utf_8_is_named(tmp_path):
+    good = pyarrow.array([b'fine', b'\xff', b'more'])
+    text = pyarrow.StringArray.from_buffers(3, *good.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({'text': text}), tmp_path / 'a.parquet', **PARQUET)
+    with pytest.raises(UserError, match='row 2: '):
+        read(tmp_path / 'a.parquet')
+    assert read(tmp_path / 'a.parquet', skip_bad=True) == (['fine', 'more'], 1)
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
+def test_byte_order_marks_are_not_text_and_line_ends_are_newlines(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('\ufeff  First word\r\nand\rmore\r\n'.encode())
+    (tmp_path / 'a.jsonl').write_bytes('\ufeff{"text": "first"}\n{"text": "second"}'.encode())
+    assert read(tmp_path / 'a.txt') == (['  First word\nand\nmore\n'], 0)
+    assert read(tmp_path / 'a.jsonl') == (['first', 'second'], 0)
+
+
+@pytest.mark.parametrize('separator', ['<|endoftext|>', '%', '* * *'])
+def test_a_line_may_separate_the_documents_of_a_text(prepare, separator):
+    texts = ['Once upon a time\n\n\n', '  a 100 % sure % thing\n%%', '<|end', 'last\n']
+    text = f'\n{separator}\n'.join(texts)
+    pathlib.Path('a.txt').write_text(f'{separator}\n\n{separator}\n{text}')
+    prepare('--source=a.txt', f'--separator={separator}', '--val_tokens=9')
+    assert documents() == texts
+
+
+@pytest.mark.parametrize('text, is_said', [
+    ('one\n<|endoftext|>\ntwo', True), ('one<|endoftext|>two', True), ('one\n\ntwo', False)])
+def test_a_text_that_looks_like_many_documents_is_said_to_be_one(prepare, text, is_said):
+    pathlib.Path('a.txt').write_text(text * 9)
+    said = prepare('--source=a.txt')
+    assert ("--separator='<|endoftext|>'" in said) == is_said
+    meta = json.loads(pathlib.Path('data/fineweb/meta.json').read_text())
+    assert meta['splits']['val']['documents'] + meta['splits']['train']['documents'] == 1
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from('ab1 \n\t.\u3000é'), max_size=200))
+def test_a_long_text_in_stretches_has_the_tokens_of_the_whole(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / 'long.txt'
+    path.write_text(text)
+    tok = folio.tokenizer.train_bpe(['a b  a  b\n\nab ab\n a1 1a . .. ' * 9], 280)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, 'CHUNK_CHARS', 7)
+        stream = list(corpus.tokenize([str(path)], tqdm(disable=True), tok, corpus.Form()))
+    expected = [tok.eot, *tok.encode(text)] if text else []
+    assert np.concatenate([tokens for _, tokens, _ in stream]).tolist() == expected
+
+
+def test_a_million_white_characters_in_a_row_are_tokens_too():
+    """tiktoken would print a Rust backtrace, and end the process."""
     need_gpt2()
-    src = tmp_path / 'src'
-    src.mkdir()
-    for name in 'bd':
-        (src / f'{name}.jsonl').write_text(lines(texts_of(name)))
-    command = ['--source=src/*', '--val_tokens=100']
-    run(FINEWEB, *command, '--worker=0/2', cwd=tmp_path)
-    (src / 'a.jsonl').write_text(lines(texts_of('a')))
-    for args in (['--worker=1/2'], []):
-        _, err = run(FINEWEB, *command, *args, cwd=tmp_path, status=2)
-        assert 'unfinished run with other settings or files' in err.splitlines()[-1]
-
-    # Without the new file, the first request goes on, and has nothing of the new file.
-    (src / 'a.jsonl').unlink()
-    run(FINEWEB, *command, '--worker=1/2', cwd=tmp_path)
-    run(FINEWEB, *command, cwd=tmp_path)
-    assert decoded(tmp_path) == as_stream(texts_of('b') + texts_of('d'))
+    tokenizer = folio.tokenizer.load('gpt2')
+    text = 'a\n' + '\n' * 2_100_000 + 'x  y\n' + ' ' * 1_000_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_pieces_of_other_settings_are_never_joined(tmp_path):
-    """Not even if they appear after the other run has checked what is there."""
-    old = {'b': np.arange(500, dtype=np.uint32), 'd': np.arange(500, 900, dtype=np.uint32)}
-    new = {'a': np.arange(1000, 1300, dtype=np.uint32)} | old
-    folder = str(tmp_path / 'set')
-
-    def disturbed(file, row, offset):
-        if file == 'a':  # while we read a, an earlier worker on b and d finishes its pieces
-            parts = os.path.join(folder, 'parts')
-            meta = corpus.new_meta(Tokenizer(), source={'files': list(old)})
-            with corpus.Pieces(parts, meta, '0of1', start=corpus.Position()) as pieces:
-                corpus.advance(pieces, list(old), chunks_of(old), share=range(2))
-        yield from chunks_of(new)(file, row, offset)
-    corpus.write_corpus(folder, Tokenizer(), list(new), disturbed, val_tokens=10)
-    assert np.array_equal(stream_in(tmp_path / 'set'), np.concatenate([*new.values()]))
+# ---- Memory --------------------------------------------------------------------------------------
+def peak_of_reading(path):
+    """Return the most memory, in MiB, that a process takes to read and to tokenize a file."""
+    # Not by getrusage, whose figure begins with the memory of the process that started this one.
+    code = ('import sys, folio.tokenizer; from tqdm import tqdm; from prepare import corpus\n'
+            'tok = folio.tokenizer.load("gpt2")\n'
+            'for _ in corpus.tokenize(sys.argv[1:], tqdm(disable=True), tok, corpus.Form()): pass\n'
+            'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
+    done = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}, check=True)
+    return int(done.stdout) / 1024
 
 
-def test_any_mix_of_workers_and_joins_stopped_anywhere_gives_the_same_tokens(
-        tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, 'COMMIT_TOKENS', 300)
-    rng = random.Random(5)
-    arrays = {str(i): np.arange(1000 * i, 1000 * i + rng.choice([0, 70, 450, 900]), dtype=np.uint32)
-              for i in range(12)}
-    expected = np.concatenate([*arrays.values()])
-
-    class Killed(BaseException):
-        pass
-
-    def killed_after(n_chunks):
-        def to_tokens(file, row, offset):
-            nonlocal n_chunks
-            for chunk in chunks_of(arrays)(file, row, offset):
-                yield chunk
-                n_chunks -= 1
-                if n_chunks <= 0:
-                    raise Killed
-        return to_tokens
-
-    for trial in range(30):
-        folder = tmp_path / str(trial)
-        for _ in range(rng.randrange(12)):
-            worker = rng.choice(['0/3', '1/3', '2/3', '1/2', ''])
-            to_tokens = killed_after(rng.randrange(1, 40))
-            try:
-                corpus.write_corpus(str(folder), Tokenizer(), list(arrays), to_tokens,
-                                    val_tokens=333, worker=worker)
-            except Killed:
-                pass
-        meta = corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
-                                   val_tokens=333)
-        assert np.array_equal(stream_in(folder), expected)
-        assert meta['splits']['val']['tokens'] == 333
-        assert sorted(os.listdir(folder)) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['many groups', 'one group', 'jsonl', 'txt'])
+def test_memory_does_not_grow_with_a_file(tmp_path, kind):
+    need_gpt2()
+    words = np.array([f'word{i} ' for i in range(1000)])
+    rng = np.random.default_rng(0)
+    peaks = []
+    for n in (300, 3000):
+        texts = [''.join(rng.choice(words, 3000)) for _ in range(n)]
+        path = tmp_path / f'{n}.{kind if kind in ("jsonl", "txt") else "parquet"}'
+        if kind == 'jsonl':
+            path.write_text(lines(texts))
+        elif kind == 'txt':
+            path.write_text(''.join(texts) + '\u1234')
+        else:
+            n_rows = 200 if kind == 'many groups' else 10**6
+            pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path,
+                                        **PARQUET | {'row_group_size': n_rows})
+        peaks.append(peak_of_reading(path))
+    assert peaks[1] - peaks[0] < 60, peaks
 
 
-def test_what_workers_made_is_not_made_again(tmp_path):
-    arrays = {str(i): np.arange(200, dtype=np.uint32) for i in range(7)}
-    log = []
-    for worker in ('0/3', '1/3', '2/3', '1/3', ''):
-        corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), list(arrays),
-                            chunks_of(arrays, log=log), val_tokens=10, worker=worker)
-    assert sorted(log) == [(name, 0) for name in arrays]
+# ---- Packings and the stream ---------------------------------------------------------------------
+def odd_texts(n):
+    """Return n documents that hold what often goes wrong."""
+    hard = ['\ufeffmark', ' ' * 70_000 + 'x', 'a\0b', '<|endoftext', '\u2028\u2029\x85', '1', '\n',
+            'é' * 3000, '漢字' * 999, '🙂‍↔️', "it's '''", '\ufffd', '\t\tindented\n  too',
+            'x' * 9000]
+    rng = random.Random(1)
+    blocks = [(32, 126), (160, 591), (0x370, 0x5ff), (0x900, 0xd7f), (0x4e00, 0x9fff),
+              (0x1f300, 0x1faff)]
+    texts = []
+    for i in range(n):
+        first, last = rng.choice(blocks)
+        word = ''.join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 300)))
+        texts.append(rng.choice(hard) + word if i % 9 else rng.choice(hard))
+    return texts
 
 
-def test_a_worker_whose_set_another_run_finishes_returns_its_meta(tmp_path):
-    arrays = {str(i): np.arange(200, dtype=np.uint32) for i in range(4)}
-    folder = tmp_path / 'set'
-
-    def overtaken(file, row, offset):
-        corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
-                            val_tokens=10)
-        yield from chunks_of(arrays)(file, row, offset)
-    meta = corpus.write_corpus(str(folder), Tokenizer(), list(arrays), overtaken, val_tokens=10,
-                               worker='1/2')
-    assert meta['splits']['train']['tokens'] == 790
-    assert len(stream_in(folder)) == 800
+def as_table(texts, kind):
+    return pyarrow.table({'id': range(len(texts)), 'text': pyarrow.array(texts).cast(kind)})
 
 
-# ---- Going on ------------------------------------------------------------------------------------
-def test_a_single_file_goes_on_near_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, 'COMMIT_TOKENS', 1000)
-    arrays = {'a': np.arange(60_000, dtype=np.uint32)}
-    sizes = []
-
-    def killed(file, row, offset):
-        for mark, tokens in chunks_of(arrays)(file, row, offset):
-            sizes.append(sum(path.stat().st_size for path in tmp_path.rglob('*')))
-            if mark.row > 50_000:
-                raise KeyboardInterrupt
-            yield mark, tokens
-    with pytest.raises(KeyboardInterrupt):
-        corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], killed, val_tokens=10)
-    assert max(sizes) < 1.1 * 4 * 60_000  # it takes no more room than the result, 4 bytes a token
-
-    log = []
-    corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], chunks_of(arrays, log=log),
-                        val_tokens=10)
-    (_, row), = log
-    assert 49_000 <= row <= 50_000
-    assert np.array_equal(stream_in(tmp_path / 'set'), arrays['a'])
+PACKINGS = {
+    'a.jsonl': lambda texts: lines(texts).encode(),
+    'a.jsonl.gz': lambda texts: b''.join(gzip.compress(lines([text]).encode()) for text in texts),
+    'a.ndjson.bz2': lambda texts: bz2.compress(lines(texts).encode()),
+    'a.jsonl.xz': lambda texts: lzma.compress(lines(texts).encode()),
+    'a.jsonl.zst': lambda texts: b''.join(
+        pyarrow.Codec('zstd').compress(lines(half).encode(), asbytes=True)
+        for half in (texts[:70], texts[70:])),
+    'a.json': lambda texts: json.dumps([{'text': text} for text in texts], indent=1).encode(),
+}
 
 
-def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize('tokenizer, n', [
+    ('bytes', 90), pytest.param('gpt2', 1500, marks=pytest.mark.slow),
+    pytest.param('bpe', 1500, marks=pytest.mark.slow)])
+def test_odd_documents_survive_nine_packings(prepare, tokenizer, n):
+    texts = odd_texts(n)
+    for name, pack in PACKINGS.items():
+        pathlib.Path(name).write_bytes(pack(texts))
+    pyarrow.parquet.write_table(as_table(texts, pyarrow.string()), 'a.parquet', row_group_size=64)
+    spaced = [part for text in texts for part in (text, None)]
+    pyarrow.parquet.write_table(as_table(spaced, pyarrow.large_string()), 'b.parquet')
+    os.mkdir('t')
+    for i, text in enumerate(texts):
+        pathlib.Path(f't/{i:05}.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    args = [] if tokenizer == 'bytes' else [f'--tokenizer={tokenizer}', '--vocab_size=400']
+    for name in [*PACKINGS, 'a.parquet', 'b.parquet', 't/*.txt']:
+        dataset = re_name(name)
+        prepare(f'--source={name}', f'--dataset={dataset}', *args)
+        assert documents(name=dataset) == texts
+        counts = json.loads(pathlib.Path(f'data/{dataset}/meta.json').read_text())['splits']
+        assert sum(split['documents'] for split in counts.values()) == n
+        n_bytes = sum(len(text.encode()) for text in texts)
+        assert sum(split['bytes'] for split in counts.values()) == n_bytes
+
+
+def re_name(name):
+    return name.replace('/*', '').replace('.', '_')
+
+
+@pytest.mark.parametrize('n_floats', [0, 384, 768])
+def test_a_tenth_of_the_tokens_is_for_validation_whatever_else_a_file_holds(prepare, n_floats):
+    table = pyarrow.table({'text': ['word ' * 60] * 500, 'embedding': [[0.5] * n_floats] * 500})
+    pyarrow.parquet.write_table(table, 'a.parquet', compression='none', use_dictionary=False)
+    prepare('--source=a.parquet')
+    sizes = [os.path.getsize(f'data/fineweb/{split}.bin') for split in ('val', 'train')]
+    assert sizes == [2 * 15050, 2 * 135450]
+
+
+@pytest.mark.parametrize('n, val_tokens, says', [
+    (10, 1, 'give more text, or --val_tokens=2'), (10, 9, '--val_tokens=2'), (3, 0, 'more text'),
+    (100, 99, '--val_tokens=10')])
+def test_too_few_tokens_get_advice_that_helps(prepare, n, val_tokens, says):
+    pathlib.Path('a.txt').write_text('x' * (n - 1))
+    assert says in prepare('--source=a.txt', f'--val_tokens={val_tokens}', status=2)
+    part, = pathlib.Path('data/fineweb/parts').glob('*.bin')
+    if n > 3:
+        before = part.stat().st_ino
+        os.link(part, 'kept')  # so that its number is not given to another file
+        prepare('--source=a.txt', f'--val_tokens={max(2, n // 10)}')
+        assert os.stat('kept').st_ino == before
+        assert documents() == ['x' * (n - 1)]
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+def parts():
+    """Return {file number on disk: time} of the parts that are there."""
+    return {path.stat().st_ino: path.stat().st_mtime_ns
+            for path in pathlib.Path('data/fineweb/parts').glob('*.bin')}
+
+
+def test_a_broken_row_is_fixed_and_what_was_done_stays_done(prepare):
+    for name in 'acd':
+        pathlib.Path(f'{name}.jsonl').write_text(lines(texts_of(name)))
+    long = ['word ' * 300_000] * 3  # so that a's tokens are made before the row is read
+    pathlib.Path('b.jsonl').write_text(lines(long) + '{"text": 5}\n')
+    said = prepare('--source=*.jsonl', status=2)
+    assert 'b.jsonl, line 4: text is int, not text' in said
+    done = parts()
+    assert len(done) == 1
+
+    # Fixed, or skipped, or left out, while other files come and go.
+    prepare('--source=[a-c].jsonl', '--worker=1/3', '--skip_bad=True')
+    pathlib.Path('b.jsonl').write_text(lines(TEXTS))
+    os.rename('d.jsonl', '0.jsonl')
+    prepare('--source=*.jsonl', '--worker=0/1')
+    assert done.items() <= parts().items()
+    prepare('--source=*.jsonl')
+    assert documents() == texts_of('d') + texts_of('a') + TEXTS + texts_of('c')
+
+
+def test_broken_rows_are_left_out_and_counted_through_workers_too(prepare):
+    for name in 'abc':
+        pathlib.Path(f'{name}.jsonl').write_text(lines([*texts_of(name), 5]))
+    for i in range(2):
+        prepare('--source=*.jsonl', '--skip_bad=True', f'--worker={i}/2')
+    said = prepare('--source=*.jsonl', '--skip_bad=True')
+    assert '3 rows that hold no text were left out' in said
+    assert documents() == texts_of('a') + texts_of('b') + texts_of('c')
+
+
+def test_parts_of_other_settings_and_files_are_never_joined(prepare, alphabet):
+    pathlib.Path('a.jsonl').write_text(lines(texts_of('a'), other='x' * 9))
+    pathlib.Path('b.jsonl').write_text(lines(texts_of('b'), other='x' * 9))
+    prepare('--source=*.jsonl', '--worker=0/1', '--column=other')
+    prepare('--source=*.jsonl', '--worker=0/1', '--max_tokens=0')
+    pathlib.Path('b.jsonl').write_text(lines(texts_of('c'), other='x' * 9))
+    (pathlib.Path('data/fineweb/parts') / 'torn.bin.host.1.tmp').write_bytes(b'torn')
+    prepare('--source=*.jsonl')
+    assert documents() == texts_of('a') + texts_of('c')
+
+
+def test_max_tokens_is_exact(prepare):
+    for name in 'abc':
+        pathlib.Path(f'{name}.jsonl').write_text(lines(texts_of(name)))
+    prepare('--source=*.jsonl', '--val_tokens=50', '--max_tokens=1500', '--dataset=some')
+    prepare('--source=*.jsonl', '--val_tokens=50', '--dataset=all')
+    found = ''.join(documents(name='all'))
+    assert found.startswith(''.join(documents(name='some')))
+    sizes = [os.path.getsize(f'data/some/{split}.bin') for split in ('val', 'train')]
+    assert sizes == [2 * 50, 2 * 1450]
+
+
+def test_a_finished_set_is_made_again_only_if_it_is_broken(prepare, tmp_path):
+    path = tmp_path / 'data/fineweb/train.bin'
+    pathlib.Path('a.jsonl').write_text(lines(texts_of('a')))
+    prepare('--source=a.jsonl')
+    first = hashes_of(tmp_path)
+    before = path.stat().st_mtime_ns
+    assert 'is there already' in prepare('--source=a.jsonl')
+    assert path.stat().st_mtime_ns == before
+
+    path.write_bytes(path.read_bytes()[:-2])
+    prepare('--source=a.jsonl')
+    assert hashes_of(tmp_path) == first
+    for args in (['--val_tokens=20'], ['--source=a.json*', '--column=id']):
+        pathlib.Path('a.jsonl').write_text(lines(texts_of('b'), id='x'))
+        assert 'of other settings or files' in prepare('--source=a.jsonl', *args, status=2)
+        assert hashes_of(tmp_path) == first
+
+
+def test_two_runs_do_not_work_on_one_set(prepare):
+    pathlib.Path('a.jsonl').write_text(lines(texts_of('a')))
+    os.makedirs('data/fineweb/parts')
+    with only_one('data/fineweb/parts/join.lock'):
+        assert 'another run is at work' in prepare('--source=a.jsonl', status=2)
+    prepare('--source=a.jsonl')
+
+
+@pytest.mark.parametrize('room', [100, 1000, 2000])
+def test_a_full_disk_is_named_and_the_same_command_continues(prepare, tmp_path, room):
+    for name in 'ab':
+        pathlib.Path(f'{name}.jsonl').write_text(lines(texts_of(name)))
+    with largest_file(room):
+        said = prepare('--source=*.jsonl', status=2)
+    assert 'could not write' in said and 'the same command continues' in said
+    assert not list(tmp_path.rglob('*.tmp'))
+    prepare('--source=*.jsonl')
+    assert documents() == texts_of('a') + texts_of('b')
+
+
+def test_a_kill_at_any_write_loses_and_repeats_nothing(prepare, tmp_path, monkeypatch):
     """Attempt n is killed at its n-th sync, rename or removal, before it if n is odd."""
-    monkeypatch.setattr(corpus, 'COMMIT_TOKENS', 150)
-    arrays = {name: np.arange(n, n + 400, dtype=np.uint32) for n, name in enumerate('abc')}
-    folder = tmp_path / 'set'
+    for name in 'abc':
+        pathlib.Path(f'{name}.jsonl').write_text(lines(texts_of(name)))
     writes = 0  # so far in this attempt
     attempt = 0
 
@@ -215,165 +562,72 @@ def test_a_kill_at_any_write_loses_and_repeats_nothing(tmp_path, monkeypatch):
             writes += 1
             if writes == attempt and attempt % 2 == 1:
                 raise Killed
-            function(*args, **options)
+            result = function(*args, **options)
             if writes == attempt:
                 raise Killed
+            return result
         return call
-    for name in ('replace', 'fsync', 'remove'):
+    for name in ('replace', 'fsync', 'remove', 'rmdir'):
         monkeypatch.setattr(os, name, stopping(getattr(os, name)))
     while True:
         writes = 0
         attempt += 1
         try:
-            if attempt < 20:  # at first, a worker leaves pieces for the run that joins
-                corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
-                                    val_tokens=100, worker='1/2')
-            corpus.write_corpus(str(folder), Tokenizer(), list(arrays), chunks_of(arrays),
-                                val_tokens=100)
+            prepare('--source=*.jsonl')
             break
         except Killed:
             pass
     assert attempt >= 8
-    assert np.array_equal(stream_in(folder), np.concatenate([*arrays.values()]))
-    assert sorted(os.listdir(folder)) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    hashes_of(tmp_path)
+    assert documents() == texts_of('a') + texts_of('b') + texts_of('c')
+
+
+def mixed_files(folder, n):
+    """Write a .parquet, a .jsonl.gz and a .txt with n documents together; return their pattern."""
+    folder.mkdir()
+    texts = texts_of('mixed', n)
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts[:n // 2]}), folder / 'a.parquet')
+    (folder / 'b.jsonl.gz').write_bytes(gzip.compress(lines(texts[n // 2:]).encode()))
+    (folder / 'c.txt').write_text('\n'.join(texts))
+    return f'--source={folder}/*'
+
+
+@pytest.mark.parametrize('tokenizer', [
+    'gpt2', pytest.param('bpe', marks=pytest.mark.slow)])
+def test_the_bytes_do_not_depend_on_the_workers(prepare, tmp_path, monkeypatch, tokenizer):
+    source = mixed_files(tmp_path / 'src', n=200)
+    args = [source, f'--tokenizer={tokenizer}', '--vocab_size=300']
+    hashes = []
+    for name, workers in (('one', []), ('two', ['0/2', '1/2']), ('part', ['1/2']),
+                          ('seven', [f'{i}/7' for i in (3, 0, 1, 2, 6, 5, 4)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for worker in [*map('--worker={}'.format, workers), '--worker=']:
+            run(FINEWEB, *args, worker, cwd=folder)
+        hashes.append(hashes_of(folder))
+    assert hashes == hashes[:1] * 4
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    need_gpt2()
-    (tmp_path / 'a.jsonl').write_text(lines(texts_of('a', n=1500)))
-    parquet = pyarrow.table({'text': texts_of('b', n=1500)})
-    pyarrow.parquet.write_table(parquet, tmp_path / 'b.parquet', row_group_size=100)
-    command = [sys.executable, '-c',
-               'import sys, runpy; sys.argv[0] = sys.argv.pop(1); import prepare.corpus as c; '
-               'c.COMMIT_TOKENS = 2**17; runpy.run_path(sys.argv[0], run_name="__main__")',
-               str(ROOT / FINEWEB), f'--source={tmp_path}/*.*', '--val_tokens=1000']
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'bpe'])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, tokenizer):
+    source = mixed_files(tmp_path / 'src', n=1800)
+    command = [sys.executable, str(ROOT / FINEWEB), source, f'--tokenizer={tokenizer}',
+               '--vocab_size=300']
     hashes = []
-    for folder, n_kills in ((tmp_path / 'calm', 0), (tmp_path / 'killed', 4)):
+    for name, n_kills in (('calm', 0), ('killed', 10)):
+        folder = tmp_path / name
         folder.mkdir()
-        for seed in range(n_kills):
-            process = subprocess.Popen(command, cwd=folder, env=environment,
-                                       stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            while process.poll() is None and not list(folder.rglob('*.bin.tmp')):
+        rng = random.Random(1)
+        for _ in range(n_kills):
+            worker = rng.choice(['--worker=0/2', '--worker=1/2', '--worker='])
+            process = subprocess.Popen([*command, worker], cwd=folder, stderr=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL)
+            while process.poll() is None and not list(folder.rglob('data')):
                 time.sleep(0.01)
-            time.sleep(random.Random(seed).uniform(0.1, 0.6))
+            time.sleep(rng.uniform(0.1, 3))
             process.kill()
             process.wait()
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-        files = sorted((folder / 'data' / 'fineweb').iterdir())
-        hashes.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        hashes.append(hashes_of(folder))
     assert hashes[0] == hashes[1]
-    assert list(hashes[0]) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
-
-
-def test_many_files_cost_no_rewriting(tmp_path):
-    """Progress is a line from time to time, however many files there are."""
-    arrays = {str(i): np.arange(20, dtype=np.uint32) for i in range(3000)}
-    written = []
-    real_dump = json.dump
-
-    def counting(value, file, **options):
-        real_dump(value, file, **options)
-        written.append(file.name)
-    try:
-        json.dump = counting
-        corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), list(arrays), chunks_of(arrays),
-                            val_tokens=10)
-    finally:
-        json.dump = real_dump
-    assert len(written) <= 3  # the request, the tokenizer, the meta
-    assert len(stream_in(tmp_path / 'set')) == 60_000
-
-
-# ---- Mistakes and misfortunes --------------------------------------------------------------------
-@pytest.mark.parametrize('n_tokens, val_tokens, says', [
-    (10, 1, 'give --val_tokens=2'), (10, 9, 'give --val_tokens=2'), (3, 1, 'more text is needed'),
-    (100, 99, 'give --val_tokens=10'),
-])
-def test_too_few_tokens_get_advice_that_helps(tmp_path, n_tokens, val_tokens, says):
-    arrays = {'a': np.arange(n_tokens, dtype=np.uint32)}
-    with pytest.raises(UserError, match=says):
-        corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], chunks_of(arrays),
-                            val_tokens=val_tokens)
-    assert os.listdir(tmp_path / 'set') == []
-
-
-def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    arrays = {'a': np.arange(1000, dtype=np.uint32)}
-
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'fsync', full)
-        with pytest.raises(UserError, match='could not write .*set.*No space left.*goes on'):
-            corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], chunks_of(arrays),
-                                val_tokens=10)
-    assert not [path for path in tmp_path.rglob('*.tmp') if 'json' in path.name]
-    corpus.write_corpus(str(tmp_path / 'set'), Tokenizer(), ['a'], chunks_of(arrays), val_tokens=10)
-    assert np.array_equal(stream_in(tmp_path / 'set'), arrays['a'])
-
-
-# ---- The hub -------------------------------------------------------------------------------------
-def parquet_bytes(texts):
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({'text': texts}), buffer, row_group_size=5)
-    return buffer.getvalue()
-
-
-@pytest.mark.slow
-def test_the_commit_of_the_first_run_is_read_by_all_that_follow(tmp_path, monkeypatch):
-    need_gpt2()
-    texts = texts_of('a')
-    hub = Hub({'owner/name': {f'{n}.parquet': parquet_bytes(texts[20 * n:20 * n + 20])
-                              for n in range(3)}})
-    asked = []
-
-    class Recording(hub.server.RequestHandlerClass):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-        do_HEAD = do_GET
-        do_POST = do_GET
-    hub.server.RequestHandlerClass = Recording
-    environment = os.environ | hub.environment(tmp_path / 'hub')
-    command = ['--source=hf://datasets/owner/name/*.parquet', '--val_tokens=100']
-    run(FINEWEB, *command, '--worker=0/2', cwd=tmp_path, env=environment)
-
-    monkeypatch.setattr('hub.COMMIT', 'd' * 40)  # somebody pushes
-    asked.clear()
-    run(FINEWEB, *command, cwd=tmp_path, env=environment)
-    assert decoded(tmp_path) == as_stream(texts)
-    contents = [path for path in asked if '/resolve/' in path]
-    assert contents
-    assert all(f'/resolve/{COMMIT}/' in path for path in contents)
-    meta = json.loads((tmp_path / 'data/fineweb/meta.json').read_text())
-    assert meta['source']['revision'] == COMMIT
-
-    out, _ = run(FINEWEB, *command, cwd=tmp_path, env=environment)
-    assert 'is there already' in out
-    hub.server.shutdown()
-
-
-def test_openwebtext_is_the_sets_own_parquet_files(tmp_path):
-    need_gpt2()
-    texts = texts_of('a')
-    files = {f'plain_text/train-0000{n}-of-00002.parquet': parquet_bytes(texts[30 * n:30 * n + 30])
-             for n in range(2)}
-    hub = Hub({'Skylion007/openwebtext': files})
-    run('prepare/openwebtext/prepare.py', '--val_tokens=100', cwd=tmp_path,
-        env=os.environ | hub.environment(tmp_path / 'hub'))
-    hub.server.shutdown()
-    assert decoded(tmp_path, 'openwebtext') == as_stream(texts)
-
-
-def test_a_large_vocabulary_and_an_empty_file_do_not_upset_the_count(tmp_path):
-    arrays = {
-        'a': np.array([70000, 1, 2, 69999] * 50, np.uint32),
-        'b': np.array([70000, 5] * 30, np.uint32),
-        'empty': np.array([], np.uint32),
-    }
-    folder = tmp_path / 'set'
-    corpus.write_corpus(str(folder), Tokenizer(), ['a', 'empty', 'b', 'empty'], chunks_of(arrays),
-                        val_tokens=10)
-    assert np.array_equal(stream_in(folder), np.concatenate([arrays['a'], arrays['b']]))

@@ -1,4 +1,6 @@
+import gzip
 import http.server
+import os
 import threading
 
 import pytest
@@ -21,23 +23,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         how = 'ok'
         if self.server.script:
             how = self.server.script.pop(0)
-        self.server.seen.append((self.path, self.headers.get('Range'), how))
+        self.server.seen.append((self.path, how))
         if isinstance(how, int):
             self.send_error(how)
             return
-        asked = self.headers.get('Range')
-        start = 0
-        if asked and how != 'no-range':
-            start = int(asked.removeprefix('bytes=').removesuffix('-'))
-            self.send_response(206)
-            last = len(GUTENBERG) - 1
-            self.send_header('Content-Range', f'bytes {start}-{last}/{len(GUTENBERG)}')
-        else:
-            self.send_response(200)
-        self.send_header('Content-Length', str(len(GUTENBERG) - start))
+        body = gzip.compress(GUTENBERG) if how == 'gzip' else GUTENBERG
+        self.send_response(200)
+        if how == 'gzip':
+            self.send_header('Content-Encoding', 'gzip')
+        self.send_header('Content-Length', str(len(body)))
         self.end_headers()
-        end = start + 1000 if how == 'cut' else len(GUTENBERG)
-        self.wfile.write(GUTENBERG[start:end])
+        self.wfile.write(body[:1000] if how == 'cut' else body)
 
     def log_message(self, *args):
         pass
@@ -47,8 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """A server on 127.0.0.1 that sends GUTENBERG as its `script` says, one entry for each request.
 
-    Nobody waits between two attempts. An entry is 'ok', 'cut', 'no-range' or a status.
-    seen: [(path, range, entry)] of the requests.
+    Nobody waits between two attempts. An entry is 'ok', 'cut', 'gzip' or a status.
+    seen: [(path, entry)] of the requests.
     """
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.script = []
@@ -75,27 +71,23 @@ def gutenberg(server, folder, status=0, mirrors=None):
                status=status)
 
 
-@pytest.mark.parametrize('script, requests', [
-    (['ok'], [None]),
-    ([503, 'ok'], [None, None]),
-    (['cut', 'ok'], [None, 'bytes=1000-']),
-    (['cut', 'no-range'], [None, 'bytes=1000-']),
-    (['cut', 'cut', 416, 'ok'], [None, 'bytes=1000-', 'bytes=2000-', None]),
-], ids=['whole', 'retried', 'resumed', 'restarted', 'range-refused'])
-def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, script, requests):
-    server.script = script
+@pytest.mark.parametrize('script', [['ok'], [503, 429, 'ok'], ['cut', 'cut', 'ok'], ['gzip']],
+                         ids=str)
+def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, script):
+    server.script = list(script)
     gutenberg(server, tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
-    assert [asked for _, asked, _ in server.seen] == requests
-    assert {path for path, _, _ in server.seen} == {'/cache/epub/99/pg99.txt'}
-    gutenberg(server, tmp_path)  # from the cached copy
-    assert len(server.seen) == len(requests)
+    assert [how for _, how in server.seen] == script
+    assert {path for path, _ in server.seen} == {'/cache/epub/99/pg99.txt'}
+    gutenberg(server, tmp_path)  # from the copy that is here
+    assert len(server.seen) == len(script)
+    assert os.listdir(tmp_path / 'data/downloads') == ['gutenberg-99.txt']
 
 
 def test_a_mirror_stands_in_for_a_server_that_lacks_the_book(server, tmp_path):
     server.script = [404]
     gutenberg(server, tmp_path, mirrors=f'{server.url}/one {server.url}/two')
-    assert [path.split('/')[1] for path, _, _ in server.seen] == ['one', 'two']
+    assert [path.split('/')[1] for path, _ in server.seen] == ['one', 'two']
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
 
 
@@ -114,6 +106,52 @@ def test_any_address_will_do(server, tmp_path):
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
 
 
+# ---- The licence ---------------------------------------------------------------------------------
+def book_of(*parts, folder):
+    """Return (the text that book/prepare.py makes of these lines, what it says)."""
+    (folder / 'my.txt').write_text('\n'.join(parts))
+    _, err = run(BOOK, '--book=my.txt', cwd=folder)
+    return text_of(folder), err
+
+
+ONE = '    One, indented.\n' + 'and more\n' * 30
+TWO = 'Two.\n' + 'and the rest\n' * 30
+
+
+def test_of_several_books_in_one_file_all_stay(tmp_path):
+    start, end = (line.replace('THE', 'THIS').lower() for line in (START, END))
+    text, said = book_of('a licence', START, '\n', ONE, END, 'and notes', start, TWO, end, 'notes',
+                         folder=tmp_path)
+    assert text == f'{ONE}\n\n{TWO}'.replace('\n\n\n', '\n\n')
+    n_left_out = len((tmp_path / 'my.txt').read_text()) - len(text.rstrip())
+    assert f'{n_left_out:,} characters' in said
+    assert '2 of these pairs' in said
+
+
+@pytest.mark.parametrize('parts', [
+    [END, TWO], [ONE, START, TWO], [ONE, END, START, TWO], [START, ONE, END, TWO, END],
+    [START, ONE, START, TWO, END], [START, ONE, END, START, TWO],
+], ids=lambda parts: ' '.join({START: 'START', END: 'END', ONE: 'one', TWO: 'two'}[part]
+                              for part in parts))
+def test_nothing_is_cut_where_the_lines_do_not_make_pairs(tmp_path, parts):
+    text, said = book_of(*parts, folder=tmp_path)
+    assert text == '\n'.join(parts).rstrip() + '\n'
+    assert 'do not make pairs' in said
+
+
+def test_a_text_of_ones_own_is_kept_with_its_indentation(tmp_path):
+    text, said = book_of('', ' ', ONE, TWO, '  ', folder=tmp_path)
+    assert text == f'{ONE}\n{TWO}'
+    assert said == ''
+
+
+def test_lines_between_documents_are_said_to_be_text(tmp_path):
+    text, said = book_of(ONE, '<|endoftext|>', TWO, folder=tmp_path)
+    assert '<|endoftext|>' in text
+    assert '--separator' in said
+
+
+# ---- Splits and tokens ---------------------------------------------------------------------------
 def test_parts_are_contiguous_ninety_five_five_and_reported(tmp_path):
     text = ''.join(f'line {i}\n' for i in range(1000))
     (tmp_path / 'my.txt').write_text(text, encoding='utf-8')

@@ -35,7 +35,7 @@ def pair_of(row):
     """Return what a row is to become, as the docstring of the script has it."""
     context = f'Context:\n{row["context"]}\n\n' if row['context'] else ''
     prompt = f'Instruction:\n{row["instruction"].strip()}\n\n{context}Response:\n'
-    return prompt, row['response'].strip()
+    return prompt, row['response'].rstrip()
 
 
 def documents_of(folder):
@@ -96,6 +96,26 @@ def test_what_is_too_long_or_empty_is_left_out_and_counted(tmp_path):
     assert 0 < n_long < 40
     assert sorted(found['train'] + found['val']) == sorted(fitting)
     assert f'{40 - n_long} of 42 documents; left out: {n_long} of over 40 tokens, 2 without' in out
+
+
+def test_half_a_surrogate_pair_does_not_stop_a_bpe(tmp_path):
+    rows = [{'instruction': 'Go \ud83d.', 'response': f'Yes {i}.'} for i in range(20)]
+    write(tmp_path / 'sur.jsonl', rows)
+    run(DOLLY, '--source=sur.jsonl', '--tokenizer=bpe', '--vocab_size=300',
+        cwd=tmp_path)
+    data = Dataset(str(tmp_path / 'data' / 'dolly'))
+    text = folio.tokenizer.load(data.spec).decode(data.tokens('train').tolist())
+    assert 'Go \ufffd.' in text
+
+
+def test_code_keeps_its_indentation(tmp_path):
+    rows = [{'instruction': '\n  def f(x):\n', 'context': '    # here\n',
+             'response': '\n \n    if x:\n        return 1\n    return 2\n'}] * 20
+    write(tmp_path / 'my.jsonl', rows)
+    run(DOLLY, '--source=my.jsonl', '--tokenizer=bpe', '--vocab_size=257', cwd=tmp_path)
+    prompt, answer = documents_of(tmp_path / 'data' / 'dolly')['val'][0]
+    assert prompt == 'Instruction:\n  def f(x):\n\nContext:\n    # here\n\nResponse:\n'
+    assert answer == '    if x:\n        return 1\n    return 2'
 
 
 @pytest.mark.slow

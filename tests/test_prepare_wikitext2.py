@@ -118,6 +118,21 @@ def test_it_comes_from_the_hub_with_its_blank_lines(tmp_path, variant):
     assert meta['splits']['test']['words'] == words_of(text)
 
 
+def test_latest_is_not_a_test_split_and_two_files_for_one_split_are_refused(tmp_path):
+    for name in ('latest', 'test', 'wiki.train', 'valid'):
+        (tmp_path / f'{name}.txt').write_text(f'{name} ' * 100)
+    args = [WIKITEXT2, '--source=.', '--vocab_size=260']
+    _, err = run(*args, cwd=tmp_path)
+    assert 'test: ./test.txt' in err
+    data = Dataset(str(tmp_path / 'data' / 'wikitext2'))
+    ids = data.tokens('test')[1:].tolist()
+    assert folio.tokenizer.load(data.spec).decode(ids) == 'test ' * 100
+
+    (tmp_path / 'my-test.txt').write_text('another')
+    _, err = run(*args, cwd=tmp_path, status=2)
+    assert 'which is the test split: ./my-test.txt or ./test.txt?' in err
+
+
 @pytest.mark.parametrize('args, says', [
     (['--source=nowhere'], 'no file in nowhere is called train.txt'),
     (['--variant=v2'], 'choose from raw, v1'),

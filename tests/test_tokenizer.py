@@ -1,12 +1,8 @@
 """folio/tokenizer.py and folio/bpe.py: text to tokens and back, and how a BPE is learned."""
 import collections
-import functools
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import regex
@@ -15,7 +11,6 @@ import folio.tokenizer
 from conftest import ROOT, shared
 from folio import bpe
 from folio.configurator import UserError
-from prepare import documents
 
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
@@ -51,16 +46,6 @@ def test_gpt2_is_gpt2():
 
 
 MOSTLY_WHITE = st.text("ab1 \n\t\x1c\x85\u2003.'s")
-
-
-def test_a_document_begins_with_the_end_of_text_token_and_holds_no_other():
-    texts = ['to be', '', 'the cat \n\n', HARD]
-    ids = TRAINED.encode_documents(texts).tolist()
-    expected = []
-    for text in texts:
-        expected += [TRAINED.eot, *TRAINED.encode(text)]
-    assert ids == expected
-    assert ids.count(TRAINED.eot) == len(texts)
 
 
 @pytest.mark.parametrize('tokenizer', [TRAINED, folio.tokenizer.CharTokenizer('ab\n😀é')],
@@ -167,56 +152,6 @@ def test_the_merges_of_a_novel_are_those_of_rustbpe():
     assert [left + right for left, right in merges] == their_tokens
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != 'linux', reason='counts processes in /proc')
-def test_processes_that_count_pieces_end_with_the_one_that_started_them(tmp_path):
-    """They end however it ends, and leave Ctrl-C, which a terminal sends to all, to it alone."""
-    (tmp_path / 'start.py').write_text(
-        f'import sys, time\n'
-        f'sys.path.insert(0, {str(ROOT)!r})\n'
-        'from prepare import documents\n'
-        "if __name__ == '__main__':\n"
-        '    with documents.start_pool() as pool:\n'
-        '        pool.submit(time.sleep, 0).result()\n'
-        '        print(*pool._processes, flush=True)\n'
-        '        time.sleep(100)\n')
-
-    def at_work(number):
-        try:
-            with open(f'/proc/{number}/stat') as f:
-                state = f.read().rpartition(')')[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state != 'Z'  # a zombie: it ended, and nobody has asked how
-
-    command = [sys.executable, 'start.py']
-    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    processes = [int(number) for number in parent.stdout.readline().split()]
-    assert processes
-    for number in processes:
-        os.kill(number, signal.SIGINT)
-    time.sleep(0.5)
-    assert all(map(at_work, processes))
-    parent.kill()
-    parent.wait()
-    for _ in range(100):
-        left = [number for number in processes if at_work(number)]
-        if left:
-            time.sleep(0.1)
-    assert not left
-
-
-def test_merges_do_not_depend_on_the_number_of_processes(monkeypatch):
-    texts = [f'{HARD} text {i} of {i % 7} texts, {i * i}' for i in range(3000)]
-    one_chunk = folio.tokenizer.train_bpe(texts, 400).spec
-    monkeypatch.setattr(bpe, 'CHUNK_CHARS', 10_000)
-    assert len(list(bpe.chunks_of(texts))) > 4 * documents.n_cores()
-    with documents.start_pool() as pool:
-        in_parallel = functools.partial(documents.in_order, pool)
-        assert folio.tokenizer.train_bpe(texts, 400, in_parallel).spec == one_chunk
-    assert folio.tokenizer.train_bpe(texts, 400).spec == one_chunk
-
-
 @hypothesis.given(st.lists(st.text('ab ', max_size=30)))
 def test_chunks_are_stretches_of_the_texts_in_their_order(texts):
     with pytest.MonkeyPatch.context() as patch:
@@ -229,30 +164,10 @@ def test_chunks_are_stretches_of_the_texts_in_their_order(texts):
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.one_of(VALID_TEXT, MOSTLY_WHITE))
 def test_a_long_text_has_the_pieces_of_the_whole_however_it_is_cut(text):
-    whole = bpe.count_chunk([text], folio.tokenizer.SPLIT_PATTERN)
+    whole = collections.Counter(regex.findall(folio.tokenizer.SPLIT_PATTERN, text))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe, 'CHUNK_CHARS', 2)
         assert bpe.count_pieces([text], folio.tokenizer.SPLIT_PATTERN) == whole
-
-
-def test_a_long_text_is_cut_so_that_all_cores_can_count_it(monkeypatch):
-    monkeypatch.setattr(bpe, 'CHUNK_CHARS', 1000)
-    assert len(list(bpe.chunks_of(['to be or not to be ' * 1000]))) > 15
-
-
-@pytest.mark.parametrize('n_chunks', [0, 3, 40])
-def test_few_chunks_start_no_processes_and_many_give_the_same(n_chunks, monkeypatch):
-    started = []
-    start_pool = documents.start_pool
-
-    def note_and_start():
-        started.append(True)
-        return start_pool()
-    monkeypatch.setattr(documents, 'start_pool', note_and_start)
-    monkeypatch.setattr(documents, 'n_cores', lambda: 2)
-    chunks = ([i] for i in range(n_chunks))
-    assert list(documents.map_on_all_cores(sum, chunks)) == list(range(n_chunks))
-    assert bool(started) == (n_chunks == 40)
 
 
 def test_the_rarest_of_too_many_pieces_are_forgotten(monkeypatch):

@@ -13,10 +13,9 @@ import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
-from folio.configurator import UserError, configure
-from prepare.corpus import write_dataset
-from prepare.documents import map_on_all_cores
+from folio.configurator import UserError, configure, notice
 from folio.download import download
+from prepare.corpus import without_blank_ends, write_dataset
 
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file
 dataset = 'book'  # the folder under data/ to write
@@ -43,7 +42,11 @@ def read_book():
     elif book.startswith(('https://', 'http://')):
         file_name = re.sub(r'[^\w.-]+', '_', book.split('://')[1])
         path = download([book], f'data/downloads/{file_name}')
-    return without_gutenberg_licence(read_text(path))
+    text = read_text(path)
+    if f'\n{folio.tokenizer.EOT}\n' in text:
+        notice(f'{book} has the line {folio.tokenizer.EOT}, and is one text all the same; '
+               'prepare/fineweb/prepare.py takes such a line as --separator')
+    return without_gutenberg_licence(text)
 
 
 def python_reference():
@@ -77,15 +80,22 @@ def read_text(path):
 
 
 def without_gutenberg_licence(text):
-    """Return what stands between Project Gutenberg's START and END lines; without them, all."""
-    line = r'^\s*\*\*\* ?{} OF (?:THE|THIS) PROJECT GUTENBERG.*?\*\*\*'
+    """Return the books between Project Gutenberg's START and END lines; without such pairs, all."""
     # DOTALL, because a long title may go on in the next line.
-    flags = re.MULTILINE | re.DOTALL | re.IGNORECASE
-    start = re.search(line.format('START'), text, flags)
-    end = re.search(line.format('END'), text, flags)
-    first = start.end() if start else 0
-    last = end.start() if end else len(text)
-    return text[first:last].strip() + '\n'
+    line = r'^\s*\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.{0,500}?\*\*\*'
+    found = list(re.finditer(line, text, re.MULTILINE | re.DOTALL | re.IGNORECASE))
+    books = list(zip(found[::2], found[1::2]))
+    if [match[1].upper() for match in found] != ['START', 'END'] * len(books):
+        notice(f"{book} has lines of Project Gutenberg's, START and END, that do not make pairs: "
+               'nothing is left out')
+        books = []
+    if books:
+        n_chars = len(text)
+        text = '\n\n'.join(without_blank_ends(text[start.end():end.start()])
+                           for start, end in books)
+        notice(f"{n_chars - len(text):,} characters outside of Project Gutenberg's START and END "
+               f'lines are left out: {len(books)} of these pairs were found')
+    return without_blank_ends(text) + '\n'
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ def make_tokenizer(text, train_text):
     if tokenizer == 'char':
         return folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
     if tokenizer == 'bpe':
-        return folio.tokenizer.train_bpe([train_text], vocab_size, map_on_all_cores)
+        return folio.tokenizer.train_bpe([train_text], vocab_size)
     if tokenizer == 'gpt2':
         return folio.tokenizer.load('gpt2')
     raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
@@ -124,6 +134,5 @@ def main():
           + folio.tokenizer.fertility(text, n_tokens))
 
 
-if __name__ == '__main__':  # each process that counts pieces for a BPE reads this file too
-    configure(globals())
-    main()
+configure(globals())
+main()

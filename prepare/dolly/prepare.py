@@ -24,9 +24,9 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
-from prepare.corpus import encode_pieces, pieces_of, write_dataset
-from prepare.documents import map_on_all_cores
+from folio.data import read_jsonl
 from folio.download import hub_errors
+from prepare.corpus import encode_document, without_blank_ends, write_dataset
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json of yours
@@ -51,8 +51,8 @@ def from_hub():
 
 
 def clean(text):
-    """Return a text of a row as it goes into a document."""
-    return folio.tokenizer.without_surrogates(text.strip())
+    """Return a text of a row as it goes into a document; code keeps its indentation."""
+    return without_blank_ends(folio.tokenizer.without_surrogates(text))
 
 
 def to_pair(row, number, origin):
@@ -77,7 +77,7 @@ def to_pair(row, number, origin):
 
 def is_short(pair, tok):
     """Return whether a document has at most max_tokens tokens."""
-    tokens, _ = encode_pieces(tok, pieces_of(pair))
+    tokens, _ = encode_document(tok, pair)
     return len(tokens) <= max_tokens
 
 
@@ -87,8 +87,6 @@ def main():
                         'give a share between 0 and 1, and 0 or more')
     origin = source or PUBLISHED
     if source:
-        # Here, for it loads torch, which the processes that count pieces can do without.
-        from folio.data import read_jsonl
         rows = read_jsonl(source, ('instruction', 'response'), '--source= takes a .jsonl')
     else:
         rows = from_hub()
@@ -96,7 +94,7 @@ def main():
 
     if tokenizer == 'bpe':
         texts = [prompt + answer for prompt, answer in pairs]
-        tok = folio.tokenizer.train_bpe(texts, vocab_size, map_on_all_cores)
+        tok = folio.tokenizer.train_bpe(texts, vocab_size)
     else:
         tok = folio.tokenizer.load(tokenizer)
     # Without an end-of-text token to predict, a model would never learn to stop.
@@ -127,6 +125,5 @@ def main():
               f'in {counts["documents"]:,} documents, {counts["targets"]:,} of them targets')
 
 
-if __name__ == '__main__':  # each process that counts pieces for a BPE reads this file too
-    configure(globals())
-    main()
+configure(globals())
+main()

@@ -5,14 +5,14 @@ Turn FineWeb-Edu, FineWeb or documents of yours into val.bin, the first 100 M to
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine --tokenizer=bpe
 
-The text is tokenized by all cores as it streams in. If it is killed, the same command continues
-where it was, but for a second's work or so. Of the hub it takes the commit that was there when it
-began. A row without text ends it, once what came before is kept; --skip_bad=True leaves such rows
-out.
+The text is tokenized by all cores as it streams in, each source file into a part. If the run is
+killed, the same command continues with the files that have no part. Of the hub it takes the commit
+that was there when it began. A row without text ends it, until the row is fixed or
+--skip_bad=True leaves such rows out; the parts that are finished stay.
 
-Several machines on one file system can share the work: --worker=0/4 on the first … --worker=3/4 on
-the fourth, and then once without --worker, to join what they made. A BPE is trained once and kept
-in data/tokenizers/: let the first machine do that alone.
+Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
+the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
+data/tokenizers/: let the first machine do that alone.
 """
 import functools
 import os
@@ -22,17 +22,16 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
-from prepare import documents
 import folio.tokenizer
 from folio.configurator import UserError, configure
-from prepare.corpus import (
-    file_stamps, find_sources, pinned_revision, write_corpus, write_json)
 from folio.download import download, hub_errors
+from prepare import corpus
 
 edition = 'fineweb-edu'  # or fineweb
 sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, which is all of it
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
+separator = ''  # a line between the documents of a .txt, such as <|endoftext|>; else it is one
 skip_bad = False  # leave out rows that hold no text, and count them
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
@@ -61,88 +60,75 @@ SHARD_HEADER = 256  # int32 numbers in front of the tokens
 
 # ---- Ready-made tokens ---------------------------------------------------------------------------
 def list_shards(repository, revision):
-    """Return ({address: SHA-256} of a repository's shards, validation first; their commit).
+    """Return ({address: bytes} of a repository's shards, {address: SHA-256}, their commit).
 
-    revision: a commit, or '' for the newest.
+    The validation split comes first. revision: a commit, or '' for the newest.
     """
     from huggingface_hub import HfApi, hf_hub_url
     with hub_errors(f'{repository} could not be listed'):
         info = HfApi().dataset_info(repository, revision=revision or None, files_metadata=True)
+    shards = [file for file in info.siblings if file.rfilename.endswith('.bin')]
+    # False sorts before True.
+    shards.sort(key=lambda file: ('_val_' not in file.rfilename, file.rfilename))
+    sizes = {}
     hashes = {}
-    for file in info.siblings:
-        if file.rfilename.endswith('.bin'):
-            hashes[file.rfilename] = file.lfs and file.lfs.sha256
-    # False sorts before True: the shards of the validation split come first.
-    names = sorted(hashes, key=lambda name: ('_val_' not in name, name))
-    shards = {}
-    for name in names:
-        url = hf_hub_url(repository, name, repo_type='dataset', revision=info.sha)
-        shards[url] = hashes[name]
-    return shards, info.sha
+    for file in shards:
+        url = hf_hub_url(repository, file.rfilename, repo_type='dataset', revision=info.sha)
+        sizes[url] = file.size
+        hashes[url] = file.lfs and file.lfs.sha256
+    return sizes, hashes, info.sha
 
 
-def shard_tokens(url, shards, folder, row, offset):
-    """Yield (mark, tokens) of a shard, all at once, unless that has been done: then row is 1.
+def shard_tokens(urls, bar, hashes, folder):
+    """Yield (address, tokens, 0) of each shard.
 
     A shard is a header of 256 int32, of which the first three are 20240520, 1 and the number of
-    tokens, and then the tokens, of uint16. Raises UserError for any other file. offset is not used.
+    tokens, and then the tokens, of uint16. Raises UserError for any other file.
     """
-    if row > 0:
-        return
-    file_name = url.rsplit('/', 1)[-1]
-    path = download([url], os.path.join(folder, 'parts', file_name), sha256=shards[url])
-    header_bytes = 4 * SHARD_HEADER
-    n_tokens = (os.path.getsize(path) - header_bytes) // 2
-    header = np.fromfile(path, '<i4', SHARD_HEADER)[:3].tolist()
-    if header != [SHARD_MAGIC, SHARD_VERSION, n_tokens]:
+    for url in urls:
+        path = download([url], os.path.join(folder, 'parts', os.path.basename(url)),
+                        sha256=hashes[url])
+        n_bytes = os.path.getsize(path)
+        n_tokens = (n_bytes - 4 * SHARD_HEADER) // 2
+        header = np.fromfile(path, '<i4', SHARD_HEADER)[:3].tolist()
+        tokens = np.fromfile(path, '<u2', offset=4 * SHARD_HEADER)
         os.remove(path)
-        raise UserError(f'{url} holds no GPT-2 tokens: its header says {header}, '
-                        f'its size {n_tokens:,}')
-    tokens = np.fromfile(path, '<u2', offset=header_bytes)
-    os.remove(path)
-    yield documents.Mark(row=1, share=1.0), tokens
+        if header != [SHARD_MAGIC, SHARD_VERSION, n_tokens]:
+            raise UserError(f'{url} holds no GPT-2 tokens: its header says {header}, '
+                            f'its size {n_tokens:,}')
+        bar.update(n_bytes)
+        yield url, tokens, 0
 
 
 # ---- A BPE of the documents ----------------------------------------------------------------------
-def all_documents(files):
-    """Yield the documents of the files, one by one."""
-    for file in files:
-        for _, texts in documents.read_chunks(file, column, skip_bad=skip_bad):
-            yield from texts
+def first_texts(files, form):
+    """Yield the texts of the files until they have tokenizer_chars; the last one may be cut."""
+    limit = tokenizer_chars or sys.maxsize
+    n_left = limit
+    n_bytes = sum(files.values())
+    with tqdm(desc='counting', total=n_bytes, unit='B', unit_scale=True) as bar:
+        for file in files:
+            for texts, _ in corpus.read(file, form, bar):
+                for text, _ in texts:
+                    yield text[:n_left]
+                    n_left -= len(text)
+                    if n_left <= 0:
+                        return
+                n_used = max(1, limit - n_left)  # perhaps not all bytes are needed
+                bar.total = min(n_bytes, bar.n * limit // n_used)
 
 
-def first_chars(texts, n_chars):
-    """Yield texts until they have n_chars characters; the last one may be cut."""
-    n_left = n_chars
-    for text in texts:
-        yield text[:n_left]
-        n_left -= len(text)
-        if n_left <= 0:
-            return
-
-
-def with_bar(texts, n_chars):
-    """Yield texts, and show on a bar how many characters of n_chars, or of all, have gone by."""
-    with tqdm(total=n_chars or None, desc='counting', unit=' characters', unit_scale=True) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
-
-
-def trained_bpe(files):
-    """Return a BPE of the documents of these files, trained by all cores or by an earlier run."""
+def trained_bpe(files, form):
+    """Return a BPE of the documents of these files, trained here or by an earlier run."""
     # The name of the file says what the BPE depends on, so that another file is never taken for it.
-    request = [file_stamps(files), column, vocab_size, tokenizer_chars]
+    stamps = [corpus.stamp(file) for file in files]
+    request = [stamps, form.column, form.separator, vocab_size, tokenizer_chars]
     path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash(request)}.json'
     if not os.path.exists(path):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
-        texts = all_documents(files)
-        if tokenizer_chars > 0:
-            texts = first_chars(texts, tokenizer_chars)
-        texts = with_bar(texts, tokenizer_chars)
-        tok = folio.tokenizer.train_bpe(texts, vocab_size, documents.map_on_all_cores)
+        tok = folio.tokenizer.train_bpe(first_texts(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
-        write_json(path, tok.spec)
+        corpus.write_json(path, tok.spec)
     return folio.tokenizer.load(path)
 
 
@@ -161,50 +147,34 @@ def check_settings():
         raise UserError(f"of --pretokenized there are, in GPT-2's tokens, {choices}")
 
 
-def default_val_tokens(files):
-    """Return 100 M, or a tenth of all tokens where that is less, at a guess of 4 bytes each."""
-    if max_tokens:
-        n_tokens = max_tokens
-    elif source:
-        n_tokens = sum(documents.size_of(file) for file in files) // 4
-    else:
-        n_tokens = 10**10  # the smallest sample of FineWeb
-    return min(100_000_000, n_tokens // 10)
-
-
 def main():
     check_settings()
     folder = os.path.join('data', dataset)
+    form = corpus.Form(column, separator, skip_bad)
     if pretokenized:
         tok = folio.tokenizer.load('gpt2')
-        # The shard of the validation split comes first, so val.bin is made of it.
         pattern = SHARDS[edition, sample]
-        shards, revision = list_shards(pattern, pinned_revision(folder, pattern))
-        files = list(shards)
-        to_tokens = functools.partial(shard_tokens, shards=shards, folder=folder)
+        # The shard of the validation split comes first, so val.bin is made of it.
+        files, hashes, revision = list_shards(pattern, corpus.pinned_commit(pattern, folder))
+        tokenize = functools.partial(shard_tokens, hashes=hashes, folder=folder)
     else:
         on_hub = f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet'
         pattern = source or on_hub
-        files, revision = find_sources(pattern, folder)
-        tok = trained_bpe(files) if tokenizer == 'bpe' else folio.tokenizer.load(tokenizer)
-        to_tokens = functools.partial(documents.tokenize, tokenizer=tok, column=column,
-                                      skip_bad=skip_bad)
+        files, revision = corpus.find_sources(pattern, folder, form)
+        tok = trained_bpe(files, form) if tokenizer == 'bpe' else folio.tokenizer.load(tokenizer)
+        tokenize = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
 
-    meta = write_corpus(folder, tok, files, to_tokens, max_tokens=max_tokens,
-                        val_tokens=val_tokens or default_val_tokens(files), worker=worker,
-                        column=column, pattern=pattern, revision=revision)
+    origin = {'pattern': pattern, 'revision': revision, 'column': column}
+    if separator:
+        origin['separator'] = separator
+    meta = corpus.write_corpus(folder, tok, files, tokenize, source=origin, val_tokens=val_tokens,
+                               max_tokens=max_tokens, worker=worker)
     if meta is None:
         print(f'worker {worker} has done its share; '
               'when all have, join them by the same command without --worker')
-        return
-    if meta.get('bad_rows'):
-        print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
-    for split, counts in meta['splits'].items():
-        print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens '
-              f'in {counts["documents"]:,} documents, '
-              f'{counts["bytes"] / counts["tokens"]:.2f} bytes a token')
+    else:
+        corpus.report(folder, meta)
 
 
-if __name__ == '__main__':  # each process that learns a BPE reads this file too
-    configure(globals())
-    main()
+configure(globals())
+main()

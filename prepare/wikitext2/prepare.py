@@ -15,7 +15,6 @@ sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkou
 import folio.tokenizer
 from folio.configurator import UserError, configure
 from prepare.corpus import write_dataset
-from prepare.documents import map_on_all_cores
 from folio.download import hub_errors
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
@@ -75,7 +74,7 @@ def main():
     if tokenizer == 'gpt2':
         tok = folio.tokenizer.load('gpt2')
     else:
-        tok = folio.tokenizer.train_bpe([texts['train']], vocab_size, map_on_all_cores)
+        tok = folio.tokenizer.train_bpe([texts['train']], vocab_size)
 
     documents = {name: [text] for name, text in texts.items()}
     words = {name: count_words(text) for name, text in texts.items()}
@@ -87,6 +86,5 @@ def main():
               + folio.tokenizer.fertility(texts[name], counts['tokens']))
 
 
-if __name__ == '__main__':  # each process that counts pieces for the BPE reads this file too
-    configure(globals())
-    main()
+configure(globals())
+main()
