@@ -135,7 +135,7 @@ def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, content, says', [
     ('z.md', b'# About these files\n', 'z.md is none of .parquet, .jsonl'),
-    ('z.csv.gz', gzip.compress(b'a'), 'none of .parquet'),
+    ('z.csv.gz', gzip.compress(b'a', mtime=0), 'none of .parquet'),
     ('z.jsonl.zip', b'PK', 'none of .parquet'),
     ('z.jsonl', b'{"content": "a"}\n', 'z.jsonl, line 1: it has no text; by --column=, name one'),
     ('z.jsonl.gz', b'', 'z.jsonl.gz could not be read (ValueError: it has 0 bytes'),
