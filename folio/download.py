@@ -54,6 +54,9 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
                     break
             except OSError as e:
                 raise UserError(f'could not write {part}: {e.strerror}') from e
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(part)  # of an attempt that failed
     raise UserError(f'could not download {os.path.basename(path)} ({reason}); check the address '
                     f'and the network, or save the file yourself as {path}')
 
