@@ -400,7 +400,7 @@ def test_a_copy_that_was_damaged_is_fetched_again(server, tmp_path):
     ([500] * 4, 'HTTP 500'),
     ([429] * 4, 'HTTP 429'),
     ([404], 'HTTP 404'),
-    (['cut'] * 4, 'ConnectionError'),
+    (['cut'] * 4, 'ChunkedEncodingError'),
     (['wrong'] * 4, 'SHA-256'),
     (['wrong', 'cut', 500, 'wrong'], 'SHA-256'),
 ], ids=['500', '429', '404', 'cut', 'wrong', 'mixed'])
