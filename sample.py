@@ -6,7 +6,7 @@ Write text with a trained model, to standard output.
 
 A single sample appears as it is written; several are drawn together and appear at the end. --chat
 reads a line, answers it, and so on until Ctrl-D: in the form in which a model was tuned to answer,
-if its data had one (see prepare/dolly); any other model goes on with the text.
+if its data had one (see prepare/dolly); any other model continues the text.
 
 Needs model.py and folio/.
 """
@@ -56,8 +56,7 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
-begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
-ids = begin + tokenizer.encode(start) or [tokenizer.start]
+ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, start)
 if len(ids) > model.config.block_size:
     print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens',
           file=sys.stderr)
@@ -108,10 +107,10 @@ def talk():
         except UserError as e:  # a character that a character model never saw
             print(f'notice: {e}', file=sys.stderr)
             continue
-        # A tuned model has learned from documents of one question each. Any other goes on with the
+        # A tuned model has learned from documents of one question each. Any other continues the
         # text, in which only the first line begins a document.
         if is_tuned or not turns:
-            turn = (begin or [tokenizer.start]) + turn
+            turn = folio.checkpoint.encode_prompt(checkpoint, tokenizer, '') + turn
         turns.append(turn)
         # The oldest turns are forgotten: the context has room for the answer too, up to half of it.
         longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)

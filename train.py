@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 import folio.checkpoint
 import folio.tokenizer
 from folio import engine
-from folio.configurator import (UserError, configure, model_settings, report, require_at_least,
-                                require_choice, user_errors)
+from folio.configurator import (UserError, configure, model_settings, notice, report,
+                                require_at_least, require_choice, user_errors)
 from folio.data import Dataset, evaluate, prefetch, train_batch, train_batches
 from folio.log import Log, NoLog, start_wandb
 from folio.machine import COMPILE_OPTIONS, Machine, catch_signals, default_device
@@ -67,7 +67,7 @@ n_embd = 768  # channels of the residual stream
 dropout = 0.0  # 0 to pre-train, 0.1 and more to fine-tune
 bias = False  # gpt2: biases in Linear and LayerNorm
 gelu = 'tanh'  # gpt2: tanh, the approximation that OpenAI used, or none, the exact GELU
-window = 0  # attend only to this many previous tokens; 0: to all
+window = 0  # attend to this many tokens, itself included; 0: to all before it
 flash = True  # fused attention; False: the same written out
 activation_checkpointing = False  # less memory: compute activations twice, a third more work
 # Optimizer
@@ -227,9 +227,9 @@ if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
 if decay_lr and decay_iters < max_iters:
     print0(f'from step {decay_iters} (lr_decay_iters) on the learning rate is {min_lr:g} (min_lr)')
-if decay_lr and 0 < decay_iters <= warmup_iters:
-    print0(f'the learning rate never reaches its peak: it rises over {warmup_iters} steps '
-           f'(warmup_iters) and falls from step {decay_iters} on')
+if decay_lr and n_steps > 0 and decay_iters <= warmup_iters:
+    print0(f'the learning rate never reaches its peak: it would rise over {warmup_iters} steps '
+           f'(warmup_iters), and its schedule has {decay_iters}')
 
 log = NoLog()
 record = folio.checkpoint.record_of(GPT)  # which code runs
@@ -290,8 +290,11 @@ def save(iter_num, *paths):
 def save_first(kind, error, trace):
     """Save before an error ends the run, as long as the weights are those of a whole step."""
     if iter_num > first_iter and weights_are_whole and not issubclass(kind, UserError):
-        save(iter_num, ckpt_path)
-        print0(f'an error ends the run; step {iter_num} is saved in {ckpt_path}')
+        try:
+            save(iter_num, ckpt_path)
+            print0(f'an error ends the run; step {iter_num} is saved in {ckpt_path}')
+        except UserError as e:  # no room, or weights that are not finite
+            notice(f'step {iter_num} is not saved: {e}')
     report(kind, error, trace)
 
 
@@ -318,7 +321,7 @@ if world_size > 1:
     # torch 2.13 has a newer name for it, torch 2.11 has this one only.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
-                                        gradient_as_bucket_view=True,  # saves a copy of them
+                                        gradient_as_bucket_view=True,  # no copy of the gradients
                                         find_unused_parameters=machine.any(has_unused))
     model.zero_grad(set_to_none=True)
 if compile:

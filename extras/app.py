@@ -107,8 +107,7 @@ def write(choice, prompt, max_new_tokens, **options):
     try:
         model, checkpoint, facts = load(choice)
         tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-        begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
-        ids = begin + tokenizer.encode(prompt) or [tokenizer.start]
+        ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, prompt)
         limit = model.config.block_size
         if len(ids) > limit:
             facts += f', reads the last {limit:,} of {len(ids):,} tokens'
@@ -191,4 +190,7 @@ with gr.Blocks(title='folio') as page:
 
 print(f'http://127.0.0.1:{port}, for this machine alone unless --share=True; Ctrl-C ends it',
       flush=True)
-page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share, css=STYLE)
+try:
+    page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share, css=STYLE)
+except OSError:
+    raise UserError(f'port {port} is in use: give another --port=') from None

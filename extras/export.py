@@ -137,14 +137,14 @@ def describe_tokenizer(checkpoint, model, tokenizer):
         hf_tokenizer = bpe_tokenizer(tokenizer)
     if tokenizer.eot is not None:
         begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
-        first, = begin or [tokenizer.eot]
+        first = begin[0] if begin else tokenizer.eot
         bos = hf_tokenizer.id_to_token(first)
         eos = hf_tokenizer.id_to_token(tokenizer.eot)
         config |= {'bos_token': bos, 'eos_token': eos, 'unk_token': eos}
         generation |= {'bos_token_id': first, 'eos_token_id': tokenizer.eot}
         if begin:
             begin_texts(hf_tokenizer, bos, first)
-    if checkpoint.get('template'):
+    if checkpoint.get('template') and tokenizer.eot is not None:  # with which each question begins
         config['chat_template'] = to_chat_template(checkpoint['template'])
     return hf_tokenizer.to_str(), config, generation
 
@@ -226,7 +226,7 @@ def to_json(settings):
 def write_folder(folder, texts, tensors):
     """Write a new folder of texts, {name: str}, and tensors, {name: tensor}; all of it, or nothing.
 
-    The last of the texts makes it complete: of a process that is killed no such folder is left.
+    The last of the texts makes it complete: a killed process leaves no folder that looks so.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -266,6 +266,7 @@ def write_gguf(path, title, hf, tensors, checkpoint, tokenizer):
     stored = gguf.GGMLQuantizationType[number_format]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, hf['n_layer'])
 
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with folio.checkpoint.replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, 'gpt2')
         writer.add_name(title)
@@ -286,7 +287,7 @@ def write_gguf(path, title, hf, tensors, checkpoint, tokenizer):
         writer.add_token_merges([' '.join(pair) for pair in list_merges(tokenizer)])
         begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
         if tokenizer.eot is not None:
-            first, = begin or [tokenizer.eot]
+            first = begin[0] if begin else tokenizer.eot
             writer.add_bos_token_id(first)
             writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(begin != [])
@@ -348,7 +349,9 @@ def main():
         'tokenizer_config.json': to_json(tokenizer_config),
         'tokenizer.json': tokenizer_json,
         'README.md': model_card(title, facts, path, engines, model.config),
-        'config.json': to_json(hf | {'dtype': dtype}),
+        # As in generation_config.json: the token in front of a text may be another than the last
+        'config.json': to_json(hf | {
+            'dtype': dtype, 'bos_token_id': generation_config.get('bos_token_id')}),
     }, tensors)
     print(f'{path}: {architecture} with its tokenizer ({tokenizer.spec["kind"]}); '
           'its README.md says what loads it')

@@ -1,16 +1,15 @@
 """
 Show how finely tokenizers cut a text: tokens in a word, tokens in a character, bytes in a token.
     python extras/fertility.py my.txt gpt2 data/book
-    python extras/fertility.py my.txt data/tokenizers cl100k_base
+    python extras/fertility.py my.txt cl100k_base my_tokenizers
 
 A tokenizer is gpt2 or another name of tiktoken's, a data folder, a tokenizer.json (ours or one of
 Hugging Face's), or a folder of these. White space separates words: of a script without it, such as
 Chinese or Thai, look at the tokens in a character.
 
-Needs folio/; the package tokenizers for a file of Hugging Face's.
+Needs folio/; the package tokenizers for kinds that folio does not read.
 """
 import glob
-import json
 import os
 import sys
 
@@ -35,16 +34,23 @@ def load(source):
     if source != 'gpt2' and source in tiktoken.list_encoding_names():
         encoding = tiktoken.get_encoding(source)
         return encoding.n_vocab, encoding.encode_ordinary
-    path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            is_hugging_face = 'model' in json.load(f)
-        if is_hugging_face:
-            import tokenizers
-            theirs = tokenizers.Tokenizer.from_file(path)
-            return theirs.get_vocab_size(), lambda text: theirs.encode(text).ids
-    ours = folio.tokenizer.load(source)
-    return ours.n_vocab, ours.encode
+    try:
+        ours = folio.tokenizer.load(source)
+        return ours.n_vocab, ours.encode
+    except UserError:
+        path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
+        if not os.path.isfile(path):
+            raise
+    # A kind that folio does not read
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(f'{path} is read by a package: pip install tokenizers') from None
+    try:
+        theirs = tokenizers.Tokenizer.from_file(path)
+    except Exception as e:  # the package raises nothing narrower
+        raise UserError(f'{path} is not a tokenizer: {e}') from None
+    return theirs.get_vocab_size(), lambda text: theirs.encode(text, add_special_tokens=False).ids
 
 
 def main():

@@ -97,7 +97,7 @@ def load_samples(path, tasks):
 
 # ---- Generation ----------------------------------------------------------------------------------
 def end_of_function(prompt, completion):
-    """Return where in the completion the function has ended; None if it goes on to the end.
+    """Return where in the completion the function has ended; None if it continues to the end.
 
     It ends before the first line that is not blank, not indented and not a closing bracket.
 
@@ -112,15 +112,14 @@ def end_of_function(prompt, completion):
     return found.end() - len(newline)
 
 
-def complete(model, tokenizer, prompt, n, seed, **options):
+def complete(model, tokenizer, prompt, n, seed, begin, **options):
     """Return n completions of a prompt, drawn as one batch and cut where the function ends.
 
     White space at the end of the prompt is left to the model, because a tokenizer may join it with
-    what follows. options: those of engine.generate.
+    what follows. begin: the ids that come before a prompt. options: those of engine.generate.
     """
     context = prompt.rstrip()
-    start = [] if tokenizer.eot is None else [tokenizer.eot]
-    ids = start + tokenizer.encode(context) or [tokenizer.start]
+    ids = begin + tokenizer.encode(context) or [tokenizer.start]
 
     def find_end(text):
         return end_of_function(context, text)
@@ -140,7 +139,7 @@ def complete(model, tokenizer, prompt, n, seed, **options):
 def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progress=False, **options):
     """Return num_samples of {task_id, completion} for each task, in the order of the tasks.
 
-    options go to engine.generate: max_new_tokens, strategy, temperature …
+    options go to `complete`: begin, max_new_tokens, strategy, temperature …
     """
     drawn = []
     with tqdm(total=len(tasks) * num_samples, desc='Samples', disable=not progress) as bar:
@@ -247,14 +246,15 @@ def sample_model(tasks):
     model = folio.checkpoint.build(GPT, checkpoint).eval()
     model.to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
+    begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
     context = model.config.block_size
     prompts = [task['prompt'].rstrip() for task in tasks.values()]
-    too_long = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) > context]
+    too_long = [text for text in prompts if len(begin + tokenizer.encode(text)) > context]
     if too_long:
         notice(f'{len(too_long)} of {len(tasks)} prompts are longer than the context of {context} '
                'tokens; the model does not see how they begin')
     return draw_samples(model, tokenizer, tasks, num_samples=num_samples,
-                        batch_size=batch_size, seed=seed, progress=True,
+                        batch_size=batch_size, seed=seed, progress=True, begin=begin,
                         max_new_tokens=max_new_tokens, strategy=strategy, temperature=temperature,
                         top_k=top_k, top_p=top_p)
 

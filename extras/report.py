@@ -132,7 +132,7 @@ def open_data(run, checkpoint):
             run.spec = data.spec
         # The folder may have been prepared again from another text since.
         if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
-            raise UserError(f'{data.folder} has another vocabulary by now')
+            raise UserError(f'{data.folder} has another vocabulary now')
         run.masked = data.mask('val') is not None
         run.data = data
         if run.masked:
@@ -172,7 +172,7 @@ def examine(run, columns):
 def join(run, columns):
     """Put a run into the column of its setting; return whether it is the first one there."""
     for column in columns:
-        # The same seed twice is no second sample.
+        # The same seed twice isn't a second sample.
         is_new_seed = run.config['seed'] not in [other.config['seed'] for other in column]
         if is_new_seed and setting_of(run) == setting_of(column[0]):
             column.append(run)
@@ -229,12 +229,11 @@ def kinds_of_text():
 def write_texts(model, checkpoint, machine, strategy, temperature):
     """Return (groups, measures): for each prompt a list of texts, and their MEASURES."""
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
     n_texts = 1 if strategy == 'greedy' else num_samples  # the others would be the same
     groups = []
     log_probs = []  # of each token, whatever strategy and temperature drew it
     for prompt in prompts.split('|'):
-        ids = begin + tokenizer.encode(prompt) or [tokenizer.start]
+        ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, prompt)
         tokens = []
         own = []
         with machine.autocast:
@@ -542,13 +541,17 @@ def say_hellaswag(run):
 def say_texts(run):
     """Return sentences on which strategy repeats itself, and which writes like real text."""
     measures = {label_of(*kind): found for kind, (_, found) in run.texts.items()}
-    most = max(measures, key=lambda label: measures[label]['repeated-4'])
-    sentences = [f'Of the texts of {run.name} those by {most} repeat themselves most: '
-                 f'{measures[most]["repeated-4"]:.1%} of their 4-grams stood there before.']
+    repeated = {label: found['repeated-4'] for label, found in measures.items()
+                if not math.isnan(found['repeated-4'])}  # as it is of texts that are too short
+    sentences = []
+    if repeated:
+        most = max(repeated, key=repeated.get)
+        sentences.append(f'Of the texts of {run.name} those by {most} repeat themselves most: '
+                         f'{repeated[most]:.1%} of their 4-grams stood there before.')
     if run.best and not run.masked:
         real = -run.best['val_loss']
         nearest = min(measures, key=lambda label: abs(measures[label]['log-prob'] - real))
-        sentences.append(f'To the model those by {nearest} are about as likely as validation text: '
+        sentences.append(f'To the model those by {nearest} come nearest to validation text: '
                          f'{measures[nearest]["log-prob"]:.2f} and {real:.2f} nats a token.')
     return sentences
 

@@ -31,7 +31,7 @@ def count_pieces(texts, pattern):
     """Return {piece: how often it occurs} of an iterable of str, maybe a stream larger than memory.
 
     Of more than MAX_PIECES distinct pieces only the most frequent half of that number is kept, and
-    counting goes on. pattern: a regular expression that finds the pieces.
+    counting continues. pattern: a regular expression that finds the pieces.
     """
     find_pieces = regex.compile(pattern).findall
     counts = collections.Counter()
@@ -123,7 +123,7 @@ def replace_pair(ids, pair, new):
 # ---- The same merges, fast -----------------------------------------------------------------------
 
 def learn_merges(piece_counts, n_merges):
-    """Return the merges of learn_merges_slowly, without counting everything anew for each of them.
+    """Return the merges of learn_merges_slowly, without counting everything again for each of them.
 
     A merge changes little: the places where its pair occurs and their neighbours. So the pieces are
     laid in one row, in which a place is the byte where a pair begins, and each pair remembers how

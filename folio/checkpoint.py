@@ -165,7 +165,7 @@ def refuse_other_code(checkpoint, model_class):
     if is_of_other_code(checkpoint, model_class):
         raise UserError(f'{checkpoint["source"]} was trained with other code than '
                         f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
-                        f'is {copy_of_code(checkpoint)}')
+                        f'is {copy_of_code(checkpoint)}: give the config file that brings its model')
 
 
 def is_of_other_code(checkpoint, model_class):
@@ -231,7 +231,7 @@ def tokenizer_of(checkpoint):
     vocab_size = checkpoint['model_args']['vocab_size']
     if spec is None and vocab_size != 50257:
         raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not the 50257 '
-                        "of GPT-2's")
+                        "of GPT-2's: run this where the data set is that it was trained on")
     if spec is None:
         notice(f"{source} has no tokenizer: its tokens are taken for GPT-2's")
     tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
@@ -239,6 +239,12 @@ def tokenizer_of(checkpoint):
         raise UserError(f'{source} is a model of {vocab_size} tokens, and its tokenizer '
                         f'({tokenizer.spec["kind"]}) has {tokenizer.n_vocab}')
     return tokenizer
+
+
+def encode_prompt(checkpoint, tokenizer, text):
+    """Return the ids of a prompt, at least one: what comes before a text, and the text."""
+    ids = beginning_of(checkpoint, tokenizer) + tokenizer.encode(text)
+    return ids or [tokenizer.start]
 
 
 def beginning_of(checkpoint, tokenizer):
@@ -279,7 +285,7 @@ def save(paths, checkpoint):
         if not isinstance(reason, OSError):
             raise
         raise UserError(f'could not write {path}: {reason.strerror}; what was there before is '
-                        'intact. Make room, then continue with --init_from=resume') from e
+                        'intact. Make room, then continue with --init_from=auto') from e
 
 
 @contextlib.contextmanager

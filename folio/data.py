@@ -56,7 +56,7 @@ class Dataset:
         """
         self.folder = os.path.join('data', name.removeprefix('data/'))
         self.meta = {}
-        self.arrays = {}  # {file: its memmap}: a run goes on with the files that it began with
+        self.arrays = {}  # {file: its memmap}: a run keeps the files that it began with
         if not os.path.isfile(self.path('train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin): a prepare.py writes it; '
                             'of a text of your own, python prepare/book/prepare.py --book=my.txt '

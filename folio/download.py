@@ -32,7 +32,7 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
     """
     if os.path.exists(path) and sha256 in (None, sha256_of(path)):
         return path
-    part = f'{path}.part'
+    part = f'{path}.{os.getpid()}.part'  # another process may want the same file
     reason = ''  # why the last attempt failed
     for url in urls:
         for attempt in range(tries):

@@ -259,7 +259,6 @@ def template_of(chat_template, config, control):
     >>> template_of(chat_template, {'bos_token': '<s>', 'eos_token': '<s>'}, ['<s>'])
     'Q: {} A:'
     """
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     bos = token_named('bos_token', config) or ''
@@ -268,7 +267,7 @@ def template_of(chat_template, config, control):
     try:
         text = environment.from_string(chat_template).render(
             messages=[question], bos_token=bos, eos_token=eos, add_generation_prompt=True)
-    except TemplateError:
+    except Exception:  # it is a program of somebody else, and may fail in any way
         return None
     template = text.removeprefix(bos)
     if template == text or template.count('{}') != 1 or any(token in template for token in control):
@@ -301,7 +300,7 @@ def download_openai(name):
 
 
 def download_model(repository):
-    """Return the path of a downloaded model.safetensors, config.json beside it; try four times."""
+    """Return the path of a downloaded model.safetensors, config.json next to it; try four times."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     for seconds in (1, 2, 4, None):  # before the next try, which begins again

@@ -6,6 +6,7 @@ log.jsonl has a JSON object on each line. The first line of each start has the s
 and the code that ran. A line with `loss` is a training step, one with `val_loss` an evaluation, one
 with `hellaswag` or `sample` says so; all of these have `iter`, the number of steps before it.
 """
+import filecmp
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ class Log:
                 self.previous = set_aside(out_dir)
             elif os.path.exists(path):
                 cut(path, resume_at)
-            shutil.copyfile(code, os.path.join(out_dir, 'model.py'))
+            keep_code(code, os.path.join(out_dir, 'model.py'), resume_at)
             self.file = open(path, 'ab', buffering=0)
         except OSError as e:
             raise UserError(f'{out_dir} cannot be written ({e.strerror}): make room there, or give '
@@ -115,6 +116,13 @@ def set_aside(out_dir):
     for name in found:
         os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
     return previous
+
+
+def keep_code(code, path, resume_at):
+    """Copy the code of the model; what a run had until it continued with other code stays too."""
+    if resume_at is not None and os.path.exists(path) and not filecmp.cmp(code, path, False):
+        os.replace(path, path.replace('.py', f'_until_{resume_at}.py'))
+    shutil.copyfile(code, path)
 
 
 def cut(path, iter_num):

@@ -65,7 +65,8 @@ def count_matrices(model, name, p):
     n = getattr(layer, 'n_matrices', 1)
     if len(p) % n != 0:
         raise ValueError(f'Muon: {name} has {len(p)} rows, not {n} matrices of one height: in the '
-                         'model, set n_matrices of that layer to what it holds, or to 1')
+                         'model, set n_matrices of that layer to what it holds; matrices of other '
+                         'heights belong into layers of their own')
     return n
 
 

@@ -102,7 +102,8 @@ def require_ours(folder):
     if not os.path.isdir(folder) or {'tokenizer', 'dtype', 'splits'} <= read_meta(folder).keys():
         return
     for name in os.listdir(folder):
-        if name not in ('parts', 'new'):  # a killed run may have left these
+        # A killed run may have left the two, and a Mac its .DS_Store.
+        if name not in ('parts', 'new') and not name.startswith('.'):
             raise UserError(f'{folder} contains {name}, which folio did not write; '
                             'give another --dataset')
 
@@ -256,7 +257,9 @@ def find_sources(pattern, folder, form):
         raise UserError(f'no file is called {pattern}; --source takes a pattern, such as '
                         "'my/*.parquet', in which [[] stands for [")
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # a hub takes its time to answer
+    # A hub takes its time to answer. Local files go one by one: a list of JSON is in memory whole.
+    n_threads = 16 if '://' in pattern else 1
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
         first_texts = list(pool.map(lambda file: first_text(file, form), files))
     for file, text in zip(files, first_texts):
         if '.txt' in os.path.basename(file).lower() and EOT in text and not form.separator:
@@ -374,8 +377,10 @@ def read(file, form, bar):
 @contextlib.contextmanager
 def opened(file):
     """Open a file as bytes, local or of a store; what may go wrong with it becomes a UserError."""
-    with hub_errors(f'{file} could not be read', 'fetch it again, unpack it yourself (of a .zst '
-                    'that needs much memory: zstd -d --long=31), or leave it out'):
+    remedy = 'fetch it again, or leave it out'
+    if file.lower().endswith('.zst'):
+        remedy += '; if it needs too much memory, unpack it yourself: zstd -d --long=31'
+    with hub_errors(f'{file} could not be read', remedy):
         if '://' in file:
             store, path = fsspec.core.url_to_fs(file)
             raw = store.open(path, 'rb')
@@ -387,6 +392,8 @@ def opened(file):
 
 def rows_of(raw, file, form):
     """Return the rows of an open file, by the ending of its name: what one of READERS yields."""
+    if raw.peek(30).startswith(b'version https://git-lfs'):
+        raise UserError(f'{file} is not there yet: git lfs pull fetches it')
     name = file.lower()
     stream = raw
     packing = fsspec.utils.infer_compression(name)
@@ -398,6 +405,8 @@ def rows_of(raw, file, form):
     _, ending = os.path.splitext(name)
     if ending not in READERS:
         raise UserError(f'{file} is none of {", ".join(READERS)}, compressed or not')
+    if ending == '.parquet':
+        return read_parquet(stream, form, file)
     return READERS[ending](stream, form)
 
 
@@ -413,13 +422,16 @@ fsspec.compression.register_compression('zstd', open_zstd, 'zst', force=True)
 # Each reader yields, for each row, its place for a message, a function that returns its text or
 # None, or raises what is wrong with it, and whether a document begins there.
 
-def read_parquet(stream, form):
+def read_parquet(stream, form, file):
     import pyarrow.parquet
     # Both options save memory. With pre_buffer, pyarrow keeps everything it has read until the file
     # is closed. Without buffer_size, it reads a column of a whole row group at once, and a row
     # group may be as large as the file.
     parquet = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER)
-    require_column(form.column, parquet.schema_arrow.names)
+    try:
+        require_column(form.column, parquet.schema_arrow.names)
+    except ValueError as e:
+        raise UserError(f'{file}: {e}') from None
     number = 0
     for batch in parquet.iter_batches(64, columns=[form.column]):  # few, for a row can be large
         for value in batch.column(0):
@@ -454,8 +466,6 @@ def require_column(column, names):
 
 
 def read_text(stream, form):
-    if stream.peek(30).startswith(b'version https://git-lfs'):
-        raise ValueError('git lfs pull has not fetched it yet')
     text = io.TextIOWrapper(stream, 'utf-8-sig')  # whose line ends are all \n
     pieces = in_stretches(text)
     if form.separator:
@@ -697,8 +707,11 @@ def join(folder, paths, tokenizer, meta):
     total = min(total, meta['source']['max_tokens'] or total)
     n_val = meta['source']['val_tokens'] or a_tenth(total)
     if n_val < 2 or total - n_val < 2:  # a split needs an input and its target
+        remedy = 'give more text'
+        if total >= 4:
+            remedy += f', or --val_tokens={a_tenth(total)}'
         raise UserError(f'{total:,} tokens in all are too few for two splits, if val_tokens is '
-                        f'{n_val:,}: give more text, or --val_tokens={a_tenth(total)}')
+                        f'{n_val:,}: {remedy}')
     meta['source']['val_tokens'] = n_val
     meta['bad_rows'] = sum(int(np.fromfile(path, '<u8', count=1)[0]) for path in paths)
     new = empty_folder(folder)

@@ -157,8 +157,7 @@ def test_a_parquet_without_the_column_is_named_before_the_first_token(prepare):
     pyarrow.parquet.write_table(pyarrow.table({'text': TEXTS}), 'a.parquet')
     pyarrow.parquet.write_table(pyarrow.table({'content': TEXTS, 'id': range(4)}), 'b.parquet')
     said = prepare('--source=*.parquet', '--skip_bad=True', status=2)
-    assert 'b.parquet could not be read (ValueError: it has no text' in said
-    assert 'name one of content, id' in said
+    assert said == 'error: b.parquet: it has no text; by --column=, name one of content, id\n'
     assert not os.path.exists('data')
 
 
@@ -349,7 +348,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path, kind):
     words = np.array([f'word{i} ' for i in range(1000)])
     rng = np.random.default_rng(0)
     peaks = []
-    for n in (300, 3000):
+    for n in (3000, 6000):
         texts = [''.join(rng.choice(words, 3000)) for _ in range(n)]
         path = tmp_path / f'{n}.{kind if kind in ("jsonl", "txt") else "parquet"}'
         if kind == 'jsonl':
@@ -361,7 +360,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path, kind):
             pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path,
                                         **PARQUET | {'row_group_size': n_rows})
         peaks.append(peak_of_reading(path))
-    assert peaks[1] - peaks[0] < 60, peaks
+    assert peaks[1] - peaks[0] < 30, peaks
 
 
 # ---- Packings and the stream ---------------------------------------------------------------------

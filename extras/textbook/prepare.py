@@ -215,7 +215,8 @@ def examples_hold(prompt, solution):
 import doctest
 runner = doctest.DocTestRunner()
 runner.run(doctest.DocTestParser().get_doctest({name}.__doc__, globals(), "", None, 0))
-assert runner.failures == 0 < runner.tries
+assert runner.tries > 0
+assert runner.failures == 0
 '''
     return confine.execute(prompt + solution + check) == 'passed'
 
@@ -236,7 +237,7 @@ class Quality(nn.Module):
         words = re.findall(r'\w+|[^\w\s]', text[:4000])
         pairs = [' '.join(pair) for pair in zip(words, words[1:])]
         grams = (words + pairs) or ['']
-        # Not hash(), which Python seeds anew in each process
+        # Not hash(), which Python seeds again in each process
         indices = [zlib.crc32(gram.encode()) % self.weight.num_embeddings for gram in grams]
         return torch.tensor(indices)
 

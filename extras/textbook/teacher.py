@@ -144,21 +144,23 @@ class Teacher:
         except (openai.OpenAIError, ValueError) as e:
             self.end(self.explain(e))
         choice = completion.choices[0]
-        usage = completion.usage
+        text = getattr(choice.message, 'content', None)
         # Without counts assume the most: a token is hardly ever shorter than a character
+        tokens_in = getattr(completion.usage, 'prompt_tokens', None)
+        tokens_out = getattr(completion.usage, 'completion_tokens', None)
         self.keep({
             'model': self.model,
             'prompt': prompt,
-            'text': choice.message.content or '',
+            'text': text if isinstance(text, str) else '',  # none where a filter has stopped it
             'is_cut': choice.finish_reason == 'length',
             'max_tokens': self.max_tokens,
-            'tokens_in': usage.prompt_tokens if usage else len(prompt),
-            'tokens_out': usage.completion_tokens if usage else self.max_tokens})
+            'tokens_in': len(prompt) if tokens_in is None else tokens_in,
+            'tokens_out': self.max_tokens if tokens_out is None else tokens_out})
 
     def request(self, prompt):
         """Return the completion of a prompt, after up to max_retries more tries.
 
-        Raises openai.OpenAIError, and ValueError for what is no completion, such as a web page.
+        Raises openai.OpenAIError, and ValueError for what isn't a completion, such as a web page.
         """
         limit_name = self.limit_name
         try:
@@ -178,9 +180,9 @@ class Teacher:
     def keep(self, entry):
         """Write an answer to the file, and count it."""
         with self.changing:
+            self.count(entry)  # first: what cannot be counted must not stay in the file
             self.file.write(json.dumps(entry).encode() + b'\n')
             self.file.flush()
-            self.count(entry)
         if entry['prompt'] not in self.answers:
             self.last_reason = 'an empty answer'
         self.client.max_retries = 10  # it works: a fault now is worth a minute

@@ -177,7 +177,6 @@ def test_where_bubblewrap_does_not_work_the_reason_is_said_and_programs_run(
     assert done.stderr.count('\n') == 1 and f'does not work here ({reason})' in done.stderr
 
 
-def test_what_keeps_programs_in_and_what_does_not_is_printed(tmp_path):
+def test_the_script_says_whether_bubblewrap_works_here(tmp_path):
     out, _ = run('extras/confine.py', cwd=tmp_path)
-    assert 'What neither keeps in: ' in out
     assert ('Here bubblewrap works.' in out) == bool(confine.sandbox())

@@ -181,7 +181,7 @@ BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, a
 
 def complete(model, prompt, **options):
     """Return a completion of the prompt by each row of a Writer."""
-    options = {'max_new_tokens': 40, 'seed': 0} | options
+    options = {'max_new_tokens': 40, 'seed': 0, 'begin': [256]} | options
     return humaneval.complete(model, BYTES, prompt, len(model.rows), **options)
 
 
@@ -216,7 +216,8 @@ def test_greedy_completions_do_not_depend_on_the_batch():
 
     def draw(batch_size):
         return humaneval.draw_samples(model, BYTES, tasks, num_samples=2, seed=1337,
-                                      batch_size=batch_size, strategy='greedy', max_new_tokens=30)
+                                      batch_size=batch_size, begin=[256], strategy='greedy',
+                                      max_new_tokens=30)
     one_by_one = draw(1)
     assert one_by_one == draw(3) == draw(100)
     assert [row['task_id'] for row in one_by_one] == [i for i in tasks for _ in range(2)]
@@ -237,7 +238,7 @@ def tiny(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     checkpoint = {'model': model.state_dict(), 'model_args': vars(model.config),
-                  'tokenizer': BYTES.spec}
+                  'tokenizer': BYTES.spec, 'config': {}}
     folio.checkpoint.save(str(tmp_path / 'ckpt.pt'), checkpoint)
     write(tmp_path / 'tasks.jsonl', TASKS.values())
     return tmp_path
