@@ -165,7 +165,7 @@ def refuse_other_code(checkpoint, model_class):
     if is_of_other_code(checkpoint, model_class):
         raise UserError(f'{checkpoint["source"]} was trained with other code than '
                         f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
-                        f'is {copy_of_code(checkpoint)}: give the config file that brings its model')
+                        f'is {copy_of_code(checkpoint)}: give the config file that brings it')
 
 
 def is_of_other_code(checkpoint, model_class):
