@@ -75,8 +75,12 @@ def handler_of(endpoint):
                 choice['finish_reason'] = 'length'
             if how == 'empty':
                 choice['message']['content'] = ''
+            if how == 'filtered':
+                choice |= {'finish_reason': 'content_filter', 'message': None}
             content = {'choices': [choice],
                        'usage': {'prompt_tokens': TOKENS_IN, 'completion_tokens': TOKENS_OUT}}
+            if how == 'null counts':
+                content['usage'] = {'prompt_tokens': None, 'completion_tokens': None}
             status = how if isinstance(how, int) else STATUS.get(how, 200)
             if status != 200:
                 content = {'error': {'message': MESSAGES.get(how, 'a fault'), 'code': str(how)}}

@@ -61,6 +61,19 @@ def test_the_files_of_an_old_run_move_and_others_stay(tmp_path):
     assert set_aside(str(out)) is None
 
 
+def test_a_run_that_continues_with_other_code_keeps_the_code_that_it_had(tmp_path):
+    before = tmp_path / 'before.py'
+    after = tmp_path / 'after.py'
+    before.write_text('# before')
+    after.write_text('# after')
+    out = tmp_path / 'out'
+    for code, resume_at in ((before, None), (before, 3), (after, 5), (after, 8)):
+        Log(str(out), str(code), resume_at=resume_at).lock.release()
+    assert (out / 'model.py').read_text() == '# after'
+    assert (out / 'model_until_5.py').read_text() == '# before'
+    assert sorted(path.name for path in out.glob('*.py')) == ['model.py', 'model_until_5.py']
+
+
 def test_a_folder_is_held_by_one_run(tmp_path):
     log = Log(str(tmp_path), MODEL)
     with pytest.raises(UserError, match='another run is at work'):

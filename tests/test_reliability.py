@@ -645,6 +645,18 @@ def test_a_run_that_an_error_ends_is_saved_first(book, function, call, error, sa
     assert load(book)['iter_num'] == 7
 
 
+def test_an_error_whose_run_cannot_be_saved_either_is_told_with_both_reasons(book):
+    plant = FAILS.format(function='folio.optim.learning_rate_at', call=8, error='KeyError("a bug")')
+    full = FAILS.format(function='torch.save', call=2, error='OSError(28, "No space left")')
+    status, printed = python(plant + full.replace('fails', 'fills').replace('calls', 'saves')
+                             .replace('plain', 'writes'), *FAST, cwd=book)
+    assert status == 1
+    assert 'notice: step 7 is not saved: could not write out/ckpt.pt: No space left' in printed
+    assert "KeyError: 'a bug'" in printed
+    assert 'excepthook' not in printed
+    assert load(book)['iter_num'] == 5
+
+
 def test_half_a_step_is_not_saved(book):
     """An error in an optimizer leaves weights that no run has had."""
     plant = FAILS.format(function='torch.optim.AdamW.step', call=8, error='KeyError("a bug")')

@@ -196,8 +196,16 @@ def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens
     assert len(ask(QUESTIONS[:2])[0]) == 2 and len(endpoint.asked) == 3
 
 
-def test_an_empty_answer_is_counted_and_asked_for_again(endpoint, capfd):
-    endpoint.trouble = ['empty']
+def test_without_counts_an_answer_costs_the_most_that_it_can(endpoint):
+    endpoint.trouble = ['null counts']
+    first = ask(QUESTIONS[:1])
+    assert first[1] > 10 * COST
+    assert ask(QUESTIONS[:1]) == first  # what is kept can be read again
+
+
+@pytest.mark.parametrize('how', ['empty', 'filtered'])
+def test_an_empty_answer_is_counted_and_asked_for_again(endpoint, capfd, how):
+    endpoint.trouble = [how]
     assert len(ask(QUESTIONS[:2], concurrency=1)[0]) == 1
     assert '1 of 2 prompts got no answer (the last: an empty' in capfd.readouterr().err
     assert len(ask(QUESTIONS[:2])[0]) == 2
