@@ -152,7 +152,7 @@ def test_seeds_of_one_setting_are_a_mean_with_its_standard_error(trained):
 
 @pytest.mark.parametrize('change, says', [
     (lambda folder: shutil.rmtree(folder / 'data'), 'no data set in data/book'),
-    (prepare_other_book, 'has another vocabulary by now')])
+    (prepare_other_book, 'has another vocabulary now')])
 def test_only_the_run_folder_is_needed_and_other_data_is_not_taken(trained, change, says):
     change(trained)
     page = written(trained, 'out/a')
