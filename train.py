@@ -293,7 +293,7 @@ def save_first(kind, error, trace):
         try:
             save(iter_num, ckpt_path)
             print0(f'an error ends the run; step {iter_num} is saved in {ckpt_path}')
-        except UserError as e:  # no room, or weights that are not finite
+        except Exception as e:  # no room, weights that are not finite, a GPU that has failed
             notice(f'step {iter_num} is not saved: {e}')
     report(kind, error, trace)
 

@@ -105,7 +105,8 @@ def begin_texts(hf_tokenizer, token, token_id):
 def to_chat_template(template):
     """Return a template of ours, with {} for the question, as the Jinja template of a whole chat.
 
-    As in sample.py, each question begins a document, and its answer follows.
+    As in sample.py, each question begins a document, and its answer follows. So the tokenizer must
+    have a token that begins one.
     """
     before, _, after = template.partition('{}')
     parts = ['bos_token', json.dumps(before, ensure_ascii=False), "message['content']",
@@ -144,8 +145,8 @@ def describe_tokenizer(checkpoint, model, tokenizer):
         generation |= {'bos_token_id': first, 'eos_token_id': tokenizer.eot}
         if begin:
             begin_texts(hf_tokenizer, bos, first)
-    if checkpoint.get('template') and tokenizer.eot is not None:  # with which each question begins
-        config['chat_template'] = to_chat_template(checkpoint['template'])
+        if checkpoint.get('template'):
+            config['chat_template'] = to_chat_template(checkpoint['template'])
     return hf_tokenizer.to_str(), config, generation
 
 
@@ -290,9 +291,9 @@ def write_gguf(path, title, hf, tensors, checkpoint, tokenizer):
             first = begin[0] if begin else tokenizer.eot
             writer.add_bos_token_id(first)
             writer.add_eos_token_id(tokenizer.eot)
+            if checkpoint.get('template'):
+                writer.add_chat_template(to_chat_template(checkpoint['template']))
         writer.add_add_bos_token(begin != [])
-        if checkpoint.get('template'):
-            writer.add_chat_template(to_chat_template(checkpoint['template']))
 
         for name, w in tensors.items():
             if name.endswith(CONV1D):

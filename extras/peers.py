@@ -23,7 +23,7 @@ from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 user_errors)
 from folio.hugging_face import to_hugging_face
-from folio.machine import Machine, default_device
+from folio.machine import COMPILE_OPTIONS, Machine, default_device
 from model import GPT, GPTConfig
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def compare_training(model_config):
     tolerance = 1e-4 if machine.dtype == 'float32' else 0.02
     assert difference < tolerance, f'not the same work: the losses differ by {difference}'
     if compile:
-        ours.compile()
+        ours.compile(options=COMPILE_OPTIONS)  # as train.py does
         theirs.compile()
 
     def make_step(model, loss_of_model):

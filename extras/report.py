@@ -503,8 +503,9 @@ def say_losses(columns, baselines):
                              f'{may_be_chance}.')
     if len(baselines) > 0:
         beaten = [name for name in losses if statistics.fmean(losses[name]) < baselines.min()]
+        lower = f'lower: {"; ".join(beaten)}' if beaten else 'no run is lower'
         sentences.append(f'The best n-gram, of {baselines.argmin() + 1} tokens, has '
-                         f'{baselines.min():.3f}; below it: {"; ".join(beaten) or "none"}.')
+                         f'{baselines.min():.3f}; {lower}.')
     return sentences
 
 

@@ -229,12 +229,14 @@ def tokenizer_of(checkpoint):
     if spec is None and is_here:
         spec = Dataset(trained_on).spec
     vocab_size = checkpoint['model_args']['vocab_size']
-    if spec is None and vocab_size != 50257:
-        raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not the 50257 '
-                        "of GPT-2's: run this where the data set is that it was trained on")
     if spec is None:
+        if vocab_size != 50257:
+            raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not the '
+                            "50257 of GPT-2's: run this where the data set is that it was trained "
+                            'on')
         notice(f"{source} has no tokenizer: its tokens are taken for GPT-2's")
-    tokenizer = folio.tokenizer.load(spec or {'kind': 'gpt2'})
+        spec = {'kind': 'gpt2'}
+    tokenizer = folio.tokenizer.load(spec)
     if tokenizer.n_vocab != vocab_size:
         raise UserError(f'{source} is a model of {vocab_size} tokens, and its tokenizer '
                         f'({tokenizer.spec["kind"]}) has {tokenizer.n_vocab}')

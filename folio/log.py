@@ -7,6 +7,7 @@ and the code that ran. A line with `loss` is a training step, one with `val_loss
 with `hellaswag` or `sample` says so; all of these have `iter`, the number of steps before it.
 """
 import filecmp
+import glob
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import filelock
 
 from folio.configurator import UserError, notice
 
-FILES = ('ckpt.pt', 'best.pt', 'log.jsonl', 'model.py')  # of a run
+FILES = ('ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'model_until_*.py')  # of a run
 
 
 class Log:
@@ -105,8 +106,10 @@ def set_aside(out_dir):
 
     Return the folder they are in now, or None if there was no run. Runs in subfolders stay.
     """
-    found = [name for name in FILES if os.path.exists(os.path.join(out_dir, name))]
-    if not set(found) - {'model.py'}:
+    found = []
+    for pattern in FILES:
+        found += glob.glob(pattern, root_dir=out_dir)
+    if all(name.startswith('model') for name in found):
         return None
     number = 1
     while os.path.exists(os.path.join(out_dir, f'previous-{number}')):
@@ -120,7 +123,8 @@ def set_aside(out_dir):
 
 def keep_code(code, path, resume_at):
     """Copy the code of the model; what a run had until it continued with other code stays too."""
-    if resume_at is not None and os.path.exists(path) and not filecmp.cmp(code, path, False):
+    continues = resume_at is not None and os.path.exists(path)
+    if continues and not filecmp.cmp(code, path, shallow=False):
         os.replace(path, path.replace('.py', f'_until_{resume_at}.py'))
     shutil.copyfile(code, path)
 

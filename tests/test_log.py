@@ -51,7 +51,7 @@ def test_the_files_of_an_old_run_move_and_others_stay(tmp_path):
     out = tmp_path / 'out'
     (out / 'previous-1').mkdir(parents=True)
     (out / 'mine').mkdir()
-    ours = ['ckpt.pt', 'best.pt', 'log.jsonl', 'model.py']
+    ours = ['ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'model_until_5.py']
     theirs = ['notes.txt', 'mine/ckpt.pt', 'previous-1/ckpt.pt', 'previous-1/plan.md']
     for name in ours + theirs:
         (out / name).write_text(name)

@@ -276,7 +276,7 @@ def test_a_difference_is_weighed_by_the_errors_of_both():
                     'token.',
                     'That of b0, b1 is 0.100 ± 0.141 higher, which may be chance.',
                     'That of c0, c1 is 1.000 ± 0.141 higher.',
-                    'The best n-gram, of 2 tokens, has 1.500; below it: a0, a1; b0, b1.']
+                    'The best n-gram, of 2 tokens, has 1.500; lower: a0, a1; b0, b1.']
     _, said = report.say_losses([column('a', 1.0), column('b', 1.1)], baselines=())
     assert said.startswith('That of b0 is 0.100 higher; with a single seed nobody knows')
 
