@@ -6,6 +6,7 @@ What the tests share: a way to run the scripts as a user does, small data, small
     pytest tests/test_train.py # a file or a test that is named runs whatever it is
 """
 import argparse
+import collections
 import contextlib
 import functools
 import io
@@ -48,6 +49,7 @@ def pytest_configure(config):
     require_device(config.option.device)
     if getattr(config.option, 'dist', None) == 'load':
         config.option.dist = 'loadfile'  # what the tests of a file share is then made once
+        config.option.loadscopereorder = False  # pytest_collection_modifyitems sorts them
 
 
 def require_device(device):
@@ -96,8 +98,10 @@ def pytest_collection_modifyitems(items, config):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
         return
-    # The notebook first: it takes minutes, in which a second process does the rest.
-    items.sort(key=lambda item: 'from_start_to_end' not in item.name)
+    # The notebooks first: they take minutes, in which a second process does the rest. Then the
+    # files with the most tests.
+    n_tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: ('from_start_to_end' not in item.name, -n_tests[item.path]))
     if marks_asked_for(config):
         return
     named = paths_asked_for(config)
