@@ -2,8 +2,8 @@
 Serve a page to try models on: two side by side continue one prompt, token by token.
     python extras/app.py --out_dir=out/book --other=out/book_nanogpt
 
-It prints the page's address, which this machine alone can reach unless --share=True. There one can
-choose a run's newest model, its best, the same untrained, and OpenAI's GPT-2, which is downloaded.
+It prints the page's address, which this machine alone can reach unless --share=True. On the page,
+choose a run's newest model, its best, its untrained one, or OpenAI's GPT-2, which is downloaded.
 The redder a token, the less the model expected it: by its own probability, before temperature and
 strategy.
 
@@ -31,10 +31,10 @@ other = ''  # folder of another run, to compare with
 port = 7860  # of this machine
 share = False  # True: also at a public address, for everyone who has it
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it, else float16 there
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 configure(globals(), strict=False)
 machine = Machine(device, dtype)
-# Gradio calls its own address, which no proxy knows, and would report to its makers
+# Gradio calls its own address, which no proxy knows; and it would send usage data to its makers
 for name in ('NO_PROXY', 'no_proxy'):
     os.environ[name] = os.environ.get(name, '') + ',127.0.0.1'
 os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
@@ -57,7 +57,7 @@ sources["gpt2: OpenAI's"] = 'gpt2'
 
 @functools.lru_cache(maxsize=4)
 def load(choice):
-    """Return (model, the small things in its checkpoint, facts in a line), as when first chosen."""
+    """Return (model, its checkpoint without the tensors, facts in a line), as when first chosen."""
     checkpoint = folio.checkpoint.load(sources[choice])
     folio.checkpoint.refuse_other_code(checkpoint, GPT)
     step = checkpoint.get('iter_num')
@@ -81,8 +81,8 @@ def load(choice):
 def pieces(tokenizer, steps):
     """Yield (text of a token, 1 - its probability) until the document ends.
 
-    The text is '' while a character isn't whole: one of several tokens comes with the last of them,
-    and has the product of their probabilities. steps: those of engine.generate_with_logits.
+    The text is '' while a character isn't whole: a character of several tokens comes with the last
+    one, and has the product of their probabilities. steps: from engine.generate_with_logits.
     """
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     p = 1.0
@@ -99,8 +99,7 @@ def pieces(tokenizer, steps):
 def write(choice, prompt, max_new_tokens, **options):
     """Yield (line about a text, its pieces so far) after each token.
 
-    options: of engine.generate. What goes wrong becomes the line, as a page has no other place for
-    it.
+    options: of engine.generate. An error becomes the line, as the page has no other place for it.
     """
     text = [(prompt, None)]  # without a colour
     yield 'one moment …', text
@@ -130,7 +129,7 @@ def write(choice, prompt, max_new_tokens, **options):
 
 
 def write_both(left, right, prompt, max_new_tokens, strategy, temperature, top_k, top_p, seed):
-    """Yield what `write` does for both models, in one list, four times a second."""
+    """Yield what `write` yields for both models, in one list, four times a second."""
     options = {'strategy': strategy, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p,
                'seed': seed}
     shown = [None] * 4
@@ -150,8 +149,8 @@ newest = [choice for choice in sources if choice.endswith(': newest')]
 for choice in newest:
     load(choice)  # raises UserError here for a checkpoint that is missing or damaged
 
-# Gradio makes a box of each word that it highlights, with a space behind. Ours are tokens, and line
-# ends among them.
+# Gradio draws each highlighted piece as a box with a space behind it. Our pieces are tokens, and
+# line ends are among them.
 STYLE = """
 #panes .textfield {display: block; font: 15px/1.6 var(--font-mono)}
 #panes .textfield span {display: inline; margin: 0; padding: 0; border-radius: 0;

@@ -9,7 +9,7 @@ With bubblewrap, on Linux (apt install bubblewrap), the program
 - sees Python, /usr and /lib, which it cannot change, and no file of yours;
 - has no network, not even 127.0.0.1, and sees no other process;
 - writes into memory that is its own;
-- leaves nothing: its files, and all that it started, end with it.
+- leaves nothing behind: its files, and all that it started, end with it.
 
 Without bubblewrap it starts in an empty folder, which is removed when it ends or its time is up,
 and its process group is killed. Nothing else keeps it in. It can read, change, send away and end
@@ -19,10 +19,10 @@ Either way it has Python's standard library only, no environment variable, no in
 a few seconds, some hundred MiB of memory (macOS does not limit that), 64 open files of at most
 16 MiB each; and no other process or thread, unless root runs it, for whom there is no such limit.
 
-What neither keeps in: the program can keep a core busy until its time is up, and fill memory by
-many files. It can reach what is not separated: your keyring in the kernel, the host of a virtual
-machine (vsock). It can use a hole in the kernel, and claim to have passed, if it sets out to do so.
-This contains accidents, not attackers: run what you distrust in a virtual machine.
+Neither way prevents everything: the program can keep a core busy until its time is up, and fill
+memory with many files. It can reach what bubblewrap does not separate: your keyring in the kernel,
+the host of a virtual machine (vsock). If it sets out to, it can use a hole in the kernel, and claim
+to have passed. This contains accidents, not attackers: run what you distrust in a virtual machine.
 
 Bubblewrap needs user namespaces, which many containers forbid. Where it is missing or cannot run,
 a notice says so, and programs run without it.
@@ -43,8 +43,8 @@ if __name__ == '__main__':
     sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 from folio.configurator import UserError, configure, notice
 
-PYTHON = os.path.realpath(sys.executable)  # not that of a virtual environment, which is hidden
-# What runs in there. It reads the program, lowers its own limits for good, and becomes the program.
+PYTHON = os.path.realpath(sys.executable)  # not a virtual environment's, which is hidden from it
+# What runs inside: it reads the program, lowers its own limits for good, and executes the program.
 DRIVER = '''
 import json, os, resource, signal, sys
 
@@ -85,7 +85,7 @@ def sandbox():
         command += ['--ro-bind-try', folder, folder]
     reason = 'it is not installed'
     if bwrap is not None:
-        # Python's library can be read if this works, its parts in C too
+        # If this works, Python's library can be read, its parts in C too
         trial = subprocess.run([*command, PYTHON, '-I', '-S', '-c', 'import ctypes, typing'],
                                capture_output=True, text=True, env={})
         if trial.returncode == 0:
@@ -102,7 +102,7 @@ def execute(program, timeout=3.0, memory=512):
     program: Python source. timeout: seconds, the start of Python included. memory: MiB.
     """
     job = json.dumps([program, timeout, memory]).encode()
-    # -I ignores environment variables and the user's packages, -S those of site-packages
+    # -I ignores environment variables and the user's packages, -S the packages in site-packages
     command = [*sandbox(), PYTHON, '-I', '-S', '-c', DRIVER]
     with tempfile.TemporaryDirectory(prefix='confine-', ignore_cleanup_errors=True) as folder:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -113,7 +113,7 @@ def execute(program, timeout=3.0, memory=512):
             except subprocess.TimeoutExpired:
                 return 'timed out'
             finally:
-                # What is left of its process group. On macOS a group that has ended is forbidden
+                # End the rest of its process group. macOS forbids it for a group that has ended
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
     if not answer:
@@ -125,8 +125,8 @@ def permit(allowed):
     """Raise UserError unless the user allows code to be run, and this system can run it apart."""
     if not allowed:
         raise UserError('this runs code that a model wrote, on this machine; '
-                        'python extras/confine.py says what keeps it in, and what does not; '
-                        'if that will do, say --allow_code_execution=True')
+                        'python extras/confine.py says what such code can and cannot do; '
+                        'to allow it, say --allow_code_execution=True')
     if os.name == 'nt':
         raise UserError('programs can be run apart on Linux and macOS only; on Windows use WSL')
     sandbox()

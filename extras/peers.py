@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 
 # ---- Settings ------------------------------------------------------------------------------------
 batch_size = 4  # training: sequences in a step
-train_tokens = 256  # training: tokens of each
+train_tokens = 256  # training: tokens in each sequence
 compile = True  # training: compile both
 decode_batch = 1  # decoding: prompts that are continued at once
 new_tokens = 32  # decoding: tokens to write
@@ -45,7 +45,7 @@ def in_transformers(model):
     import transformers
     hf, tensors = to_hugging_face(model.config, model.state_dict(), None)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf))
-    # GPT-2's tensors have OpenAI's names, which are those of the model without its tied head.
+    # GPT-2's tensors have OpenAI's names, as in the model without its tied head.
     body = theirs.transformer if model.config.arch == 'gpt2' else theirs
     body.load_state_dict(tensors)
     return theirs.to(model.lm_head.weight.device).eval()
@@ -130,7 +130,7 @@ def compare_decoding(model_config):
         return list(engine.generate(ours, idx_BT, n_tokens, strategy='greedy'))
 
     def write_theirs(n_tokens):
-        # As many tokens as ours in any case: at least and at most n_tokens.
+        # Exactly as many tokens as ours: at least and at most n_tokens.
         return theirs.generate(
             idx_BT, attention_mask=torch.ones_like(idx_BT), max_new_tokens=n_tokens,
             min_new_tokens=n_tokens, do_sample=False, use_cache=True, pad_token_id=0)

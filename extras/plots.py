@@ -80,7 +80,7 @@ def draw_references(axes, references):
 
 
 def label_of(run, column):
-    """Return a run's label in the legend: the first of a column speaks for all."""
+    """Return a run's label in the legend: the first run of a column names them all."""
     if run is column[0]:
         return ', '.join(other.name for other in column)
     return '_nolegend_'
@@ -96,10 +96,10 @@ def smooth(values):
 
 # ---- Losses --------------------------------------------------------------------------------------
 def draw_run(axes, run, label, color, key, scale):
-    """Draw a run's losses over entry[key] / scale; return those that have to be in view.
+    """Draw a run's losses over entry[key] / scale; return the losses that have to be in view.
 
-    The first steps come down from far above, and would press flat what one wants to see: a tenth of
-    the curve is left out of what is returned.
+    The first tenth of the curve is not among them: it comes down from far above, and would press
+    the rest flat.
     """
     x = [entry[key] / scale for entry in run.steps]
     y = [entry['loss'] for entry in run.steps]
@@ -141,7 +141,7 @@ def draw_losses(path, title, columns, references):
 
 
 def draw_metric(path, title, columns, key):
-    """Draw over tokens a number that runs logged under a key, of those that have it."""
+    """Draw over tokens what runs logged under a key, for the runs that have it."""
     figure, axes = pyplot().subplots(figsize=(9, 5.6))
     for number, column in enumerate(columns):
         for run in column:
@@ -185,7 +185,7 @@ def draw_texts(path, run, labels):
             if strategy == 'greedy':
                 axes.axhline(values[0], color='C7', label=label)
             elif strategy == 'sample':
-                # Dashed, so that the same curve of a top-k which cuts nothing off shows through it
+                # Dashed: the curve of a top-k that cuts nothing off is the same, and shows through
                 axes.plot(temperatures, values, 'o--', label=label)
             else:
                 axes.plot(temperatures, values, 's-', label=label)
@@ -194,7 +194,7 @@ def draw_texts(path, run, labels):
         axes.set_xlabel('temperature')
     figure.suptitle(run.name)
 
-    # Real text in the first panel, unless the loss is that of masked data, of answers alone
+    # Real text in the first panel, unless the loss is on answers alone (masked data)
     real_text = {}
     if run.best and not run.masked:
         real_text['validation text'] = -run.best['val_loss']

@@ -6,7 +6,7 @@ Write a report on runs: their settings, losses, test and texts, and what these f
 It reads log.jsonl and best.pt (or ckpt.pt) of each run, and its data set if that is still there. It
 writes report.md and pictures. Runs that differ in nothing but their seed share a column: the mean ±
 its standard error. A run that is still going, was cut short or never saved anything is reported as
-far as it goes. A config file that brings a model reports on runs of that one.
+far as it goes. With a config file that imports a model, it reports on runs of that model.
 
 Needs model.py, folio/, plots.py and ngrams.py next to it, and matplotlib.
 """
@@ -44,11 +44,11 @@ device = default_device()  # cpu, cuda, cuda:1, mps …
 GPT2_LOSS = 3.2924  # of OpenAI's 124 M on the validation split of FineWeb-Edu
 HELLASWAG = {'guessing': 0.25, 'GPT-2 124 M': 0.2945, 'GPT-3 124 M': 0.337}
 
-# Settings that are always shown; of the others those that differ between the runs are
+# Settings that are always shown; the others are shown if they differ between the runs
 MAIN = ['dataset', 'arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'optimizer',
         'learning_rate', 'schedule', 'warmup_iters', 'max_iters', 'batch_size',
         'gradient_accumulation_steps', 'weight_decay']
-# Settings that a run's figures do not depend on, or that seeds of one setting differ in
+# The seed, and settings that do not change a run's figures
 ASIDE = {'seed', 'out_dir', 'note', 'log_interval', 'sample_interval', 'always_save_checkpoint',
          'wandb_log', 'wandb_project', 'wandb_run_name', 'backend'}
 # What train.py logs of steps and evaluations; other numbers in the log are drawn as they are
@@ -93,7 +93,7 @@ def read_run(folder):
     # In an evaluation; 0: the whole split
     run.n_windows = run.config['eval_iters'] * run.config['batch_size']
     run.n_targets = run.n_windows * run.config['block_size']
-    # What only other files than the log can tell: see `examine`.
+    # What the log cannot tell, but the run's other files can: see `examine`.
     run.data = None  # its Dataset
     run.spec = None  # of its tokenizer
     run.masked = False  # whether the loss counts some of the tokens only
@@ -155,7 +155,7 @@ def examine(run, columns):
         return
     try:
         folio.checkpoint.refuse_other_code(checkpoint, GPT)
-        # In the format it was trained in, so that the figures are those of train.py --eval_only
+        # In the format it was trained in, so that the figures equal those of --eval_only
         machine = Machine(device, run.config.get('dtype', 'auto'))
         model = folio.checkpoint.build(GPT, checkpoint).to(machine.device).eval()
         if run.data:
@@ -204,7 +204,7 @@ def is_fineweb_edu(run):
 
 
 def group_by(columns, key):
-    """Return lists of the columns for whose first run a function gives the same."""
+    """Return the columns in lists, by what key() returns for the first run of each."""
     groups = {}
     for column in columns:
         groups.setdefault(key(column[0]), []).append(column)
@@ -212,7 +212,7 @@ def group_by(columns, key):
 
 
 def tested_on(run):
-    """Return what the validation losses are of: runs in which it is the same share a picture."""
+    """Return what a run was validated on. Runs in which that is the same share a picture."""
     vocabulary = run.spec and folio.tokenizer.spec_hash(run.spec)
     return run.config['dataset'], run.n_targets, vocabulary
 
@@ -263,7 +263,7 @@ def mean_and_error(values):
 def shown(values, decimals=None):
     """Return the mean of some numbers as text, with ± its standard error if they differ.
 
-    decimals: None stands for as many as three significant digits need; a whole number has none.
+    decimals: by default as many as three significant digits need, and none for a whole number.
 
     >>> shown([961.0897]), shown([30]), shown([1.0, 2.0], decimals=3), shown([])
     ('961', '30', '1.500 ± 0.500', '–')
@@ -357,7 +357,7 @@ def figures_of(run):
 
 
 def results_section(columns):
-    """Return what all columns reached, side by side; what no run has is left out."""
+    """Return what all columns reached, side by side; a figure that no run has is left out."""
     figures = [[figures_of(run) for run in column] for column in columns]
     rows = []
     for name in figures[0][0]:
@@ -372,7 +372,7 @@ def losses_by_step(columns):
     """Return a table of training and validation loss over the steps, MOST_STEPS of them."""
     steps = sorted({entry['iter'] for column in columns for run in column for entry in run.evals})
     every = max(1, math.ceil(len(steps) / MOST_STEPS))
-    steps = steps[::-1][::every][::-1]  # with the last
+    steps = steps[::-1][::every][::-1]  # the last is always among them
     head = ['step']
     for column in columns:
         head += [f'{name_of(column)}: training', 'validation']
@@ -421,7 +421,7 @@ def losses_section(number, columns, baselines):
 
 
 def baselines_of(columns):
-    """Return the losses of n-grams on what columns were validated on: (order,), or () without."""
+    """Return the n-gram losses, (order,), on what columns were validated on; () without data."""
     found = [run for column in columns for run in column if run.data and run.best]
     if not found:
         return ()
@@ -450,7 +450,7 @@ def hellaswag_section(number, columns):
 
 
 def label_of(strategy, temperature):
-    """Return the name in a table of texts that were drawn in this way."""
+    """Return what a table calls texts that were drawn in this way."""
     if strategy == 'greedy':
         return STRATEGIES[strategy]
     return f'{STRATEGIES[strategy]}, temperature {temperature:g}'
@@ -471,7 +471,7 @@ def texts_section(number, run):
     for i, prompt in enumerate(prompts.split('|')):
         for kind, (groups, _) in run.texts.items():
             if kind[0] == 'greedy' or kind[1] == shown_at:
-                # Indented, a text is shown as it is, whatever is in it.
+                # Markdown shows an indented text as it is, whatever is in it.
                 text = textwrap.indent(prompt + groups[i][0], '    ', lambda line: True)
                 blocks += [f'After “{prompt}”, {label_of(*kind)}:', text]
     return blocks
@@ -489,17 +489,17 @@ def say_losses(columns, baselines):
         return []
     best, *others = sorted(losses, key=lambda name: statistics.fmean(losses[name]))
     lowest, error = mean_and_error(losses[best])
-    sentences = [f'On {columns[0][0].config["dataset"]} the lowest validation loss is that of '
-                 f'{best}: {shown(losses[best], 3)} nats a token.']
+    sentences = [f'On {columns[0][0].config["dataset"]} the lowest validation loss is '
+                 f'{shown(losses[best], 3)} nats a token, by {best}.']
     for name in others:
         mean, other_error = mean_and_error(losses[name])
         both = math.hypot(error, other_error)
         if math.isnan(both):
-            sentences.append(f'That of {name} is {mean - lowest:.3f} higher; with a single seed '
-                             'nobody knows whether by chance.')
+            sentences.append(f'The loss of {name} is {mean - lowest:.3f} higher; with a single '
+                             'seed nobody knows whether by chance.')
         else:
             may_be_chance = ', which may be chance' if mean - lowest < 2 * both else ''
-            sentences.append(f'That of {name} is {mean - lowest:.3f} ± {both:.3f} higher'
+            sentences.append(f'The loss of {name} is {mean - lowest:.3f} ± {both:.3f} higher'
                              f'{may_be_chance}.')
     if len(baselines) > 0:
         beaten = [name for name in losses if statistics.fmean(losses[name]) < baselines.min()]
@@ -543,44 +543,44 @@ def say_texts(run):
     """Return sentences on which strategy repeats itself, and which writes like real text."""
     measures = {label_of(*kind): found for kind, (_, found) in run.texts.items()}
     repeated = {label: found['repeated-4'] for label, found in measures.items()
-                if not math.isnan(found['repeated-4'])}  # as it is of texts that are too short
+                if not math.isnan(found['repeated-4'])}  # NaN: the texts are too short
     sentences = []
     if repeated:
         most = max(repeated, key=repeated.get)
-        sentences.append(f'Of the texts of {run.name} those by {most} repeat themselves most: '
-                         f'{repeated[most]:.1%} of their 4-grams stood there before.')
+        sentences.append(f'Among the texts of {run.name} those by {most} repeat themselves most: '
+                         f'{repeated[most]:.1%} of their 4-grams occurred earlier in the text.')
     if run.best and not run.masked:
         real = -run.best['val_loss']
         nearest = min(measures, key=lambda label: abs(measures[label]['log-prob'] - real))
-        sentences.append(f'To the model those by {nearest} come nearest to validation text: '
+        sentences.append(f'In log-probability, texts by {nearest} come nearest to validation text: '
                          f'{measures[nearest]["log-prob"]:.2f} and {real:.2f} nats a token.')
     return sentences
 
 
 ABOUT_RESULTS = """\
-Losses are in nats a token: that of validation at the step where it was best, those of training and
-test by the checkpoint that was saved then. Training is measured like validation, on as many tokens
-from the beginning of its split. After ± stands the standard error of the mean over seeds; where
-there is none, there was one seed, or no difference. Between models with different tokenizers only
-bits per byte and perplexity per word can be compared."""
+Losses are in nats a token: the validation loss at the step where it was best, the training and test
+losses by the checkpoint that was saved then. The training loss is measured like the validation
+loss, on as many tokens from the beginning of its split. After ± comes the standard error of the
+mean over seeds; it is missing where there was one seed, or no difference. Between models with
+different tokenizers only bits per byte and perplexity per word can be compared."""
 ABOUT_LOSSES = """\
-Training, in the picture and in the table, is the loss of the batches themselves: with dropout where
-it is set, before the step is made, and of text that changes. So it may lie above validation. The
-table has the mean of those that were logged since the row above."""
+The training loss in the picture and in the table is the loss of the batches themselves: with
+dropout if it is set, before the step is made, and on text that changes. So it may lie above the
+validation loss. The table has the mean of the losses that were logged since the row above."""
 ABOUT_NGRAMS = """\
 An n-gram predicts each of the same validation tokens from the n - 1 before it, as counted in {0:,}
 of {1:,} training tokens: interpolated absolute discounting (Ney, Essen and Kneser 1994), whose
 probabilities sum to one."""
 ABOUT_HELLASWAG = """\
-The share of items whose right ending has the lowest mean loss per token, as train.py logs it. Lines
-of GPT-2 and GPT-3 are those that build-nanogpt draws, and are shown with HellaSwag itself alone."""
+The share of items whose right ending has the lowest mean loss per token, as train.py logs it. The
+lines for GPT-2 and GPT-3 are those in build-nanogpt's plot, shown for HellaSwag itself alone."""
 ABOUT_TEXTS = """\
 {0} texts for each of {1} prompts, of at most {2} tokens, each with random numbers of its own;
-greedy writes one, as it would always write the same. The model is that of the first seed. log-prob
+greedy writes one, as it would always write the same. The first seed's model writes them. log-prob
 is its mean log-probability of a token, at temperature 1: text that is much likelier than real text
 is dull, text that is much less likely is broken. distinct-n is the share of different n-grams of
-words in a text (after Li et al. 2016), repeated-4 the share of 4-grams that stood in the same text
-before (Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same
+words in a text (after Li et al. 2016), repeated-4 the share of 4-grams that occurred earlier in the
+same text (Welleck et al. 2020). self-BLEU compares the texts of one prompt: 1 if all are the same
 (Zhu et al. 2018). All of these depend on the length of the texts: compare within a run, not across
 tokenizers."""
 

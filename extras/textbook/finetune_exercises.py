@@ -1,7 +1,7 @@
 # Fine-tunes, on exercises, the model of extras/textbook/train_textbook.py; only the solutions are
 # learned.
 #     python train.py extras/textbook/finetune_exercises.py
-# Loss 0.161, and 93 % of the problems solved at first go, in 47 s (seed 1; two cores of an AMD
+# Loss 0.161, and 93 % of the problems solved at the first try, in 47 s (seed 1; two cores of an AMD
 # EPYC, torch 2.13, Python 3.11, 2026-11-21). This is a part of the study, all of which
 # extras/textbook/study.py runs.
 out_dir = 'out/exercises'

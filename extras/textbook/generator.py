@@ -4,8 +4,8 @@ Make Python exercises and textbook pages by composing a predicate, a transform a
 
 A composition such as (even, squares, sum) takes the numbers of a list, of a dictionary's values or
 of a range; others take the words of a list, a dictionary or a text. Each is named, worded and coded
-in many ways. Every solution is executed: the examples in its docstring are what it returned, and
-what the same thing written as a single comprehension returns. One composition in seven is held out:
+in many ways. Every solution is executed: the examples in its docstring show what it returned, and a
+single comprehension that does the same has returned it too. One composition in seven is held out:
 it occurs in no page and no exercise, only in the problems.
 
 Needs folio/configurator.py.
@@ -158,7 +158,7 @@ def write_function(composition, rng):
     """Return a function that does what a composition says, worded and coded at random.
 
     It is a dictionary: the name, the parameter, the task in words, the body; the pieces of which
-    these are made, for the prose of a page; and `plain`, a lambda by which to check the body.
+    these are made, for the prose of a page; and `plain`, a lambda to check the body with.
     """
     # The order of the random choices is part of the result: the same seed, the same texts
     kind, predicate, transform, aggregate = composition
@@ -230,7 +230,7 @@ def write_function(composition, rng):
 
 def random_argument(function, rng):
     """Return a value to call a function with."""
-    # Drawn in any case, for the same texts from the same seed
+    # Both are always drawn, so that the same seed gives the same texts
     words = rng.sample(WORDS, rng.randint(2, 5))
     numbers = [rng.randint(-9, 20) for _ in range(rng.randint(3, 6))]
     if function['iterable'].startswith('range'):
@@ -247,7 +247,7 @@ def random_argument(function, rng):
 def examples(function, n, rng):
     """Return n pairs of an argument and what the function returns for it, both as code.
 
-    The results of the first ones are not empty, if there are such.
+    Pairs whose result is not empty come first.
     """
     namespace = {}
     exec(f'def {function["name"]}({function["parameter"]}):\n{function["body"]}', namespace)
@@ -301,8 +301,8 @@ def problem(composition, number, rng):
         'test': f'def check(candidate):\n{tests}'}
 
 
-# The sentences of a page, in the order in which it has one of each. Those of CHOOSING need a
-# predicate, those of CHANGING a transform.
+# The sentences of a page: one from each list, in this order. CHOOSING needs a predicate, CHANGING a
+# transform.
 OPENINGS = [
     'Suppose that we want {task}.',
     'Our task is to find {task}.',

@@ -1,5 +1,5 @@
 """
-What a teacher is asked for: topics, pages, exercises and ratings; and how its answers are read.
+Ask a teacher for topics, pages, exercises and ratings, and read its answers.
     OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
 
 A teacher has ask(prompts, what), which returns {prompt: answer}: see teacher.py, next to this file.
@@ -22,7 +22,7 @@ if __name__ == '__main__':
     sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from folio.configurator import UserError
 
-# The prompts. Answers are kept by their prompt: whoever changes one of these pays for all of its
+# The prompts. Answers are kept by their prompt: if you change one of these, you pay for all of its
 # answers again.
 PROFESSIONS = [
     'accountant', 'actor', 'architect', 'astronomer', 'baker', 'beekeeper', 'biologist',
@@ -124,8 +124,8 @@ def collect(teacher, template, combinations, n, *, seed, parse, what):
     """
     prompts = [template.format(**combination) for combination in combinations]
 
-    # Sorted by hash, another n or a larger tree keeps the prompts already asked; a seeded shuffle
-    # would draw others.
+    # In the order of their hashes, another n or a larger tree keeps the prompts already asked; a
+    # seeded shuffle would draw others.
     def shuffled(prompt):
         return hashlib.sha256(f'{seed} {prompt}'.encode()).digest()
     prompts = sorted(prompts, key=shuffled)[:n]
@@ -133,7 +133,7 @@ def collect(teacher, template, combinations, n, *, seed, parse, what):
     answers = teacher.ask(prompts, what)
     kept = {}  # form -> result
     dropped = collections.Counter()  # why -> how many
-    # To run examples takes a tenth of a second each; to read a page takes none
+    # Running examples takes a tenth of a second per exercise; reading a page takes no time
     for prompt in tqdm(prompts, desc=f'{what} read', delay=2):
         if prompt not in answers:
             continue
@@ -155,7 +155,7 @@ def collect(teacher, template, combinations, n, *, seed, parse, what):
 def write_textbook(teacher, combinations, n, seed):
     """Return up to n pages, a list of strings, each on another combination: see topics."""
     def parse(answer):
-        return answer.strip(), ' '.join(answer.split())  # the same but for white space: a repeat
+        return answer.strip(), ' '.join(answer.split())  # equal except for white space: a repeat
     return collect(teacher, PAGE, combinations, n, seed=seed, parse=parse, what='pages')
 
 
@@ -185,11 +185,11 @@ def parse_exercise(answer):
 
     prompt: the block down to the end of the docstring.
     solution: the rest of the function.
-    form: the function without its docstring, comments and spacing, by which repeats are known.
+    form: the function without its docstring, comments and spacing; repeats have the same form.
     Raise ValueError, with the reason, if no block has such a function.
     """
     answer = answer.replace('\r\n', '\n')
-    # An answer may end before its last fence does, or be code without any fence
+    # An answer may be cut off before its closing fence, or be code without any fence
     blocks = re.findall(r'```[ \w]*\n(.*?)(?:```|\Z)', answer, re.DOTALL) or [answer]
     why = 'no function documented with examples'
     for block in blocks:
@@ -214,8 +214,8 @@ def parse_exercise(answer):
 def write_exercises(teacher, combinations, n, seed, runs=None):
     """Return up to n exercises, a list of (prompt, solution): see parse_exercise.
 
-    runs(prompt, solution): whether the solution does what its examples say. The caller gives it,
-        as running strangers' code is the caller's decision; without it nothing is run.
+    runs(prompt, solution): whether the solution does what its examples say. It comes from the
+        caller, who decides whether to run strangers' code; without it nothing is run.
     """
     def parse(answer):
         exercise, form = parse_exercise(answer)
@@ -228,7 +228,7 @@ def write_exercises(teacher, combinations, n, seed, runs=None):
 def rate(teacher, texts):
     """Return how much each text teaches, 1 to 10, or None where the teacher gives no such number.
 
-    It reads the first 4,000 characters of each.
+    The teacher reads the first 4,000 characters of each.
     """
     prompts = [RATE.format(text=text[:4000]) for text in texts]
     answers = teacher.ask(prompts, 'ratings')

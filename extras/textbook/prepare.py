@@ -11,8 +11,8 @@ Writes three data sets, with one BPE for all:
 - data/textbook_exercises: a signature and a docstring as the prompt, of which only the solution is
   learned; next to them problems.jsonl, problems of held-out compositions for extras/humaneval.py
 
-To be read, textbook_filtered also has chosen.txt and textbook.txt, and textbook_exercises has
-exercises.txt: a document after the other.
+For people to read, textbook_filtered also has chosen.txt and textbook.txt, and textbook_exercises
+has exercises.txt: one document after the other.
 
 A document that shares `overlap` words in a row with one of these problems, or with one of
 HumanEval's, is removed. study.py, next to this file, runs the study.
@@ -53,8 +53,8 @@ vocab_size = 2048
 val_share = 0.02  # of the documents of each set
 seed = 1337
 teacher = 'gpt-4o-mini'  # api: the model's name; OPENAI_BASE_URL and OPENAI_API_KEY say where it is
-budget = 5.0  # api: dollars to spend on this teacher, and the answers then under way
-price_in = 0.15  # api: dollars for a million tokens of prompts; gpt-4o-mini's price; 0: it is free
+budget = 5.0  # api: dollars for this teacher; only answers under way can exceed it
+price_in = 0.15  # api: dollars for a million tokens of prompts, here gpt-4o-mini's; 0: free
 price_out = 0.6  # api: dollars for a million tokens of answers
 max_tokens = 1024  # api: of an answer; longer ones are left out
 concurrency = 8  # api: prompts asked at once
@@ -100,7 +100,7 @@ def standard_library(n_chars, rng):
 
 
 def cut(program):
-    """Return a program in pieces of whole statements, as soon as they have 2,000 characters."""
+    """Return a program in pieces of whole statements; one ends when it has 2,000 characters."""
     statement = r'(?:def|class|async def|@|if|for|[A-Za-z_]\w* = )\b'
     pieces = []
     piece = ''
@@ -115,7 +115,7 @@ def cut(program):
 
 
 def first_chars(texts, n_chars):
-    """Return the first texts, as few as have n_chars characters in all. texts: any iterable."""
+    """Return as few of the first texts as have n_chars characters in all. texts: any iterable."""
     taken = []
     for text in texts:
         if n_chars <= 0:
@@ -178,7 +178,7 @@ def require_rows(name, rows, n):
 def open_teacher():
     """Return the teacher, which keeps its answers in data/textbook_teacher.
 
-    Raise UserError for what would make it a waste of money to ask.
+    Raise UserError if asking would waste money.
     """
     if teacher != 'gpt-4o-mini' and (price_in, price_out) == (0.15, 0.6):
         raise UserError(f'what does {teacher} cost? Give --price_in and --price_out, dollars per '
@@ -251,7 +251,7 @@ class Quality(nn.Module):
 
 
 def train_classifier(good, bad, rng):
-    """Return a classifier, and its accuracy on a tenth of the texts that it was not trained on.
+    """Return a classifier, and its accuracy on the tenth of the texts that it was not trained on.
 
     Raise UserError if there are too few texts.
     """
@@ -284,7 +284,7 @@ def train_classifier(good, bad, rng):
 
 
 def best_of(raw, textbook, ratings, rng):
-    """Return the share `keep` of the raw code that a classifier likes best, in the order it had.
+    """Return the share `keep` of the raw code that a classifier likes best, in the same order.
 
     The classifier learns to tell the textbook from raw code; or, if a teacher has rated twenty
     pieces of the code, the better half of these from the other half.
@@ -312,7 +312,7 @@ def best_of(raw, textbook, ratings, rng):
     return [text for text, score in zip(raw, scores) if score >= threshold]
 
 
-# ---- Nothing of the problems ---------------------------------------------------------------------
+# ---- Decontamination -----------------------------------------------------------------------------
 def word_ngrams(text, n):
     """Return the set of all n words in a row, without signs and capitals."""
     words = re.findall(r'\w+', text.lower())
@@ -334,14 +334,14 @@ def decontaminate(documents, tests, what):
         if forbidden.isdisjoint(word_ngrams(text, overlap)):
             clean.append(document)
     print(f'{what}: {len(documents):,} documents, '
-          f'{len(documents) - len(clean):,} dropped as too like a problem')
+          f'{len(documents) - len(clean):,} dropped as too similar to a problem')
     return clean
 
 
 def other_problems():
-    """Return HumanEval's problems, which no document may be too like either; [] without a network.
+    """Return HumanEval's problems, to compare documents with them too; [] without a network.
 
-    source = 'builtin' takes them only if they are there already, so that it needs none.
+    source = 'builtin' takes them only if they are there already, so that it needs no network.
     """
     if source == 'builtin' and not os.path.exists('data/downloads/HumanEval.jsonl.gz'):
         print('HumanEval is not in data/downloads, '
@@ -370,7 +370,7 @@ def check_settings():
 def write_set(name, tokenizer, documents, rng):
     """Write data/textbook_<name>, its documents shuffled and split. Raise UserError if too few."""
     folder = f'data/textbook_{name}'
-    # Shuffled, for they come in the order of their sources, and the first ones are for validation
+    # Shuffle: they come in the order of their sources, and the first ones are for validation
     documents = rng.sample(documents, len(documents))
     n_val = max(1, round(val_share * len(documents)))
     if len(documents) <= n_val:
@@ -383,7 +383,7 @@ def write_set(name, tokenizer, documents, rng):
 
 
 def write_text(path, documents):
-    """Write documents into a text file, to be read: one after the other, a rule between them."""
+    """Write documents into a file for people to read: a rule stands between two documents."""
     with open(path, 'w', encoding='utf-8') as f:
         f.write(f'\n{"-" * 80}\n'.join(documents))
 
@@ -401,7 +401,7 @@ def make_problems(rng):
     """Return problems of the held-out compositions, and how many of these there are."""
     held_out = list(generator.compositions(held_out=True))
     rng.shuffle(held_out)
-    # If there are more problems than compositions, those have another turn, in other words
+    # With more problems than compositions, each composition has another turn, in other words
     tests = []
     for number in range(problems):
         composition = held_out[number % len(held_out)]

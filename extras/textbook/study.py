@@ -4,11 +4,11 @@ Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
     python extras/textbook/study.py --allow_code_execution=True
 
 Trains one model on raw code and one on the textbook, with as many tokens, fine-tunes each on the
-exercises, lets all four solve the held-out problems, and prints one table. What was done before is
-not done again: its results are in --out_dir.
+exercises, lets all four solve the held-out problems, and prints one table. Models that are done are
+not made again: their results are in --out_dir.
 
 `val loss` is measured on the solutions of validation exercises. After ± comes the standard error of
-the mean over the seeds or, where it is larger, the mean of the standard errors over the problems.
+the mean over the seeds or, if that is larger, the mean of the standard errors over the problems.
 README.md next to this file has the table, with the machine and the time it took.
 
 Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the recipes next to it.

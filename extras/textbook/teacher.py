@@ -3,9 +3,9 @@ Ask a teacher, a model behind any endpoint of OpenAI's protocol, and keep its an
     OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
 
 The endpoint is OPENAI_BASE_URL or, without one, OpenAI's own. The package openai asks, waits and
-tries again. Each answer is a line of folder/answers.jsonl, and no prompt that has one is asked
-again: whatever ends a run, the same command continues. Lost, if paid, are only the answers that
-are under way when a run is killed; Ctrl-C waits for them.
+tries again. Each answer is a line of folder/answers.jsonl, and a prompt that has one is not asked
+again: whatever ends a run, the same command continues. A kill loses only the answers that are under
+way, though they may have to be paid for; Ctrl-C waits for them.
 
 Needs the package openai, and folio/.
 """
@@ -30,7 +30,7 @@ except ImportError:
     raise UserError('a teacher is asked with a package: pip install openai') from None
 
 TIMEOUT = 300  # seconds to wait for an answer
-ADVICE = {  # on an error that has outlasted all tries; the first class that fits has it
+ADVICE = {  # on an error that has outlasted all tries, by the first class that fits
     openai.APITimeoutError: 'it may need a smaller --max_tokens or --concurrency',
     openai.APIConnectionError: 'is it running? Check OPENAI_BASE_URL and the network',
     openai.AuthenticationError: 'check OPENAI_API_KEY',
@@ -45,15 +45,15 @@ class Teacher:
     def __init__(self, model, folder, budget, price_in, price_out, max_tokens=1024, concurrency=8):
         """Take in the answers of earlier runs. Raises UserError if another run uses the folder.
 
-        budget: US dollars for this model, earlier runs included. It is overdrawn by at most the
-        answers that are under way when it is spent. price_in, price_out: dollars for a million
+        budget: US dollars for this model, earlier runs included. Only the answers that are under
+        way when it is spent can exceed it. price_in, price_out: dollars for a million
         tokens. max_tokens: of an answer. concurrency: prompts asked at once.
         """
         key = os.environ.get('OPENAI_API_KEY')
         if not key and not os.environ.get('OPENAI_BASE_URL'):
             raise UserError('set OPENAI_API_KEY to your key, '
                             'or OPENAI_BASE_URL to an endpoint that needs none')
-        # At first a mistake is likelier than a fault that passes: retry for some seconds only
+        # At first a mistake is likelier than a passing fault: retry for some seconds only
         self.client = openai.OpenAI(api_key=key or 'none', timeout=TIMEOUT, max_retries=3)
         self.model = model
         self.budget = budget
@@ -151,7 +151,7 @@ class Teacher:
         self.keep({
             'model': self.model,
             'prompt': prompt,
-            'text': text if isinstance(text, str) else '',  # none where a filter has stopped it
+            'text': text if isinstance(text, str) else '',  # no text: a filter has stopped it
             'is_cut': choice.finish_reason == 'length',
             'max_tokens': self.max_tokens,
             'tokens_in': len(prompt) if tokens_in is None else tokens_in,
@@ -174,7 +174,7 @@ class Teacher:
                 return self.request(prompt)
             raise
         if not getattr(completion, 'choices', None):
-            raise ValueError(f'this is no completion: {completion}')
+            raise ValueError(f'this is not a completion: {completion}')
         return completion
 
     def keep(self, entry):
@@ -185,10 +185,10 @@ class Teacher:
             self.file.flush()
         if entry['prompt'] not in self.answers:
             self.last_reason = 'an empty answer'
-        self.client.max_retries = 10  # it works: a fault now is worth a minute
+        self.client.max_retries = 10  # it works, so from now on retry for a minute
 
     def end(self, reason):
-        """Let no thread ask anything more, and raise UserError."""
+        """Stop all threads from asking more, and raise UserError."""
         self.is_stopping = True
         raise UserError(reason)
 

@@ -272,13 +272,12 @@ def column(name, *losses):
 def test_a_difference_is_weighed_by_the_errors_of_both():
     columns = [column('a', 1.0, 1.2), column('b', 1.3, 1.1), column('c', 2.0, 2.2)]
     said = report.say_losses(columns, baselines=np.array([3.0, 1.5]))
-    assert said == ['On book the lowest validation loss is that of a0, a1: 1.100 ± 0.100 nats a '
-                    'token.',
-                    'That of b0, b1 is 0.100 ± 0.141 higher, which may be chance.',
-                    'That of c0, c1 is 1.000 ± 0.141 higher.',
+    assert said == ['On book the lowest validation loss is 1.100 ± 0.100 nats a token, by a0, a1.',
+                    'The loss of b0, b1 is 0.100 ± 0.141 higher, which may be chance.',
+                    'The loss of c0, c1 is 1.000 ± 0.141 higher.',
                     'The best n-gram, of 2 tokens, has 1.500; lower: a0, a1; b0, b1.']
     _, said = report.say_losses([column('a', 1.0), column('b', 1.1)], baselines=())
-    assert said.startswith('That of b0 is 0.100 higher; with a single seed nobody knows')
+    assert said.startswith('The loss of b0 is 0.100 higher; with a single seed nobody knows')
 
 
 # ---- What is computed ----------------------------------------------------------------------------

@@ -245,8 +245,8 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
     ('cut', 'is it running', 32),
     ('hangs', 'timed out; it may need a smaller --max_tokens', 32),
     ('broken', 'Unterminated string', 8),
-    ('a page', 'this is no completion: <html>Please log in</html>', 8),
-    ('no choices', 'this is no completion: .*overloaded', 8),
+    ('a page', 'this is not a completion: <html>Please log in</html>', 8),
+    ('no choices', 'this is not a completion: .*overloaded', 8),
 ], ids=str)
 def test_a_fault_that_stays_ends_the_run_in_one_line_and_costs_nothing(
         endpoint, monkeypatch, how, says, most):

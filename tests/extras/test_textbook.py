@@ -171,7 +171,7 @@ def test_documents_too_like_a_problem_are_removed_and_counted(capsys):
     kept = ['def g(b):\n    return sum(b)\n', ('def h(b):\n', '    total = 0\n    return total\n')]
     documents = [kept[0], copied, kept[1], ('def f(b):\n', solution)]
     assert prepare.decontaminate(documents, [problem], 'x') == kept
-    assert 'x: 4 documents, 2 dropped as too like a problem' in capsys.readouterr().out
+    assert 'x: 4 documents, 2 dropped as too similar to a problem' in capsys.readouterr().out
 
 
 def test_the_classifier_keeps_the_code_that_is_like_the_textbook(monkeypatch, capsys):
