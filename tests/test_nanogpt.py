@@ -179,7 +179,7 @@ def test_a_checkpoint_without_its_optimizer_is_sampled(nanogpt, optimizer):
 def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimizer):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
     out, _ = run('train.py', *CHAR_RUN, '--init_from=resume', '--max_iters=21', cwd=nanogpt)
-    assert 'out/ckpt.pt was saved without its optimizer, which starts again' in out
+    assert 'out/ckpt.pt was saved without its optimizer, which starts over' in out
     assert 'done at step 21' in out
 
 
