@@ -116,7 +116,7 @@ def build(model_class, checkpoint, settings=None):
         if name in FREE or name not in checkpoint['model_args']:
             free[name] = value
     if is_of_other_code(checkpoint, model_class):
-        notice(f'{checkpoint["source"]} was trained with other code than '
+        notice(f'{checkpoint["source"]} was trained with code other than '
                f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}: '
                'give the config file that brings that model')
     try:
@@ -158,19 +158,19 @@ def hash_of_code(model_class):
 
 
 def refuse_other_code(checkpoint, model_class):
-    """Raise UserError if the model in a checkpoint was trained with other code than a class has.
+    """Raise UserError if the model in a checkpoint was trained with code other than a class's.
 
     For comparing runs: otherwise one model would be measured with the code of another.
     """
     if is_of_other_code(checkpoint, model_class):
-        raise UserError(f'{checkpoint["source"]} was trained with other code than '
+        raise UserError(f'{checkpoint["source"]} was trained with code other than '
                         f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
                         f'is {copy_of_code(checkpoint)}: give the config file that brings that '
                         'model')
 
 
 def is_of_other_code(checkpoint, model_class):
-    """Return whether the model in a checkpoint was trained with other code than a class has.
+    """Return whether the model in a checkpoint was trained with code other than a class's.
 
     nanoGPT's checkpoints and transformers' folders do not say.
     """
@@ -185,12 +185,12 @@ def copy_of_code(checkpoint):
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
 def require_same_tokenizer(checkpoint, data):
-    """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
+    """Raise UserError if the weights were trained with a vocabulary other than a Dataset's."""
     spec = checkpoint.get('tokenizer', data.spec)  # without a tokenizer only the sizes are compared
     vocab_size = checkpoint['model_args']['vocab_size']
     if vocab_size != data.vocab_size or spec_hash(spec) != spec_hash(data.spec):
-        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, '
-                        f'{data.vocab_size} tokens) than {checkpoint["source"]} ({spec["kind"]}, '
+        raise UserError(f'{data.folder} has a different vocabulary ({data.spec["kind"]}, '
+                        f'{data.vocab_size} tokens) from {checkpoint["source"]} ({spec["kind"]}, '
                         f'{vocab_size}): the model can only be trained with its own')
 
 
@@ -208,7 +208,7 @@ def require_same_run(checkpoint, model_args, data, seed):
         if name not in may_change and saved.get(name, value) != value:
             different.append(f'{name} is {saved[name]}, not {value}')
     if different:
-        raise UserError(f'{path} is from a run with other settings ({"; ".join(different)}): '
+        raise UserError(f'{path} is from a run with different settings ({"; ".join(different)}): '
                         'give those, or another --out_dir')
     for split, fingerprint in checkpoint.get('fingerprints', {}).items():
         if fingerprint != data.fingerprint(split):
