@@ -107,7 +107,8 @@ world_size = machine.world_size
 print0 = machine.print0
 if gradient_accumulation_steps % world_size != 0:
     raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts the '
-                    f'micro-steps of all processes: make it a multiple of {world_size}')
+                    'micro-steps of all processes: make it a multiple of their number, '
+                    f'{world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 machine.init_processes(backend)
 if compile == 'auto':
