@@ -45,7 +45,7 @@ batch_size = 12  # sequences in a micro-step
 bias = False  # gpt2: biases in Linear and LayerNorm
 optimizer = 'adamw'  # or muon
 learning_rate = 6e-4  # the peak
-muon_learning_rate = 0.02  # the peak of Muon's
+muon_learning_rate = 0.02  # Muon's peak
 weight_decay = 1e-1  # of matrices
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
@@ -95,7 +95,7 @@ try:
     vocab_size = data.vocab_size
     origin = data.folder
 except UserError:
-    # A step takes as long with random tokens; there are enough of them not to sit in a cache.
+    # A step takes as long with random tokens. They are too many to stay in a cache.
     vocab_size = 50257  # GPT-2's
     n_tokens = max(2**22, 2 * config['block_size'])
     tokens = np.random.RandomState(0).randint(vocab_size, size=n_tokens).astype('<u2')
@@ -106,7 +106,7 @@ if init_from == 'scratch':
         model = GPT(GPTConfig(**model_settings(config, GPTConfig), vocab_size=vocab_size))
 else:
     model = folio.checkpoint.build(GPT, folio.checkpoint.load(init_from, out_dir))
-block_size = min(config['block_size'], model.config.block_size)  # a loaded one may be shorter
+block_size = min(config['block_size'], model.config.block_size)  # a loaded model may have less
 n_parameters = sum(p.numel() for p in model.parameters())
 sizes = (gradient_accumulation_steps, batch_size, block_size)
 tokens_per_step = math.prod(sizes)
@@ -130,7 +130,7 @@ def make_batch(step, micro_step):
 
 
 def train_step(step):
-    """Do the work of a step of train.py, except its log, its checkpoints and loss scaling."""
+    """Do the work of a step of train.py, except logging, checkpoints and loss scaling."""
     for micro_step in range(gradient_accumulation_steps):
         idx_BT, targets_BT = make_batch(step, micro_step)
         idx_BT = idx_BT.to(machine.device, non_blocking=True)
@@ -138,14 +138,14 @@ def train_step(step):
         with machine.autocast:
             _, loss = model(idx_BT, targets_BT)
         (loss / gradient_accumulation_steps).backward()
-    # Without a limit the norm is computed all the same, for train.py logs it.
+    # Even without a limit the norm is computed, because train.py logs it.
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
 
 
-# The first step compiles, the second meets the optimizer's new state.
+# The first step compiles, the second is the first that finds optimizer states.
 start = time.perf_counter()
 for step in range(3):
     train_step(step)
@@ -163,7 +163,7 @@ if profile:
 
 if machine.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
-# The median, as a step now and then waits for something else on the machine.
+# The median, because a step now and then waits for other work on the machine.
 step_seconds = median_seconds(train_step, steps)
 show('training step', 1000 * step_seconds, 'ms', f'median of {steps}')
 show('training', tokens_per_step / step_seconds, 'tokens/s')
@@ -180,7 +180,7 @@ show('batches from token files', batch_size * block_size / batch_seconds, 'token
      f'{100 * share:.2g} % of a step')
 
 # ---- Text: how fast prompts are read (prefill), and how fast tokens follow (decoding) ------------
-model.to(machine.torch_dtype)  # as sample.py has it
+model.to(machine.torch_dtype)  # as in sample.py
 length = min(prompt_tokens, max(1, block_size - new_tokens))
 shape = (decode_batch, length)
 # Where there are too few tokens, np.resize repeats them.

@@ -55,8 +55,8 @@ ITEMS_IN_A_PASS = 8  # 32 rows
 def load(source, machine):
     """Return the items of a file in HellaSwag's format, or of its validation split for ''.
 
-    The split is downloaded once, by rank 0, while the other processes wait. Raises UserError if a
-    file cannot be had, or a line isn't an item.
+    The split is downloaded once, by rank 0, while the other processes wait. Raises UserError if the
+    file cannot be downloaded or read, or a line isn't an item.
     """
     path = source
     if not source:
@@ -88,7 +88,7 @@ def read_item(line, where):
         if not 0 <= item['label'] <= 3:
             raise ValueError(f'the label is {item["label"]}')
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{where}: an item has ctx, four endings and label, 0 to 3 '
+        raise UserError(f'{where}: an item has ctx, four endings and a label, 0 to 3 '
                         f'({type(e).__name__}: {e})') from None
     return item
 
@@ -112,7 +112,7 @@ def render(items, tokenizer, block_size):
 
 # ---- Scores --------------------------------------------------------------------------------------
 def shared_length(rendered):
-    """Return how many tokens of its context each item's four rows share, the least of all items."""
+    """Return how many tokens of context the four rows of every item share."""
     n = min(len(ids) - 1 - n_ending for rows in rendered for ids, n_ending in rows)
     for rows in rendered:
         n = min(n, len(os.path.commonprefix([ids for ids, _ in rows])))
@@ -122,11 +122,11 @@ def shared_length(rendered):
 def score_items(model, rendered, device):
     """Return the log-probability of each ending in nats, (items, 4).
 
-    rendered: some of what `render` returns. The context of an item is read once for its four rows.
+    rendered: items from `render`. The context of an item is read once for its four rows.
     """
     rows = sum(rendered, [])
     longest = max(len(ids) for ids, _ in rows)
-    # Padding behind a text changes nothing in front of it: attention is causal.
+    # Padding after a text changes nothing before it: attention is causal.
     idx_BT = torch.zeros(len(rows), longest - 1, dtype=torch.long)
     targets_BT = torch.full((len(rows), longest - 1), -1)
     for b, (ids, n_ending) in enumerate(rows):
@@ -137,7 +137,7 @@ def score_items(model, rendered, device):
 
     n_shared = shared_length(rendered)
     cache = KVCache(model, size=longest)
-    # Not model(...), which may be compiled: rows come in all lengths.
+    # Not model(...): it may be compiled, and rows come in all lengths.
     if n_shared > 0:
         model.forward(idx_BT[::4, :n_shared], cache=cache)  # one row of each item
         cache.repeat(4)
@@ -149,7 +149,7 @@ def score_items(model, rendered, device):
 
 
 def lengths(rows):
-    """Return the lengths of an item's shortest context and longest row, by which items are sorted.
+    """Return the lengths of an item's shortest context and longest row, to sort items by.
 
     Items of about the same lengths are scored together, so that little is padding.
     """

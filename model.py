@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0  # modern: logits stay within ±15
 NORM_EPS = 1e-6  # modern: keeps the norm of zeros from being 0 / 0
-SMALLEST_BLOCK = 64  # queries in a window; smaller blocks waste time on many tiny products
+SMALLEST_BLOCK = 64  # queries in a block; smaller blocks waste time on many tiny products
 LOSS_ROWS = 1024  # with activation_checkpointing: tokens whose logits are in memory at a time
 
 
@@ -44,7 +44,7 @@ class GPTConfig:
     activation_checkpointing: bool = False  # less memory: compute activations twice
 
     def __post_init__(self):
-        """Raise ValueError for a shape that cannot be."""
+        """Raise ValueError for an impossible shape."""
         if self.arch not in ('gpt2', 'modern'):
             raise ValueError(f'arch is {self.arch!r}; choose from gpt2, modern')
         if self.gelu not in ('tanh', 'none'):
@@ -65,7 +65,7 @@ class GPTConfig:
         if self.window < 0:
             raise ValueError(f'window is {self.window}; it must be at least 0')
         if self.arch == 'modern':
-            self.bias = False  # it has none, whatever was asked for
+            self.bias = False  # modern has none, whatever was asked for
 
 
 def padded(vocab_size):
@@ -113,7 +113,7 @@ def rotate(x_BHTD, cos_TD, sin_TD):
 def can_see(T, S, window, device):
     """Return (T, S): whether each of the last T of S tokens sees a key.
 
-    It sees its own and those before it, `window` of them in all.
+    It sees its own key and the keys before it, `window` keys in all.
     """
     pos_S = torch.arange(S, device=device)
     distance = pos_S[-T:, None] - pos_S
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window
         # Query, key and value in one product: one large matrix is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_attn.n_matrices = 3  # for Muon, which steps each by itself
+        self.c_attn.n_matrices = 3  # for Muon, which steps each separately
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cos_sin, cache):
@@ -139,11 +139,11 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, H, C // H).transpose(1, 2)
         v = v.view(B, T, H, C // H).transpose(1, 2)
         if self.config.arch == 'modern':
-            # Queries and keys of one size keep the scores bounded, and the softmax from freezing.
+            # Normalised queries and keys keep the scores bounded, so the softmax cannot freeze.
             q = rms_norm(rotate(q, *cos_sin))
             k = rms_norm(rotate(k, *cos_sin))
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # now of all tokens so far, (B, H, S, D)
+            k, v = cache.append(self.layer, k, v)  # now for all tokens so far, (B, H, S, D)
         y = self.attend(q, k, v, self.window)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
@@ -151,8 +151,8 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q_BHTD, k_BHSD, v_BHSD, window):
         """Return softmax(q k' / sqrt(D)) v, (B, H, T, D).
 
-        The queries are those of the last T of S tokens. Each sees its own key and those before it,
-        `window` of them in all; 0: every one.
+        The queries belong to the last T of S tokens. Each sees its own key and the keys before it,
+        `window` keys in all; 0: every key.
         """
         T = q_BHTD.size(-2)
         S = k_BHSD.size(-2)
@@ -164,7 +164,7 @@ class CausalSelfAttention(nn.Module):
             dropout = self.config.dropout if self.training else 0.0
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout,
                                                   is_causal=True)
-        # No query sees further back than the first one does.
+        # No query sees further back than the first one.
         first = max(0, S - T + 1 - window)
         k_BHSD = k_BHSD[..., first:, :]
         v_BHSD = v_BHSD[..., first:, :]
@@ -174,7 +174,7 @@ class CausalSelfAttention(nn.Module):
         return self.attend_where(mask_TS, q_BHTD, k_BHSD, v_BHSD)
 
     def attend_where(self, mask_TS, q_BHTD, k_BHSD, v_BHSD):
-        """Return what `attend` does, where mask_TS says which keys a query sees; None: all."""
+        """Return what `attend` returns; mask_TS says which keys a query sees, None: all."""
         dropout = self.config.dropout if self.training else 0.0
         if self.config.flash:
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, mask_TS, dropout)
@@ -186,10 +186,10 @@ class CausalSelfAttention(nn.Module):
         return weights_BHTS @ v_BHSD
 
     def attend_in_blocks(self, q_BHTD, k_BHTD, v_BHTD, window):
-        """Return what `attend` does for a whole text, at a cost of T * window.
+        """Return what `attend` returns for a whole text, at a cost of T * window.
 
-        The text is cut into blocks of at least the window's length, so that a query sees keys of
-        its own block and of the one before, nothing else.
+        The text is cut into blocks at least as long as the window, so a query sees only keys of its
+        own block and the block before.
         """
         B, H, T, D = q_BHTD.shape
         size = max(window, SMALLEST_BLOCK)
@@ -200,9 +200,9 @@ class CausalSelfAttention(nn.Module):
             return x_BHTD.view(B, H, -1, size, D).transpose(1, 2)
 
         q, k, v = to_blocks(q_BHTD), to_blocks(k_BHTD), to_blocks(v_BHTD)
-        # The first block has none before it.
+        # No block comes before the first one.
         first = self.attend(q[:, 0], k[:, 0], v[:, 0], window)
-        # For the rest, blocks are rows of a batch.
+        # The other blocks are rows of a batch.
         rest = self.attend_where(can_see(size, 2 * size, window, q.device),
                                  q[:, 1:].flatten(0, 1),
                                  torch.cat((k[:, :-1], k[:, 1:]), dim=3).flatten(0, 1),
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos_sin, cache):
-        # What is added is normalised first, the stream itself never: gradients pass straight on.
+        # Only what a sublayer reads is normalised: gradients flow straight through the stream.
         x = x + self.attn(self.ln_1(x), cos_sin, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -267,7 +267,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw the weights of each Linear and Embedding, as GPT-2's paper says.
 
-        Norms begin as torch makes them. So does what you add: a parameter keeps its own value.
+        Norms begin as torch makes them, and a parameter that you add keeps its own initial value.
         """
         # Each block adds to the residual stream twice, through its two c_proj. Scaled like this,
         # all 2 * n_layer terms add up to about the same variance, however deep the model is.
@@ -288,12 +288,12 @@ class GPT(nn.Module):
     def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
         """Return (logits, loss).
 
-        With targets: the mean loss in nats over those that are not -1, and logits (B, T, V) only if
-        all_logits. Without: the logits of the last position, (B, 1, V), or of all if all_logits;
-        loss is None. cache: an engine.KVCache, which is read and extended.
+        With targets: the mean loss in nats over the targets that are not -1, and logits (B, T, V)
+        only if all_logits. Without targets: logits of the last position, (B, 1, V), or of all
+        positions if all_logits; loss is None. cache: an engine.KVCache, which is read and extended.
         """
         B, T = idx_BT.shape
-        past = 0 if cache is None else cache.length  # tokens that were read before these
+        past = 0 if cache is None else cache.length  # tokens read before these
         assert past + T <= self.config.block_size, f'{past + T} tokens exceed block_size'
         pos_T = torch.arange(past, past + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT)
@@ -318,8 +318,8 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets_BT is None:
             return self.logits(x), None
-        # Computed a second time, only if asked for: a compiled model that returned them next to the
-        # loss would keep 13 GB at 64 x 1,024.
+        # Computed again for the caller: a compiled model that returned the logits of the loss would
+        # keep 13 GB at 64 x 1,024.
         logits_BTV = self.logits(x) if all_logits else None
         return logits_BTV, self.loss(x, targets_BT)
 
@@ -367,10 +367,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, saved, **overrides):
-        """Return the model in a dictionary that folio.checkpoint.load has returned.
+        """Return the model in a dictionary that folio.checkpoint.load returned.
 
-        overrides: fields of GPTConfig that fit the same weights, such as dropout, flash, window and
-        a smaller block_size. Raises ValueError where the weights cannot be such a model.
+        overrides: fields of GPTConfig that fit the same weights: dropout, flash, window, a smaller
+        block_size … Raises ValueError if the weights do not fit.
         """
         args = saved['model_args']
         unknown = args.keys() - {field.name for field in fields(GPTConfig)}
@@ -379,11 +379,11 @@ class GPT(nn.Module):
                              f'{", ".join(sorted(unknown))}')
         config = GPTConfig(**(args | overrides))
         if config.block_size > args['block_size']:
-            raise ValueError(f'block_size {config.block_size} is longer than that of the weights, '
+            raise ValueError(f'block_size {config.block_size} is longer than the weights allow, '
                              f'{args["block_size"]}')
         model = cls(config)
         weights = dict(saved['model'])
-        # A shorter context has no use for the later positions; rotary ones are not stored.
+        # A shorter context drops the later positions; rotary positions are not stored.
         if 'transformer.wpe.weight' in weights:
             wpe = weights['transformer.wpe.weight']
             weights['transformer.wpe.weight'] = wpe[:config.block_size]
@@ -402,8 +402,8 @@ class GPT(nn.Module):
     def generate(self, idx_BT, max_new_tokens, temperature=1.0, top_k=None):
         """Return idx_BT and max_new_tokens more, drawn one by one: (B, T + max_new_tokens).
 
-        temperature: 0 is greedy. top_k: draw from this many of the likeliest tokens; None: of all.
-        Call eval() first, or dropout is at work. This is the plain way, which reads the whole text
+        temperature: 0 is greedy. top_k: draw from this many of the likeliest tokens; None: all.
+        Call eval() first, or dropout is active. This is the plain way, which reads the whole text
         again for each token; folio/engine.py has the fast one.
         """
         for _ in range(max_new_tokens):
@@ -411,11 +411,11 @@ class GPT(nn.Module):
             context_BT = idx_BT[:, -self.config.block_size:]
             logits_BTV, _ = self(context_BT)
             logits_BV = logits_BTV[:, -1] / max(temperature, 1e-9)
-            # Rule out what is less likely than the k-th best.
+            # Rule out tokens that are less likely than the k-th best.
             if top_k is not None:
                 best_BK = logits_BV.topk(min(top_k, logits_BV.size(1))).values
                 logits_BV = logits_BV.masked_fill(logits_BV < best_BK[:, -1:], -math.inf)
-            p_BV = logits_BV.softmax(dim=-1).cpu()  # a Mac's GPU may draw what has probability 0
+            p_BV = logits_BV.softmax(dim=-1).cpu()  # a Mac's GPU may draw a token of probability 0
             next_B1 = torch.multinomial(p_BV, num_samples=1)
             idx_BT = torch.cat((idx_BT, next_B1.to(idx_BT.device)), dim=1)
         return idx_BT

@@ -5,8 +5,8 @@ Write text with a trained model, to standard output.
     python sample.py --out_dir=out/gpt2_dolly --chat=True
 
 A single sample appears as it is written; several are drawn together and appear at the end. --chat
-reads a line, answers it, and so on until Ctrl-D: in the form in which a model was tuned to answer,
-if its data had one (see prepare/dolly); any other model continues the text.
+answers line after line until Ctrl-D. A tuned model sees each line in the prompt template of its
+training data (see prepare/dolly); any other model continues the text.
 
 Needs model.py and folio/.
 """
@@ -25,7 +25,7 @@ from model import GPT
 # ---- Settings ------------------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], a .pt, or a folder
 out_dir = 'out'  # the run to sample from
-start = ''  # the prompt, or FILE:path; empty begins a document
+start = ''  # the prompt, or FILE:path; empty: begin a document
 num_samples = 1  # drawn as one batch
 max_new_tokens = 500  # tokens in a sample
 strategy = 'top_k'  # greedy, sample, top_k or nucleus
@@ -52,7 +52,7 @@ tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
 if start.startswith('FILE:'):
     path = start.removeprefix('FILE:')
     try:
-        with open(path, encoding='utf-8-sig') as f:  # Windows may put a mark in front of a text
+        with open(path, encoding='utf-8-sig') as f:  # Windows may add a byte order mark
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
@@ -64,7 +64,7 @@ if len(ids) > model.config.block_size:
 
 # ---- Text ----------------------------------------------------------------------------------------
 def find_stop(text):
-    """Return where the text that ends a sample begins; None if it has not come yet."""
+    """Return where the text `stop` begins; None if it has not come yet."""
     if stop and stop in text:
         return text.index(stop)
     return None
@@ -80,7 +80,7 @@ def continuations(prompt, n, seed):
 def show(steps):
     """Print a single text as it grows, and return it."""
     text = ''
-    n_shown = 0  # characters that are on the screen
+    n_shown = 0  # characters on the screen
     for (text,) in steps:
         # Keep back what may turn out to be the beginning of `stop`.
         n_safe = max(n_shown, len(text) - max(0, len(stop) - 1))
@@ -107,12 +107,12 @@ def talk():
         except UserError as e:  # a character that a character model never saw
             print(f'notice: {e}', file=sys.stderr)
             continue
-        # A tuned model has learned from documents of one question each. Any other continues the
-        # text, in which only the first line begins a document.
+        # A tuned model learned from documents of one question each. For any other model the whole
+        # talk is one document.
         if is_tuned or not turns:
             turn = folio.checkpoint.encode_prompt(checkpoint, tokenizer, '') + turn
         turns.append(turn)
-        # The oldest turns are forgotten: the context has room for the answer too, up to half of it.
+        # Forget the oldest turns, to leave room for the answer: at most half of the context.
         longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
         while len(turns) > 1 and sum(map(len, turns)) > longest_prompt:
             del turns[0]

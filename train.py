@@ -1,5 +1,5 @@
 """
-Train a model: from scratch, from where a run stopped, or from weights that are there already.
+Train a model: from scratch, from where a run stopped, or from existing weights.
     python train.py config/train_book.py
     torchrun --nproc_per_node=8 train.py config/train_fineweb.py
 
@@ -19,8 +19,8 @@ import time
 import warnings
 from dataclasses import asdict
 
-# On a busy machine OpenMP's waiting threads, which spin, keep the working one from running. Limit
-# how long they spin. It is read when torch is loaded.
+# OpenMP's waiting threads spin, and on a busy machine they hold up the working one. Limit how long
+# they spin; the limit is read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 # ---- Settings: nanoGPT's names and, except for device, dtype and compile, its defaults -----------
 # The run
 out_dir = 'out'  # where checkpoints and the log go
-init_from = 'scratch'  # scratch, resume, auto (resume if it can), gpt2 …, a .pt, a folder
+init_from = 'scratch'  # scratch, resume, auto (resume if possible), gpt2 …, a .pt, a folder
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
 eval_iters = 200  # batches in one evaluation; 0: the whole split
 eval_only = False  # print the loss on every split and stop
@@ -50,7 +50,7 @@ hellaswag_interval = 0  # steps between scorings of HellaSwag; 0: none
 hellaswag_source = ''  # a file in HellaSwag's format; empty: its validation split, downloaded once
 patience = 0  # stop after this many evaluations without improvement; 0: never
 seed = 1337  # of initialisation, batches and dropout
-note = ''  # what this run is to find out; it stands in the log
+note = ''  # what this run is meant to find out; goes into the log
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = 'folio'  # the project there
 wandb_run_name = 'gpt2'  # the name of the run there
@@ -73,16 +73,16 @@ activation_checkpointing = False  # less memory: compute activations twice, a th
 # Optimizer
 optimizer = 'adamw'  # or muon: Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # the peak
-muon_learning_rate = 0.02  # the peak of Muon's; both rise and fall together
+muon_learning_rate = 0.02  # Muon's peak; both rates rise and fall together
 max_iters = 600000  # steps
-weight_decay = 1e-1  # of matrices (with muon, of the blocks' only), never of biases and norms
-beta1 = 0.9  # of AdamW: how much of the average gradient stays in a step
-beta2 = 0.95  # of AdamW: the same of its square
+weight_decay = 1e-1  # for matrices (with muon, only the blocks'), never for biases and norms
+beta1 = 0.9  # AdamW: how much of the average gradient a step keeps
+beta2 = 0.95  # AdamW: the same for its square
 grad_clip = 1.0  # highest norm of the gradient; 0: no limit
 decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000  # steps over which the learning rate rises
-lr_decay_iters = 0  # the step at which it has fallen to min_lr; 0: max_iters
+lr_decay_iters = 0  # the step at which it reaches min_lr; 0: max_iters
 cooldown = 0.7  # trapezoid: the share of the steps over which it falls
 min_lr = 6e-5  # where the learning rate ends
 # Machine
@@ -106,8 +106,9 @@ rank = machine.rank
 world_size = machine.world_size
 print0 = machine.print0
 if gradient_accumulation_steps % world_size != 0:
-    raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts those of '
-                    f'all processes: make it a multiple of their number, {world_size}')
+    raise UserError(f'gradient_accumulation_steps ({gradient_accumulation_steps}) counts the '
+                    'micro-steps of all processes: make it a multiple of their number, '
+                    f'{world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 machine.init_processes(backend)
 if compile == 'auto':
@@ -139,7 +140,7 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 best_path = os.path.join(out_dir, 'best.pt')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
-resumes = init_from == 'resume' and not eval_only  # --eval_only takes the weights alone
+resumes = init_from == 'resume' and not eval_only  # --eval_only takes only the weights
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
     model_config = GPTConfig(**model_args)
@@ -174,11 +175,11 @@ if resumes:
         best_val_loss = float(checkpoint['best_val_loss'])
         best_iter = checkpoint.get('best_iter', first_iter)
     else:
-        print0('evaluations cover other windows than before: the best loss starts again')
+        print0('evaluations now cover other windows: the best loss starts over')
     if checkpoint['optimizer']:
         load_states(optimizers, checkpoint['optimizer'])
     else:
-        print0(f'{ckpt_path} was saved without its optimizer, which starts again')
+        print0(f'{ckpt_path} was saved without its optimizer, which starts over')
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
     print0(f'continuing at step {first_iter}, from {ckpt_path}')
@@ -197,12 +198,12 @@ if compile:
 
 
 def evaluate_split(split, n_windows):
-    """Return {loss, perplexity, bits_per_byte …} on the first windows of a split, or on all: 0."""
+    """Return {loss, perplexity, bits_per_byte …} on the first n_windows of a split; 0: all."""
     return evaluate(model, data, split, block_size, batch_size, n_windows, machine)
 
 
 def shown(metrics, prefix=''):
-    """Return the numbers among the metrics of an evaluation as text."""
+    """Return the numeric metrics of an evaluation as text."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     return ', '.join(f'{prefix}{name} {value:.4f}' for name, value in numbers.items())
 
@@ -211,7 +212,7 @@ if eval_only:
     for split in data.splits():
         n_windows = eval_windows
         if n_windows == 0 and split == 'train':
-            # All of it would take hours. Take as much as val has.
+            # The whole training split would take hours. Take as much as val has.
             n_windows = math.ceil(len(data.tokens('val')) / block_size)
         print0(f'{split}: {shown(evaluate_split(split, n_windows))}')
     machine.end_processes()
@@ -226,15 +227,15 @@ print0(f'{n_steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
 if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
 if decay_lr and decay_iters < max_iters:
-    print0(f'from step {decay_iters} (lr_decay_iters) on the learning rate is {min_lr:g} (min_lr)')
+    print0(f'from step {decay_iters} (lr_decay_iters) on, the learning rate is {min_lr:g} (min_lr)')
 if decay_lr and n_steps > 0 and decay_iters <= warmup_iters:
-    print0(f'the learning rate never reaches its peak: it would rise over {warmup_iters} steps '
-           f'(warmup_iters), and its schedule has {decay_iters}')
+    print0(f'the learning rate never reaches its peak: its warm-up takes {warmup_iters} '
+           f'steps (warmup_iters), its whole schedule {decay_iters}')
 
 log = NoLog()
 record = folio.checkpoint.record_of(GPT)  # which code runs
 if rank == 0:
-    # First, as it may ask for a key
+    # First, because it may ask for a key
     wandb_run = start_wandb(wandb_project, wandb_run_name, config) if wandb_log else None
     log = Log(out_dir, inspect.getsourcefile(GPT), resume_at=first_iter if resumes else None,
               wandb_run=wandb_run)
@@ -254,7 +255,7 @@ def windows_before(iter_num):
 
 
 def require_finite(what, value, step):
-    """Raise UserError if a number is not one any more; the checkpoint stays as it is."""
+    """Raise UserError if a value is NaN or infinite; the checkpoint stays as it is."""
     if not math.isfinite(value):
         remedy = 'nothing was saved yet: start again with a lower --learning_rate'
         if os.path.exists(ckpt_path):
@@ -264,7 +265,7 @@ def require_finite(what, value, step):
 
 def save(iter_num, *paths):
     """Write a checkpoint of the run as it is before step iter_num, under one name or more."""
-    # The largest weight of each parameter; this takes no memory, of which there may be none left.
+    # The largest weight of each parameter, in no extra memory: there may be none left.
     largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters()]
     require_finite('the largest weight', torch.stack(largest).max().item(), iter_num)
     if rank == 0:
@@ -288,7 +289,7 @@ def save(iter_num, *paths):
 
 
 def save_first(kind, error, trace):
-    """Save before an error ends the run, as long as the weights are those of a whole step."""
+    """Save before an error ends the run, unless it struck while the weights were changing."""
     if iter_num > first_iter and weights_are_whole and not issubclass(kind, UserError):
         try:
             save(iter_num, ckpt_path)
@@ -299,12 +300,12 @@ def save_first(kind, error, trace):
 
 
 def is_due(interval):
-    """Return whether something is due before this step: at multiples of its interval and last."""
+    """Return whether something is due before this step: every `interval` steps and at the end."""
     return interval > 0 and (is_last or iter_num % interval == 0)
 
 
 def warm_up(forward, n_rows):
-    """Make a pass, forward and backward, that does not count."""
+    """Run a forward and backward pass that does not count."""
     idx_BT, targets_BT = train_batch(train_tokens, train_mask, block_size, n_rows, seed,
                                      first=first_window)
     with machine.autocast:
@@ -314,11 +315,11 @@ def warm_up(forward, n_rows):
 
 ddp_model = model
 if world_size > 1:
-    # DDP asks beforehand whether it should look for parameters without a gradient. One row tells;
-    # through model.forward, as DDP must be there when the model is compiled.
+    # DDP must know beforehand whether some parameters get no gradient. One row tells; it goes
+    # through model.forward, because compiling must wait for DDP.
     warm_up(model.forward, n_rows=1)
     has_unused = any(p.requires_grad and p.grad is None for p in model.parameters())
-    # torch 2.13 has a newer name for it, torch 2.11 has this one only.
+    # torch 2.13 has a newer name for broadcast_buffers, torch 2.11 only this one.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False,
                                         gradient_as_bucket_view=True,  # no copy of the gradients
@@ -326,8 +327,8 @@ if world_size > 1:
     model.zero_grad(set_to_none=True)
 if compile:
     print0('compiling, which may take minutes')
-# After its first pass DDP puts the gradients into other groups, which are summed in another order:
-# without this one a resumed run would have other bits than a run that was left alone.
+# After its first pass DDP regroups the gradients, and sums them in another order. Without this pass
+# a resumed run would not have the same bits as an uninterrupted one.
 warm_up(ddp_model, batch_size)
 unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 if unused:
@@ -335,7 +336,7 @@ if unused:
 model.zero_grad(set_to_none=True)
 
 # ---- Training ------------------------------------------------------------------------------------
-signals = catch_signals()  # those that have come
+signals = catch_signals()  # the signals that came so far
 sys.excepthook = save_first
 batches = prefetch(train_batches(train_tokens, train_mask, block_size, batch_size, micro_steps,
                                  seed, first_window, machine), pin_memory=machine.type == 'cuda')
@@ -345,12 +346,12 @@ iter_num = first_iter
 weights_are_whole = True  # False while the optimizers change them
 machine.synchronize()
 step_start = time.perf_counter()
-# One turn more than there are steps: the last one only validates and saves.
+# One turn more than there are steps: the last turn only validates and saves.
 while True:
     is_last = iter_num >= max_iters
-    stopping = machine.any(len(signals) > 0)  # not every process may get the signal
-    # The clock stands still until the next step. Setup work still queued on the GPU counts as
-    # training time, so wait for it, but only if something is due.
+    stopping = machine.any(len(signals) > 0)  # the signal may reach only some processes
+    # The clock stops until the next step. Steps still queued on the GPU are training time, so wait
+    # for them, but only if something is due.
     if stopping or is_due(eval_interval) or is_due(hellaswag_interval) or is_due(sample_interval):
         machine.synchronize()
     train_seconds += time.perf_counter() - step_start
@@ -419,12 +420,12 @@ while True:
         scaler.scale(loss * weight).backward()
         loss_sum += loss.detach() * weight
     if stopping:
-        continue  # give up this step: the loop's next turn saves what it began with, and ends
+        continue  # give up this step: the next turn saves the weights from before it, and ends
     # Divide the gradients by the loss's scale, so that they can be measured and clipped.
     for o in optimizers:
         scaler.unscale_(o)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # Where float16 has overflowed, no optimizer steps; the scaler then scales less.
+    # If float16 has overflowed, no optimizer steps, and the scaler lowers its scale.
     overflowed = machine.dtype == 'float16' and not norm.isfinite()
     weights_are_whole = False
     for o in optimizers:
@@ -461,7 +462,7 @@ if stopping:
     print0(f'stopped at step {iter_num}, saved in {ckpt_path}; the same command with '
            '--init_from=resume continues')
     machine.end_processes()
-    # If the signal came to another process, this one has no number to end with.
+    # If the signal reached only another process, this one has no number to end with.
     sys.exit(128 + signals[0] if signals else 1)
 reason = ''
 if iter_num < max_iters:
@@ -469,7 +470,7 @@ if iter_num < max_iters:
 advice = 'nothing to save'
 if os.path.exists(ckpt_path):
     command = ['python', 'sample.py']
-    if GPT.__module__ != 'model':  # a config file has brought it
+    if GPT.__module__ != 'model':  # a config file brought the model
         command += [arg for arg in sys.argv[1:] if arg.endswith('.py')]
     advice = f'read it with: {shlex.join(command)} --out_dir={shlex.quote(out_dir)}'
 print0(f'done at step {iter_num}{reason}: best val loss {best_val_loss:.4f}, '

@@ -2,7 +2,7 @@
 #     python prepare/dolly/prepare.py
 #     python train.py config/finetune_dolly.py
 #     python sample.py --out_dir=out/gpt2_dolly --chat=True
-# Only the answers count in the loss. It sees 5.9 M tokens, by our estimate two epochs.
+# Only the answers count in the loss. Sees 5.9 M tokens, by our estimate two epochs.
 # On a smaller GPU: --batch_size=4 --gradient_accumulation_steps=8
 # Memory, time and loss are not measured yet: we had no access to the hub.
 out_dir = 'out/gpt2_dolly'

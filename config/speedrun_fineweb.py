@@ -1,12 +1,12 @@
 # FineWeb-Edu with what learns fastest here: modern, Muon, trapezoid; 1.7 B tokens instead of 10 B.
 #     python prepare/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/speedrun_fineweb.py
-# The aim is a loss of 3.28. modded-nanogpt reaches it with as many tokens, but on FineWeb; this is
-# FineWeb-Edu, another text, so the two losses cannot be compared. For the loss of
-# config/train_fineweb.py give it more steps: --max_iters. Not measured yet. Muon's rate and decay,
-# the cooldown and heads of 128 are those of modded-nanogpt's simple track (3.2787 in 3,250 steps,
-# the mean of ten runs). That track has rates of their own for the embedding and the head, and here
-# both have learning_rate, a guess from smaller runs.
+# The aim is a loss of 3.28. modded-nanogpt reaches it with as many tokens of FineWeb, a
+# different text from FineWeb-Edu, so the two losses cannot be compared. To reach the loss of
+# config/train_fineweb.py, give more steps: --max_iters. Not measured yet. Muon's rate and decay,
+# the cooldown and heads of 128 come from modded-nanogpt's simple track (3.2787 in 3,250 steps, the
+# mean of ten runs). There the embedding and the head have rates of their own; here both have
+# learning_rate, a guess from smaller runs.
 # Meant for GPUs of 80 GB. On smaller ones: --batch_size=32 --gradient_accumulation_steps=16
 #     --eval_iters=320, and so on
 out_dir = 'out/fineweb_speedrun'
@@ -27,7 +27,7 @@ warmup_iters = 100
 max_iters = 3250  # 1.7 B tokens
 cooldown = 0.7
 eval_interval = 250
-eval_iters = 160  # the first 10.5 M tokens of val.bin, those of the published runs
+eval_iters = 160  # the first 10.5 M tokens of val.bin, as in the published runs
 hellaswag_interval = 1000
 sample_interval = 250
 log_interval = 10

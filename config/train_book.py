@@ -24,7 +24,7 @@ if device == 'cpu':
     max_iters = 560
     warmup_iters = 20
     eval_interval, log_interval = 140, 20
-    # In bfloat16 a CPU computes short contexts faster where attention is written out.
+    # In bfloat16 a CPU computes short contexts faster with attention written out.
     flash = not folio.machine.CPU_HAS_BFLOAT16
 else:
     n_layer, n_head, n_embd = 6, 6, 384

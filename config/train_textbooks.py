@@ -1,4 +1,4 @@
-# 10 M parameters on 2 M tokens of textbooks, or of documents of yours, on a CPU.
+# 10 M parameters on 2 M tokens of textbooks, or of your own documents, on a CPU.
 #     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=textbooks \
 #         --tokenizer=bpe --vocab_size=4096
 #     python train.py config/train_textbooks.py

@@ -1,4 +1,4 @@
-# The baseline of config/train_textbooks.py: gpt2 and AdamW, as many parameters and tokens.
+# The baseline of config/train_textbooks.py: gpt2 and AdamW, with as many parameters and tokens.
 #     python train.py config/train_textbooks_gpt2.py
 # With 30 MB of textbooks: loss 5.280, 2.059 bits a byte (two cores of an AMD EPYC, torch 2.13,
 # 2026-11-21).
@@ -6,7 +6,7 @@ out_dir = 'out/textbooks_gpt2'
 dataset = 'textbooks'
 arch = 'gpt2'
 bias = True
-n_layer, n_head, n_embd = 7, 5, 320  # 10.0 M, as the other, whose head is a matrix of its own
+n_layer, n_head, n_embd = 7, 5, 320  # 10.0 M, as there, where the head is untied
 block_size = 256
 batch_size = 16
 gradient_accumulation_steps = 1

@@ -1,7 +1,7 @@
-# 23 M parameters on WikiText-2, in the tokens of a BPE of its own (32,000). For a GPU of 8 GB.
+# 23 M parameters on WikiText-2, in the 32,000 tokens of its own BPE. For a GPU of 8 GB.
 #     python prepare/wikitext2/prepare.py && python train.py config/train_wikitext2.py
 #     python train.py config/train_wikitext2.py --init_from=out/wikitext2/best.pt --eval_only=True
-# The second line prints loss, perplexity a token and a word, and bits a byte, of every split.
+# The second line prints loss, perplexity per token and word, and bits per byte of every split.
 # Not measured yet on the whole set; docs/benchmarks.md has the figures of a stand-in.
 out_dir = 'out/wikitext2'
 dataset = 'wikitext2'

@@ -6,11 +6,11 @@ learn_merges_slowly is the algorithm to read, learn_merges the one to use: its m
 31,743 merges from 30 MB of textbooks take 4.0 s, half of that to count. Hugging Face's tokenizers,
 on both cores, takes 3.9 s (two cores of an Intel Xeon, medians of three, 2026-11-25).
 
-Counting is by `regex`, whose Unicode is newer than that of tiktoken, which encodes: 17,144 letters
-and 336 numbers, of young scripts and rare Chinese, are none to tiktoken (regex 2026.11.19, tiktoken
-0.14.0). In words of theirs, tiktoken cuts at more places than we do, and some merges are never
-used. Counting with its letters, as a list of 677 ranges, is 11 times as slow (two cores of an AMD
-EPYC, 2026-11-30).
+`regex` counts the pieces and tiktoken encodes them, with an older Unicode: it does not know 17,144
+letters and 336 numbers of young scripts and rare Chinese (regex 2026.11.19, tiktoken 0.14.0). It
+cuts words that have these at more places than we do, so some merges are never used. Counting with
+tiktoken's letters, as a list of 677 ranges, is 11 times as slow (two cores of an AMD EPYC,
+2026-11-30).
 """
 import collections
 import heapq
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 CHUNK_CHARS = 1_000_000  # characters whose pieces are counted at a time
 MAX_PIECES = 1_000_000  # distinct pieces to remember; learning from that many takes 1.2 GB
-# Where white space follows another character a piece ends, and what comes later cannot change it.
+# A piece ends where white space follows another character, whatever comes later.
 BORDER = regex.compile(r'(?<=\S)\s')
 NO_TOKEN = -1  # in the row of learn_merges: no token here
 
@@ -29,17 +29,17 @@ NO_TOKEN = -1  # in the row of learn_merges: no token here
 # ---- Counting the pieces of a text ---------------------------------------------------------------
 
 def count_pieces(texts, pattern):
-    """Return {piece: how often it occurs} of an iterable of str, maybe a stream larger than memory.
+    """Return {piece: how often it occurs} in an iterable of str, maybe a stream larger than memory.
 
-    Of more than MAX_PIECES distinct pieces only the most frequent half of that number is kept, and
-    counting continues. pattern: a regular expression that finds the pieces.
+    Whenever there are more than MAX_PIECES distinct pieces, the most frequent MAX_PIECES / 2 are
+    kept and counting continues. pattern: a regular expression that finds the pieces.
     """
     find_pieces = regex.compile(pattern).findall
     counts = collections.Counter()
     for chunk in chunks_of(texts):
         for text in chunk:
             counts.update(find_pieces(text))
-        # Rare pieces change few merges, and all of an endless stream would fill the memory.
+        # Rare pieces change few merges, and those of an endless stream would fill the memory.
         if len(counts) > MAX_PIECES:
             counts = collections.Counter(dict(counts.most_common()[:MAX_PIECES // 2]))
     return counts
@@ -86,7 +86,7 @@ def learn_merges_slowly(piece_counts, n_merges):
     [(b'l', b'o'), (b'lo', b'w'), (b' ', b'low')]
     """
     tokens = [bytes([i]) for i in range(256)]
-    # Each distinct piece as a list of ids. It stands here once, however often it occurs.
+    # Each distinct piece once, as a list of ids.
     pieces = {piece: list(piece.encode('utf-8')) for piece in piece_counts}
     merges = []
     while len(merges) < n_merges:
@@ -146,9 +146,9 @@ def learn_merges(piece_counts, n_merges):
             found[left * base + right].append(place)
 
     pair_counts = collections.defaultdict(int)
-    places = {}  # {pair: places}; at some of them it may no longer stand
-    heap = []  # (-count, pair): the first is the most frequent pair, and of equals the lowest
-    # Two seconds' silence first, for a small vocabulary takes no longer.
+    places = {}  # {pair: places}; some may have lost the pair since
+    heap = []  # (-count, pair): the most frequent pair is first, among equals the lowest
+    # Show the bar only after two seconds: a small vocabulary is done by then.
     bar = tqdm(total=n_merges, desc='merging', unit=' merges', delay=2)
     while len(merges) < n_merges:
         # Count the new pairs. Added, not set, because a pair may have lost places before it was
@@ -170,7 +170,7 @@ def learn_merges(piece_counts, n_merges):
         left_length = len(tokens[left])
         new_length = len(tokens[new])
 
-        # Replace the pair wherever it still stands, and tell its neighbours.
+        # Replace the pair wherever it still occurs, and update the pairs around it.
         found = collections.defaultdict(list)
         for place in places.pop(best):
             middle = place + left_length
@@ -210,8 +210,8 @@ def lay_in_a_row(piece_counts):
 def pop_most_frequent(heap, pair_counts):
     """Take the most frequent pair off the heap and return it, or None if no pair occurs twice.
 
-    The heap isn't told when a pair loses places, so an entry may promise too much: then it goes
-    back with what is true now. Counts never grow, so the first true entry is the most frequent.
+    The heap isn't told when a pair loses places, so an entry's count may be too high: then the pair
+    goes back with its present count. Counts never grow, so the first correct entry is the answer.
     """
     while heap:
         negative_count, pair = heapq.heappop(heap)

@@ -49,7 +49,7 @@ def load(source, out_dir=None):
 
 
 def load_file(path):
-    """Return the dictionary in a .pt file, one of nanoGPT's upgraded to ours. Raises UserError.
+    """Return the dictionary in a .pt file, nanoGPT's upgraded to our format. Raises UserError.
 
     Only tensors and plain values are unpickled: no file runs code.
     """
@@ -94,7 +94,7 @@ def upgrade_nanogpt(checkpoint):
 
     optimizer = dict(checkpoint.get('optimizer') or {})
     if optimizer:
-        # model.py pads the vocabulary to a multiple of 64 rows, and its averages with it.
+        # model.py pads the vocabulary to a multiple of 64 rows; pad the optimizer's averages too.
         missing = -n_rows % 64
         embedding = optimizer['state'].get(0, {})  # its first parameter is wte
         for name in ('exp_avg', 'exp_avg_sq'):
@@ -107,18 +107,18 @@ def upgrade_nanogpt(checkpoint):
 def build(model_class, checkpoint, settings=None):
     """Return the model in a checkpoint, of the class that a script hands over. Raises UserError.
 
-    settings: fields of the model's configuration, for training on: what the weights do not decide
-    is taken from them, such as dropout, a window, a shorter context, and whatever the weights know
-    nothing of. Says so if the model was trained with other code.
+    settings: fields of the model's configuration, to continue training with. Only what the weights
+    do not decide is taken from them: dropout, a window, a shorter context, a field that the
+    checkpoint lacks. Prints a notice if the model was trained with other code.
     """
     free = {}
     for name, value in (settings or {}).items():
         if name in FREE or name not in checkpoint['model_args']:
             free[name] = value
     if is_of_other_code(checkpoint, model_class):
-        notice(f'{checkpoint["source"]} was trained with other code than '
+        notice(f'{checkpoint["source"]} was trained with code other than '
                f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}: '
-               'give the config file that brings its model')
+               'give the config file that brings that model')
     try:
         return model_class.from_pretrained(checkpoint, **free)
     except ValueError as e:
@@ -158,18 +158,19 @@ def hash_of_code(model_class):
 
 
 def refuse_other_code(checkpoint, model_class):
-    """Raise UserError if the model in a checkpoint was trained with other code than a class has.
+    """Raise UserError if the model in a checkpoint was trained with code other than a class's.
 
-    For what compares runs: one of two models would be measured as the other.
+    For comparing runs: otherwise one model would be measured with the code of another.
     """
     if is_of_other_code(checkpoint, model_class):
-        raise UserError(f'{checkpoint["source"]} was trained with other code than '
+        raise UserError(f'{checkpoint["source"]} was trained with code other than '
                         f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
-                        f'is {copy_of_code(checkpoint)}: give the config file that brings it')
+                        f'is {copy_of_code(checkpoint)}: give the config file that brings that '
+                        'model')
 
 
 def is_of_other_code(checkpoint, model_class):
-    """Return whether the model in a checkpoint was trained with other code than that of a class.
+    """Return whether the model in a checkpoint was trained with code other than a class's.
 
     nanoGPT's checkpoints and transformers' folders do not say.
     """
@@ -178,49 +179,49 @@ def is_of_other_code(checkpoint, model_class):
 
 
 def copy_of_code(checkpoint):
-    """Return where train.py has written the code with which a model was trained."""
+    """Return where train.py saved the code that a model was trained with."""
     return os.path.join(os.path.dirname(checkpoint['source']), 'model.py')
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
 def require_same_tokenizer(checkpoint, data):
-    """Raise UserError if the weights were trained with another vocabulary than a Dataset has."""
+    """Raise UserError if the weights were trained with a vocabulary other than a Dataset's."""
     spec = checkpoint.get('tokenizer', data.spec)  # without a tokenizer only the sizes are compared
     vocab_size = checkpoint['model_args']['vocab_size']
     if vocab_size != data.vocab_size or spec_hash(spec) != spec_hash(data.spec):
-        raise UserError(f'{data.folder} has another vocabulary ({data.spec["kind"]}, '
-                        f'{data.vocab_size} tokens) than {checkpoint["source"]} ({spec["kind"]}, '
-                        f'{vocab_size}): it can only be trained with its own')
+        raise UserError(f'{data.folder} has a different vocabulary ({data.spec["kind"]}, '
+                        f'{data.vocab_size} tokens) from {checkpoint["source"]} ({spec["kind"]}, '
+                        f'{vocab_size}): the model can only be trained with its own')
 
 
 def require_same_run(checkpoint, model_args, data, seed):
-    """Raise UserError unless a run can continue with these settings and data, as it was."""
+    """Raise UserError unless a run can continue unchanged with these settings and data."""
     path = checkpoint['source']
     for name in ('iter_num', 'best_val_loss', 'optimizer'):
         if name not in checkpoint:
             raise UserError(f'{path} holds weights but no {name}, so no run can be resumed: start '
                             f'one with --init_from={path} and another --out_dir')
     saved = checkpoint['model_args'] | checkpoint.get('config', {})
-    may_change = ('dropout', 'flash', 'activation_checkpointing', 'gelu')  # gelu is the weights'
+    may_change = ('dropout', 'flash', 'activation_checkpointing', 'gelu')  # weights decide gelu
     different = []
     for name, value in (model_args | {'seed': seed}).items():
         if name not in may_change and saved.get(name, value) != value:
             different.append(f'{name} is {saved[name]}, not {value}')
     if different:
-        raise UserError(f'{path} is of a run with other settings ({"; ".join(different)}): give '
-                        'those, or another --out_dir')
+        raise UserError(f'{path} is from a run with different settings ({"; ".join(different)}): '
+                        'give those, or another --out_dir')
     for split, fingerprint in checkpoint.get('fingerprints', {}).items():
         if fingerprint != data.fingerprint(split):
-            raise UserError(f'{data.folder}/{split}.bin is not the one of the run in {path}: bring '
-                            f'that back, or start a run on this one with --init_from={path} and '
-                            'another --out_dir')
+            raise UserError(f'{data.folder}/{split}.bin is not the file of the run in {path}: '
+                            'bring that file back, or start a run on this one with '
+                            f'--init_from={path} and another --out_dir')
 
 
 def tokenizer_of(checkpoint):
-    """Return the tokenizer that a checkpoint carries, or else that of the data it was trained on.
+    """Return the tokenizer in a checkpoint, or else in the data set that it was trained on.
 
-    nanoGPT's checkpoints carry none. Where that data is not here either, it is GPT-2's, and a line
-    says so. Raises UserError if it does not fit the model.
+    nanoGPT's checkpoints have no tokenizer. If the data set is not here either, GPT-2's is used,
+    with a notice. Raises UserError if the tokenizer does not fit the model.
     """
     source = checkpoint['source']
     trained_on = checkpoint.get('config', {}).get('dataset', '')
@@ -231,14 +232,13 @@ def tokenizer_of(checkpoint):
     vocab_size = checkpoint['model_args']['vocab_size']
     if spec is None:
         if vocab_size != 50257:
-            raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not the '
-                            "50257 of GPT-2's: run this where the data set is that it was trained "
-                            'on')
+            raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not '
+                            "GPT-2's 50257: run this where the data set is that it was trained on")
         notice(f"{source} has no tokenizer: its tokens are taken for GPT-2's")
         spec = {'kind': 'gpt2'}
     tokenizer = folio.tokenizer.load(spec)
     if tokenizer.n_vocab != vocab_size:
-        raise UserError(f'{source} is a model of {vocab_size} tokens, and its tokenizer '
+        raise UserError(f'{source} is a model of {vocab_size} tokens, but its tokenizer '
                         f'({tokenizer.spec["kind"]}) has {tokenizer.n_vocab}')
     return tokenizer
 
@@ -253,7 +253,7 @@ def beginning_of(checkpoint, tokenizer):
     """Return the ids that come before a prompt: the end-of-text token, or none.
 
     folio begins each document with that token, if its tokenizer has one. A Hugging Face folder says
-    which comes before a text. OpenAI's and nanoGPT's models continue a prompt as it is.
+    which ids come before a text. OpenAI's and nanoGPT's models continue a prompt as it is.
     """
     if 'begin' in checkpoint:
         return checkpoint['begin']
@@ -268,7 +268,7 @@ def save(paths, checkpoint):
     """Write a dictionary of tensors and plain values to a path or to several, whole or not at all.
 
     It is written once, synced, and renamed; further names are links to the same file, or copies
-    where the file system has none. Raises UserError if that fails.
+    where the file system has no links. Raises UserError if that fails.
     """
     if isinstance(paths, str):
         paths = [paths]
@@ -294,8 +294,8 @@ def save(paths, checkpoint):
 def replacing(path):
     """Yield the name path.tmp, to be written to; rename it to path at the end."""
     temporary = path + '.tmp'
-    # A killed run may have left path.tmp as a link to another checkpoint, which would be destroyed
-    # by writing into it.
+    # A killed run may have left path.tmp as a link to another checkpoint, and writing into it would
+    # destroy that one.
     if os.path.lexists(temporary):
         os.remove(temporary)
     try:
@@ -310,8 +310,8 @@ def replacing(path):
 def rename(path, other):
     """Rename a file, over another one if need be.
 
-    Windows refuses that while somebody reads the other file: sample.py, say, or a virus scanner.
-    Try for some seconds.
+    Windows refuses that while another program reads the other file: sample.py, say, or a virus
+    scanner. Try for some seconds.
     """
     for _ in range(20):
         try:

@@ -25,7 +25,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn a ValueError of a model, which knows no scripts, into a UserError."""
+    """Turn a ValueError of model.py, which does without folio, into a UserError."""
     try:
         yield
     except ValueError as e:
@@ -35,15 +35,15 @@ def user_errors():
 def configure(namespace, argv=None, strict=True):
     """Change a script's settings in place and return them as {setting: value}.
 
-    Settings are the globals of type bool, int, float and str whose names are in lower case. Where
-    the script imports a GPTConfig, its fields are settings too, with its defaults; a config file
-    may import another one. namespace: globals(). argv: sys.argv[1:] if None. strict: whether a
-    config file may set only what the script has; a script that reads the files of train.py passes
-    over the rest. Raises UserError for a setting that is unknown or of another type.
+    Settings are the globals of type bool, int, float and str whose names are in lower case. If the
+    script imports a GPTConfig, its fields are settings too, with its defaults; a config file may
+    import another GPTConfig. namespace: globals(). argv: sys.argv[1:] if None. strict: False
+    ignores settings in a config file that the script lacks, for scripts that read train.py's files.
+    Raises UserError for a setting that is unknown or of another type.
     """
     sys.excepthook = report
     for stream in (sys.stdout, sys.stderr):
-        # A letter that the terminal does not have is written as \u4e00, and ends no run.
+        # A letter that the terminal lacks is written as \u4e00, instead of ending the run.
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     argv = sys.argv[1:] if argv is None else argv
@@ -70,7 +70,7 @@ def configure(namespace, argv=None, strict=True):
         if name in defaults or strict:
             settings[name] = checked(name, value, defaults, f'in {path}')
         else:
-            del namespace[name]  # it is another script's
+            del namespace[name]  # another script's setting
     for key, text in texts.items():
         settings[key] = from_command_line(key, text, defaults)
     namespace.update(settings)
@@ -104,10 +104,10 @@ def split_arguments(argv, known):
 def run_file(path, namespace):
     """Run a config file in a script's namespace; return {name: value} of the settings in it.
 
-    What it imports or defines besides, such as a model, stays in the namespace.
+    Whatever else it imports or defines, for example a model, stays in the namespace.
     """
     try:
-        with open(path, encoding='utf-8-sig') as f:  # Windows may put a mark in front of a text
+        with open(path, encoding='utf-8-sig') as f:  # Windows may add a byte order mark
             source = f.read()
     except OSError as e:
         raise UserError(f'no config file {path} ({e.strerror}); to list them: ls config') from None
@@ -122,7 +122,7 @@ def run_file(path, namespace):
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         if where.filename != path:
-            raise  # in code that the file calls, where the traceback leads to it
+            raise  # in code that the file calls: the traceback leads there
         raise UserError(f'{path}, line {where.lineno}: {type(e).__name__}: {e}') from e
     assigned = {}
     for name, value in namespace.items():
@@ -134,7 +134,7 @@ def run_file(path, namespace):
 
 
 def model_defaults(model_config):
-    """Return {field: default} of a model's configuration, but vocab_size: the data decide that."""
+    """Return {field: default} of a model's configuration, except vocab_size, which the data has."""
     defaults = {}
     for field in dataclasses.fields(model_config):
         if field.name != 'vocab_size' and is_plain(field.default):
@@ -143,7 +143,7 @@ def model_defaults(model_config):
 
 
 def model_settings(config, model_config):
-    """Return {field: setting} for the fields of a model's configuration, but vocab_size."""
+    """Return {field: setting} for the fields of a model's configuration, except vocab_size."""
     return {name: config[name] for name in model_defaults(model_config)}
 
 
@@ -153,13 +153,13 @@ def from_command_line(key, text, defaults):
 
 
 def checked(key, value, defaults, where):
-    """Return a value for a setting if it has its type. Raises UserError.
+    """Return a value for a setting if the type is right. Raises UserError.
 
-    An int is promoted to float; a setting that is 'auto' may become True or False too; ~/ at the
-    beginning of a text is the user's home.
+    An int is promoted to float; a setting whose default is 'auto' may be True or False too; ~/ at
+    the beginning of a text is the user's home.
     """
     if key not in defaults:
-        # --lr is meant for learning_rate, whatever else is spelled like it
+        # --lr means learning_rate, whatever else is spelled like it
         similar = [name for name in defaults if key == ''.join(w[:1] for w in name.split('_'))]
         similar += difflib.get_close_matches(key.replace('-', '_'), defaults, n=1, cutoff=0.5)
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
@@ -177,7 +177,7 @@ def checked(key, value, defaults, where):
 
 
 def parse(text, default):
-    """Return text of the command line as the type of a default; as it is where that fails.
+    """Convert a text to the type of a default; return it unchanged where that fails.
 
     >>> parse('5', 1), parse('5', ''), parse('five', 1), parse('false', True)
     (5, '5', 'five', False)
@@ -219,16 +219,16 @@ def print_help(namespace, settings):
 
 
 def report(kind, error, trace):
-    """Print a user's mistake or a full disk as one line, status 2; of a bug of ours all there is.
+    """Print a UserError or an OSError as one line and exit with 2; print a bug with its traceback.
 
-    So is a device whose memory is too small. This is sys.excepthook once a script has called
-    configure.
+    A device that runs out of memory gets one line too. This is sys.excepthook once a script has
+    called configure.
     """
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
-    if kind.__name__ == 'OutOfMemoryError':  # of torch, which this file can do without
-        reason = '. '.join(str(error).split('. ')[:2])  # of many sentences
+    if kind.__name__ == 'OutOfMemoryError':  # torch's; this file does not import torch
+        reason = '. '.join(str(error).split('. ')[:2])  # the first two of many sentences
         error = UserError(f'{reason}: halve --batch_size and double --gradient_accumulation_steps, '
                           'which leaves a step as it is, or give --activation_checkpointing=True')
         kind = UserError
@@ -246,8 +246,8 @@ def notice(text):
 def say_once(line):
     """Print a line on standard error, unless another process of this torchrun has said it.
 
-    torchrun gives each process a file for its errors, …/attempt_0/<local rank>/error.json: those of
-    one node and one attempt share a folder, in which the first to speak leaves a mark.
+    torchrun gives each process a file for its errors, …/attempt_0/<local rank>/error.json. The
+    processes of one node and one attempt share a folder, where the first to speak leaves a mark.
     """
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE', '')
     folder = os.path.dirname(os.path.dirname(error_file))

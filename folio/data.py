@@ -36,8 +36,8 @@ class PlainUnpickler(pickle.Unpickler):
 def token_dtype(meta):
     """Return the NumPy type of a data set's tokens, as its meta.json says. Raises ValueError.
 
-    It is one of the two that we write. NumPy has types that are pointers to objects, and a file
-    read as such could run any code.
+    Only the two types that we write are accepted: NumPy has types that are pointers to objects, and
+    a file read as one of those could run any code.
     """
     name = meta.get('dtype', '<u2')  # nanoGPT's folders have no meta.json, and uint16
     if name not in ('<u2', '<u4'):
@@ -59,7 +59,7 @@ class Dataset:
         self.arrays = {}  # {file: its memmap}: a run keeps the files that it began with
         if not os.path.isfile(self.path('train.bin')):
             raise UserError(f'no data set in {self.folder} (no train.bin): a prepare.py writes it; '
-                            'of a text of your own, python prepare/book/prepare.py --book=my.txt '
+                            'from your own text, python prepare/book/prepare.py --book=my.txt '
                             f'--dataset={name}')
         try:
             if os.path.isfile(self.path('meta.json')):
@@ -115,10 +115,10 @@ class Dataset:
         if size != n_tokens * dtype.itemsize or n_tokens < 2:
             raise UserError(f'{path} is missing, damaged or empty; run its prepare.py again')
         tokens = np.memmap(path, dtype=dtype, mode='r')
-        highest = tokens[:2**16].max()  # of the beginning: a look at all would take minutes
+        highest = tokens[:2**16].max()  # of the beginning: reading all would take minutes
         if highest >= self.vocab_size:
-            raise UserError(f'{path} holds the token {highest}, and its vocabulary has '
-                            f'{self.vocab_size}: a meta.json or meta.pkl that says more is missing')
+            raise UserError(f'{path} holds the token {highest}, but its vocabulary has '
+                            f'{self.vocab_size}: is a meta.json or meta.pkl missing?')
         self.arrays[path] = tokens
         return tokens
 
@@ -147,7 +147,7 @@ class Dataset:
     def fingerprint(self, split):
         """Return a hash of samples of a split, to notice on resume that the data has changed.
 
-        It is of the sizes of the token file and its mask, and of 64 blocks of 4 KiB of each, spread
+        It covers the sizes of the token file and its mask, and 64 blocks of 4 KiB of each, spread
         from the beginning to the end: reading all of a large file would take minutes.
         """
         digest = hashlib.sha256()
@@ -181,9 +181,9 @@ class Dataset:
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_tokens, block_size, seed, epoch):
     """Return (offset, order of the windows) of one epoch."""
-    # RandomState is old, and the one generator whose draws NumPy promises never to change.
+    # RandomState is old, but the only generator whose draws NumPy promises never to change.
     rng = np.random.RandomState([seed % 2**32, epoch])
-    # In 64 bits on Windows too, where NumPy's own choice for these has 32.
+    # 64 bits on Windows too, where NumPy's default for these is 32.
     offset = rng.randint(n_tokens, dtype=np.int64)
     order = np.arange(n_tokens // block_size, dtype=np.int64)
     return offset, rng.permutation(order)
@@ -222,8 +222,8 @@ def to_batch(tokens, mask, positions):
 def train_batch(tokens, mask, block_size, batch_size, seed, first):
     """Return (idx_BT, targets_BT) of windows first … first + batch_size - 1 of the stream.
 
-    It is a pure function of its arguments, so the number `first` is all there is to save of where a
-    run is in its data.
+    It is a pure function of its arguments, so the number `first` is all that a run has to save of
+    its position in the data.
     """
     starts = window_starts(len(tokens), block_size, seed, first, batch_size)
     positions = starts[:, None] + np.arange(block_size + 1)
@@ -240,11 +240,11 @@ def count_targets(n_tokens, mask, block_size, seed, first, count):
 
 
 def train_batches(tokens, mask, block_size, batch_size, micro_steps, seed, first, machine):
-    """Yield this process's micro-batches for ever: (idx_BT, targets_BT, weight).
+    """Yield this process's micro-batches forever: (idx_BT, targets_BT, weight).
 
-    first: the window of the stream to begin with. weight: multiply the mean loss of the batch by
-    it. Over all micro-batches of a step, averaged over the processes, that gives the mean over all
-    targets of the step, however many of them a micro-batch has.
+    first: the window of the stream to begin with. weight: a factor for the mean loss of the batch.
+    Summed over the micro-batches of a step and averaged over the processes, the weighted losses
+    give the mean over all targets of the step, however many of them a micro-batch has.
     """
     windows_per_step = micro_steps * machine.world_size * batch_size
     while True:
@@ -272,7 +272,7 @@ def prefetch(batches, pin_memory):
         return batch
 
     start_thread = None
-    if pin_memory:  # a new thread would begin on the first GPU, whichever is ours
+    if pin_memory:  # a new thread would begin on the first GPU, not on ours
         start_thread = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
     with concurrent.futures.ThreadPoolExecutor(1, initializer=start_thread) as thread:
         future = thread.submit(next_batch)
@@ -321,7 +321,7 @@ def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
     model.train(was_training)
     nats = 0.0
     if losses:
-        # Only now, as looking at a number waits for the device.
+        # Only now, because reading a number waits for the device.
         for loss, n_targets in zip(torch.stack(losses).tolist(), counts):
             nats += loss * n_targets
     nats, count = machine.sum(nats, sum(counts))

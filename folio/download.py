@@ -2,7 +2,7 @@
 Download one file, whole or not at all.
     python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
 
-A transfer that breaks is begun again, up to four times at each mirror.
+A transfer that breaks is begun again, with up to four attempts at each mirror.
 """
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
                 if sha256 in (None, sha256_of(part)):
                     os.replace(part, path)
                     return path
-                reason = f'{url}: what came is another file, by its SHA-256'
+                reason = f'{url}: the file that came has another SHA-256'
             except requests.RequestException as e:
                 status = getattr(e.response, 'status_code', None)
                 answer = type(e).__name__ if status is None else f'HTTP {status}'
@@ -74,7 +74,7 @@ def fetch(url, path, timeout):
     """
     with requests.get(url, headers=HEADERS, stream=True, timeout=timeout) as response:
         response.raise_for_status()
-        total = int(response.headers.get('Content-Length', 0)) or None  # None: it does not say
+        total = int(response.headers.get('Content-Length', 0)) or None  # None: unknown
         with open(path, 'wb') as f, tqdm(desc=os.path.basename(url), total=total, unit='B',
                                          unit_scale=True) as bar:
             for chunk in response.iter_content(2**16):
@@ -86,8 +86,8 @@ def fetch(url, path, timeout):
 def hub_errors(what, remedy='check the network'):
     """Turn any exception inside a `with` into a UserError that reads 'what (why); remedy'.
 
-    It is for what huggingface_hub, datasets and pyarrow raise. what: a sentence such as 'FineWeb
-    could not be listed'. remedy: what to do about it, or ''. A UserError passes through unchanged.
+    It is for the errors of huggingface_hub, datasets and pyarrow. what: for example 'FineWeb could
+    not be listed'. remedy: what to do about it, or ''. A UserError passes through unchanged.
     """
     try:
         yield

@@ -18,7 +18,7 @@ COLDEST = 1e-9  # a temperature below this is greedy: float32 cannot divide by m
 
 # ---- The cache -----------------------------------------------------------------------------------
 class KVCache:
-    """Keep the keys and values of the tokens read so far, as many in each row.
+    """Keep the keys and values of the tokens read so far, equally many in each row.
 
     A forward pass reads `length`, calls `append` in each layer, and then adds to `length`.
     """
@@ -34,8 +34,8 @@ class KVCache:
         """Store a layer's new keys and values; return all of its keys and values, (B, H, S, D)."""
         B, H, T, D = k_BHTD.shape
         if self.kv is None:
-            # Not zeros: on a CPU, slots that are never written to then take no memory. The format
-            # is that of the values: under autocast normalised keys may be in float32.
+            # Not zeros: on a CPU, slots that are never written to then take no memory. The values
+            # decide the number format: under autocast normalised keys may be in float32.
             self.kv = v_BHTD.new_empty(self.n_layer, 2, B, H, self.size, D)
         end = self.length + T
         keys_BHSD, values_BHSD = self.kv[layer]
@@ -44,7 +44,7 @@ class KVCache:
         return keys_BHSD[:, :, :end], values_BHSD[:, :, :end]
 
     def repeat(self, n):
-        """Make n rows of each, next to one another."""
+        """Repeat each row n times, its copies next to one another."""
         self.kv = self.kv.repeat_interleave(n, dim=2)
 
 
@@ -111,7 +111,7 @@ def check_sampling(strategy, temperature, top_k, top_p):
 def generate(model, idx_BT, max_new_tokens, **options):
     """Continue B prompts of the same length: yield one (B,) tensor of token ids per step.
 
-    options: those of generate_with_logits.
+    options: see generate_with_logits.
     """
     for next_B, _ in generate_with_logits(model, idx_BT, max_new_tokens, **options):
         yield next_B
@@ -122,7 +122,7 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
                          top_k=50, top_p=0.9, seed=None):
     """Continue B prompts of the same length: yield (token ids (B,), the model's logits (B, V)).
 
-    Of a prompt longer than the context the model sees the end. A full context is cut to its newer
+    The model sees the end of a prompt longer than its context. A full context is cut to its newer
     half. The tokens are drawn by the rules of next_token_logits. seed: of the draws; None: use
     torch's own random state. Raises UserError for a value outside its range.
     """
@@ -143,7 +143,7 @@ def generate_with_logits(model, idx_BT, max_new_tokens, strategy='sample', tempe
                 cache = None
             if cache is None:
                 cache = KVCache(model, size=limit)
-            # Not model(…), which may be compiled: prompts come in all shapes.
+            # Not model(…): it may be compiled, and prompts come in all shapes.
             logits_BTV, _ = model.forward(unread_BT, cache=cache)
             logits_BV = logits_BTV[:, -1]
             next_B = draw_token(logits_BV, strategy, temperature, top_k, top_p, generator=rng)
@@ -159,7 +159,7 @@ def stream_text(model, tokenizer, idx_BT, max_new_tokens, find_end=None, **optio
 
     A row ends at the end-of-text token, or once find_end(text) returns a position, at which its
     text is cut; None means not yet. A character of several tokens appears with the last of them.
-    options: those of generate_with_logits.
+    options: see generate_with_logits.
     """
     B = len(idx_BT)
     decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in range(B)]

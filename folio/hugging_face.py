@@ -1,5 +1,5 @@
 """
-Read a folder of transformers into our settings and weights, and write ours as transformers would.
+Read a transformers folder into our settings and weights, and write ours as transformers would.
     python -c "from folio import hugging_face as hf; print(hf.load_hugging_face('gpt2'))"
 
 GPT2LMHeadModel is arch='gpt2', NanoChatForCausalLM is arch='modern'. A folder is only ever data:
@@ -25,7 +25,7 @@ SIZES = {
     'nanochat': ('vocab_size', 'max_position_embeddings', 'num_hidden_layers',
                  'num_attention_heads', 'hidden_size'),
 }
-# What a config.json may choose there, and model.py has only one way of doing.
+# What a config.json may choose there, and model.py has only one way to do.
 FIXED = {
     'gpt2': {
         'layer_norm_epsilon': 1e-5,
@@ -44,7 +44,7 @@ FIXED = {
 }
 ROPE = {'rope_type': 'default', 'rope_theta': 10000.0}
 GELU = {'tanh': 'gelu_new', 'none': 'gelu'}  # our gelu: their activation_function
-# The fields of GPTConfig that are exported, or change nothing in what a model computes
+# The fields of GPTConfig that are exported, or that do not change what a model computes
 FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch',
           'gelu', 'window', 'flash', 'activation_checkpointing')
 MATRICES = {  # of a block: (rows, columns), in multiples of n_embd
@@ -76,11 +76,10 @@ def rename(name, parts):
 
 # ---- Reading -------------------------------------------------------------------------------------
 def load_hugging_face(source):
-    """Return what a checkpoint has, of a folder or an OpenAI model: {model_args, model, …}.
+    """Return a folder or an OpenAI model as a checkpoint: {model_args, model, …}.
 
-    Of a folder with a tokenizer also what `read_tokenizer` returns. OpenAI's models are downloaded
-    once. Raises UserError for a folder that is damaged, or that holds a model which neither of our
-    architectures can be.
+    If a folder has a tokenizer, also what `read_tokenizer` returns. OpenAI's models are downloaded
+    once. Raises UserError for a damaged folder, or a model that fits neither of our architectures.
     """
     folder = source
     if source in OPENAI:
@@ -107,9 +106,9 @@ def load_hugging_face(source):
     except UserError:
         raise
     except Exception as e:
-        # A key that is missing, a size of 0 or null, a file cut short: whatever damage brings.
+        # A missing key, a size of 0 or null, a file cut short: any damage.
         why = f'{type(e).__name__}: {e}'
-        raise UserError(f'{folder} is damaged, or of a kind unknown here ({why})') from e
+        raise UserError(f'{folder} is damaged, or of an unknown kind ({why})') from e
 
 
 def read_config(folder):
@@ -132,7 +131,7 @@ def read_model_args(hf, kind):
     if kind == 'nanochat':
         return model_args | {'arch': 'modern', 'bias': False}
     gelu_of = {theirs: ours for ours, theirs in GELU.items()} | {'gelu_pytorch_tanh': 'tanh'}
-    gelu = gelu_of.get(hf['activation_function'])  # None is refused below, by its name there
+    gelu = gelu_of.get(hf['activation_function'])  # None: see unsupported_settings
     return model_args | {'arch': 'gpt2', 'bias': True, 'gelu': gelu}
 
 
@@ -144,7 +143,7 @@ def unsupported_settings(hf, kind, model_args):
         derived = {'n_inner': 4 * C}
     else:
         derived = {'num_key_value_heads': H, 'head_dim': C // H, 'intermediate_size': 4 * C}
-    # Missing or null, a derived size is the one that we have.
+    # A derived size that is missing or null is the same as ours.
     names = [name for name, value in derived.items() if hf.get(name) not in (None, value)]
     if kind == 'gpt2' and model_args['gelu'] is None:
         names.append('activation_function')
@@ -204,10 +203,10 @@ def nanochat_weights(tensors):
 
 # ---- Reading what texts look like ----------------------------------------------------------------
 def read_tokenizer(folder):
-    """Return what a folder says of texts, as in a checkpoint: {tokenizer, begin, template}.
+    """Return what a folder says about texts, as in a checkpoint: {tokenizer, begin, template}.
 
     begin: the ids in front of each text. template: see `template_of`. Raises UserError for a
-    tokenizer that ours cannot be.
+    tokenizer of a kind that we do not have.
     """
     spec = read_spec(folder)
     control = control_tokens(spec)
@@ -228,7 +227,7 @@ def first_token(saved, config):
     """Return the control token that a tokenizer puts in front of each text, or None.
 
     saved, config: the contents of tokenizer.json and tokenizer_config.json. transformers 5 asks
-    config first, the older ones only saved.
+    config first, older versions only saved.
     """
     if config.get('add_bos_token'):
         return token_named('bos_token', config)
@@ -240,7 +239,7 @@ def first_token(saved, config):
 
 
 def read_chat_template(folder, config):
-    """Return a folder's chat template: a file since transformers 5, before in config; or None."""
+    """Return a folder's chat template: a file since transformers 5, in config before; or None."""
     path = os.path.join(folder, 'chat_template.jinja')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
@@ -249,11 +248,11 @@ def read_chat_template(folder, config):
 
 
 def template_of(chat_template, config, control):
-    """Return the text around a question that a chat template writes, {} in its place.
+    """Return the text that a chat template writes around a question, with {} in its place.
 
     chat_template: in Jinja. config: the contents of tokenizer_config.json. control: the texts of
     the control tokens. Returns None if it writes anything but the token that begins a text, and
-    text.
+    plain text with the question in it once.
 
     >>> chat_template = "{% for m in messages %}{{ bos_token }}Q: {{ m['content'] }} A:{% endfor %}"
     >>> template_of(chat_template, {'bos_token': '<s>', 'eos_token': '<s>'}, ['<s>'])
@@ -267,7 +266,7 @@ def template_of(chat_template, config, control):
     try:
         text = environment.from_string(chat_template).render(
             messages=[question], bos_token=bos, eos_token=eos, add_generation_prompt=True)
-    except Exception:  # it is a program of somebody else, and may fail in any way
+    except Exception:  # somebody else's program may fail in any way
         return None
     template = text.removeprefix(bos)
     if template == text or template.count('{}') != 1 or any(token in template for token in control):
@@ -279,7 +278,7 @@ def template_of(chat_template, config, control):
 def download_openai(name):
     """Return the folder of one of OpenAI's four models, which huggingface_hub downloads once.
 
-    Raises UserError where it cannot be had, and where its SHA-256 is wrong.
+    Raises UserError if it cannot be downloaded, or if its SHA-256 is wrong.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import logging
@@ -295,7 +294,7 @@ def download_openai(name):
     if not was_cached and len(sha256) == 64 and sha256_of(blob) != sha256:
         os.remove(path)
         os.remove(blob)
-        raise UserError(f'{name} came damaged, by its SHA-256; run this again to download it again')
+        raise UserError(f'{name} came damaged (wrong SHA-256); run this again to download it again')
     return os.path.dirname(path)
 
 
@@ -303,11 +302,11 @@ def download_model(repository):
     """Return the path of a downloaded model.safetensors, config.json next to it; try four times."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    for seconds in (1, 2, 4, None):  # before the next try, which begins again
+    for seconds in (1, 2, 4, None):  # to wait before the next attempt
         try:
             hf_hub_download(repository, 'config.json')
             return hf_hub_download(repository, 'model.safetensors')
-        except LocalEntryNotFoundError:  # no connection at all: the hub itself has tried for long
+        except LocalEntryNotFoundError:  # no connection: huggingface_hub has tried long enough
             raise
         except Exception:  # the hub's errors have no common class
             if seconds is None:
@@ -328,7 +327,7 @@ def to_hugging_face(config, weights, eot):
     hf = {'model_type': kind, **dict(zip(SIZES[kind], sizes)), **FIXED[kind]}
     hf |= {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': None}
     require_fields_that_fit(config)
-    # The rows that pad our vocabulary stay here.
+    # The rows that pad our vocabulary are not exported.
     weights = weights | {name: weights[name][:config.vocab_size] for name in (WTE, LM_HEAD)}
     require_weights_that_fit(config, weights)
     if kind == 'gpt2':
@@ -352,12 +351,12 @@ def to_hugging_face(config, weights, eot):
 
 
 def require_fields_that_fit(config):
-    """Raise UserError if a field of a model's configuration asks for what the target lacks."""
+    """Raise UserError if a field of a model's configuration asks for what transformers lacks."""
     if config.arch not in ('gpt2', 'modern'):
         raise UserError(f'arch is {config.arch!r}, and transformers has no such model')
     if 0 < config.window < config.block_size:
         raise UserError(f'window is {config.window}, and transformers has no such model: train on '
-                        'without, with --window=0 --init_from=<this checkpoint> '
+                        'without one, by --window=0 --init_from=<this checkpoint> '
                         '--out_dir=<another folder>, and export that')
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -366,7 +365,7 @@ def require_fields_that_fit(config):
 
 
 def require_weights_that_fit(config, weights):
-    """Raise UserError if a weight has a name or a shape that the target does not have."""
+    """Raise UserError if a weight has a name or a shape that transformers does not have."""
     C = config.n_embd
     expected = {WTE: (config.vocab_size, C), LM_HEAD: (config.vocab_size, C)}
     for layer in range(config.n_layer):
@@ -378,7 +377,7 @@ def require_weights_that_fit(config, weights):
         for layer in range(config.n_layer):
             norms += [f'transformer.h.{layer}.ln_1', f'transformer.h.{layer}.ln_2']
         expected |= {f'{norm}.weight': (C,) for norm in norms}
-        # Each of these may have a bias, as long as its outputs; only embeddings and head have none.
+        # Each of these may have a bias, a number per output; embeddings and head never have one.
         for name, shape in list(expected.items()):
             bias = name.replace('.weight', '.bias')
             if name.startswith(('transformer.h.', 'transformer.ln_f.')) and bias in weights:
@@ -401,7 +400,7 @@ def to_gpt2_tensors(weights):
         name = name.removeprefix('transformer.')
         if name.startswith(('h.', 'ln_f.')):
             tensors[name.replace('.weight', '.bias')] = w.new_zeros(len(w))
-    # Biases that the model has come after the zeros, and take their place.
+    # The biases that the model has come later, and replace the zeros.
     for name, w in weights.items():
         if name != LM_HEAD:  # tied
             w = w.T if name.endswith(CONV1D) else w

@@ -3,8 +3,8 @@ Keep the folder of a run: its lock, its log, and the run that was there before.
     python -c "from folio.log import read; print(read('out/book/log.jsonl')[-1])"
 
 log.jsonl has a JSON object on each line. The first line of each start has the settings, the machine
-and the code that ran. A line with `loss` is a training step, one with `val_loss` an evaluation, one
-with `hellaswag` or `sample` says so; all of these have `iter`, the number of steps before it.
+and the code that ran. A line with `loss` is a training step, with `val_loss` an evaluation, with
+`hellaswag` a score, with `sample` a text; all of these have `iter`, the number of steps before it.
 """
 import filecmp
 import glob
@@ -20,15 +20,15 @@ FILES = ('ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'model_until_*.py')  # o
 
 
 class Log:
-    """The folder of a run, held by one process. What cannot be written ends no run."""
+    """The folder of a run, held by one process. A line that cannot be written ends no run."""
 
     def __init__(self, out_dir, code, resume_at=None, wandb_run=None):
         """Take over a folder. Raises UserError if it cannot be written, or another run has it.
 
-        code: the file that defines the model, of which the folder gets a copy, model.py.
-        resume_at: the step at which its run continues: what was logged from there on will be logged
-        again. None: a new run; the files of an old one move to a subfolder previous-1.
-        wandb_run: what wandb.init returned, to which every line with `iter` goes as well.
+        code: the file that defines the model; the folder gets a copy of it, model.py.
+        resume_at: the step at which the run continues: lines from there on are dropped, and will be
+        written again. None: a new run; the files of an old one move to a subfolder previous-1.
+        wandb_run: what wandb.init returned; every line with `iter` goes there as well.
         """
         self.wandb_run = wandb_run
         self.has_failed = False
@@ -51,7 +51,7 @@ class Log:
                             'another --out_dir') from None
 
     def write(self, **entry):
-        """Add a line. If that fails, the run goes on without it."""
+        """Add a line. If that fails, the run continues without it."""
         line = json.dumps(entry).encode() + b'\n'
         try:
             end = self.file.seek(0, os.SEEK_END)
@@ -60,29 +60,29 @@ class Log:
                 raise OSError('no room for a line')
         except OSError as e:
             if not self.has_failed:
-                notice(f'{self.file.name} cannot be written ({e}); the run goes on without it')
+                notice(f'{self.file.name} cannot be written ({e}); the run continues without it')
             self.has_failed = True
         if self.wandb_run is not None and 'iter' in entry:
             try:
                 self.wandb_run.log(entry, step=entry['iter'])
             except Exception as e:  # whatever it is, it has nothing to do with the model
-                notice(f'Weights & Biases: {type(e).__name__}: {e}; the run goes on without it')
+                notice(f'Weights & Biases: {type(e).__name__}: {e}; the run continues without it')
                 self.wandb_run = None
 
 
 class NoLog:
-    """What the processes have that leave the log to the first one."""
+    """The log of every process but the first one, which writes for all."""
 
     def write(self, **entry):
         pass
 
 
 def start_wandb(project, name, config):
-    """Return a run of Weights & Biases. Raises UserError where it cannot be had."""
+    """Return a run of Weights & Biases. Raises UserError if that fails."""
     try:
         import wandb
         return wandb.init(project=project, name=name, config=config)
-    except Exception as e:  # there is no package, no key, or a folder of that name
+    except Exception as e:  # no package, no key, or a folder called wandb
         raise UserError(f'wandb_log does not work here ({type(e).__name__}: {e}): pip install '
                         'wandb, then wandb login or WANDB_MODE=offline') from None
 
@@ -90,7 +90,7 @@ def start_wandb(project, name, config):
 def only_one(path):
     """Return a held lock on a file. Raises UserError if another process holds it.
 
-    It ends with its process, however that ends: no killed run leaves one behind.
+    The lock ends with its process, even if that is killed.
     """
     lock = filelock.FileLock(path)
     try:
@@ -122,7 +122,7 @@ def set_aside(out_dir):
 
 
 def keep_code(code, path, resume_at):
-    """Copy the code of the model; what a run had until it continued with other code stays too."""
+    """Copy the code of the model; if a run continues with other code, keep its old copy too."""
     continues = resume_at is not None and os.path.exists(path)
     if continues and not filecmp.cmp(code, path, shallow=False):
         os.replace(path, path.replace('.py', f'_until_{resume_at}.py'))
@@ -130,7 +130,7 @@ def keep_code(code, path, resume_at):
 
 
 def cut(path, iter_num):
-    """Drop what a log has from a step on."""
+    """Drop the entries of a log from a step on."""
     kept = [entry for entry in read(path) if entry.get('iter', -1) < iter_num]
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(entry) + '\n' for entry in kept)

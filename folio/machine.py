@@ -23,8 +23,8 @@ WAIT = datetime.timedelta(minutes=10)  # for another process; torch's own limit 
 # kernels, which pass float32 logits to each other: 13 GB at 64 x 1,024.
 COMPILE_OPTIONS = {'realize_opcount_threshold': 40}
 # Peak speed of dense 16-bit matrix products with sums in float32, in TFLOP/s, by the makers' data
-# sheets. The names are those of torch.cuda.get_device_name, in full: the same chip comes on boards
-# of different speed, and a slice of one (MIG) has a name of its own, which is not listed.
+# sheets. torch.cuda.get_device_name returns these names, in full: the same chip comes on boards of
+# different speed, and a slice of a GPU (MIG) has a name of its own, which is not listed.
 PEAK_TFLOPS = {
     'NVIDIA GB200': 2500,
     'NVIDIA B200': 2250,
@@ -65,7 +65,7 @@ def default_device():
 
 
 def why_no_gpu():
-    """Return why a torch that was built for CUDA finds no GPU; '' if it does, or wasn't."""
+    """Return why torch finds no GPU; '' if it finds one, or was not built for CUDA."""
     if torch.version.cuda is None or torch.cuda.is_available():
         return ''
     try:
@@ -78,8 +78,8 @@ def why_no_gpu():
 def catch_signals():
     """Return a list to which SIGINT, SIGTERM and SIGHUP are added as they come.
 
-    Whoever looks at it can finish what is under way. A signal two seconds after the first ends the
-    process; within them it may be the same one, which torchrun and Slurm pass on twice.
+    The caller can then finish what is under way. A signal over two seconds after the first ends the
+    process; an earlier one may be the same signal, which torchrun and Slurm pass on twice.
     """
     signals = []
 
@@ -87,7 +87,7 @@ def catch_signals():
         signals.append(number)
         if len(signals) == 1:
             on_signal.first = time.monotonic()
-            notice('stopping as soon as it is saved; once more stops at once, and saves nothing')
+            notice('stopping as soon as the run is saved; once more stops at once, without saving')
         elif time.monotonic() > on_signal.first + 2:
             notice('stopped; what came after the last checkpoint is lost')
             os._exit(128 + number)
@@ -103,7 +103,7 @@ def catch_signals():
 class Machine:
     """The device and the processes of a script, as its settings and torchrun say.
 
-    device, type     such as cuda:1 and cuda; under torchrun each process gets a GPU of its own
+    device, type     cuda:1 and cuda, for example; under torchrun each process gets a GPU of its own
     name             name of the GPU or CPU
     dtype            float32, bfloat16 or float16, as decided; torch_dtype: the same for torch
     autocast         a context in which matrix products are computed in dtype
@@ -118,7 +118,7 @@ class Machine:
         """
         self.rank = 0
         self.world_size = 1
-        if dist.is_torchelastic_launched():  # otherwise such variables are a cluster's own
+        if dist.is_torchelastic_launched():  # otherwise these variables are a cluster's own
             self.rank = int(os.environ['RANK'])
             self.world_size = int(os.environ['WORLD_SIZE'])
         if dtype not in ('auto', *DTYPES):
@@ -128,8 +128,8 @@ class Machine:
             if self.world_size > 1 and self.type == 'cuda':
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
             if self.type == 'cuda' and ':' in device:
-                torch.cuda.set_device(device)  # for what asks about the current GPU
-            torch.zeros(1, device=device).item()  # fails on meta, which is a device without numbers
+                torch.cuda.set_device(device)  # for code that asks for the current GPU
+            torch.zeros(1, device=device).item()  # fails on meta, a device without numbers
         except (RuntimeError, AssertionError) as e:  # torch raises either for a missing device
             reason = str(e).partition('\n')[0]
             raise UserError(f'device {device}: {reason}; try --device=cpu') from None
@@ -169,7 +169,7 @@ class Machine:
                 f'torch {torch.__version__}')
 
     def print0(self, *words):
-        """Print on the first process only. Where nobody listens any more, work goes on unheard."""
+        """Print on the first process only; once the output is closed, work continues unheard."""
         if self.rank != 0:
             return
         try:
@@ -187,7 +187,7 @@ class Machine:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
             return True
-        except Exception as e:  # whatever it is, training works without the compiler
+        except Exception as e:  # whatever is wrong, training works without the compiler
             reason = str(e).strip().partition('\n')[0]
             self.print0(f'compile is off: {type(e).__name__}: {reason}')
             return False
@@ -208,8 +208,8 @@ class Machine:
             backend = f'cpu:gloo,cuda:{backend}'
         else:
             backend = 'gloo'
-        # torch puts a hook around the one that says what is wrong. It would lose the line: it holds
-        # the text back until our hook returns, and that one ends the process.
+        # torch wraps our excepthook and holds its text back until it returns. But ours ends the
+        # process, so the line that says what is wrong would be lost.
         hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=WAIT)
@@ -228,7 +228,7 @@ class Machine:
     def any(self, flag):
         """Return whether a flag is set in any process.
 
-        gloo sums it on the CPU, so this need not wait for a GPU's queued work.
+        gloo sums it on the CPU, so this does not wait for a GPU's queued work.
         """
         if self.world_size == 1:
             return flag

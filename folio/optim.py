@@ -56,22 +56,22 @@ def make_optimizers(model, kind, learning_rate, muon_learning_rate, weight_decay
 
 
 def count_matrices(model, name, p):
-    """Return how many matrices of one height a parameter holds, as the layer that it is of says.
+    """Return how many matrices of one height a parameter holds: n_matrices of its layer.
 
-    A layer says so by its attribute n_matrices; without one it is a single matrix. Raises
-    ValueError if the rows of the parameter cannot be divided so.
+    In a layer without that attribute it is a single matrix. Raises ValueError if the parameter's
+    rows cannot be divided like that.
     """
     layer = model.get_submodule(name.rpartition('.')[0])
     n = getattr(layer, 'n_matrices', 1)
     if len(p) % n != 0:
         raise ValueError(f'Muon: {name} has {len(p)} rows, not {n} matrices of one height: in the '
                          'model, set n_matrices of that layer to what it holds; matrices of other '
-                         'heights belong into layers of their own')
+                         'heights need layers of their own')
     return n
 
 
 def load_states(optimizers, states):
-    """Restore the states of optimizers from a checkpoint; hyper-parameters stay those of this run.
+    """Restore the states of optimizers from a checkpoint; this run's hyper-parameters stay.
 
     states: list of state dictionaries. Raises UserError if they do not fit.
     """
@@ -82,7 +82,7 @@ def load_states(optimizers, states):
         try:
             optimizer.load_state_dict({'state': state['state'], 'param_groups': param_groups})
         except Exception as e:  # a damaged or hostile state may raise anything
-            raise UserError('the state of the optimizer is not one of this model '
+            raise UserError('the state of the optimizer does not fit this model '
                             f'({type(e).__name__}: {e})') from e
 
 
@@ -214,7 +214,7 @@ def momentum_at(step, steps):
     """Return Muon's momentum of a step: from 0.85 to 0.95 over the first fifth, at most 300 steps.
 
     Early gradients change fast, and an average that reaches back far lags behind. In two sweeps
-    (docs/log.md) it was worth 0.02 nats.
+    (docs/log.md) the rise was worth 0.02 nats.
 
     >>> [round(momentum_at(step, steps=20), 3) for step in range(6)]
     [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]

@@ -8,11 +8,11 @@ Each tokenizer has
     decode_bytes(ids) -> bytes
     n_vocab: the number of ids
     eot: the id between documents, or None
-    start: the id to begin a text with: eot, or where there is none a line end
+    start: the id to begin a text with: eot, or a line end if there is none
     spec: a dictionary of plain values that `load` turns into the same tokenizer again
 
 Text is only ever text: the characters <|endoftext|> in it are encoded as characters, never as the
-control token. A byte-level BPE that others trained, in the files of Hugging Face, is read as well.
+control token. A byte-level BPE that others trained can be read from Hugging Face's files.
 """
 import hashlib
 import json
@@ -59,7 +59,7 @@ class CharTokenizer:
 
 class BPETokenizer:
     def __init__(self, encoding, spec):
-        """encoding: a tiktoken.Encoding. Its token EOT ends a text, if the spec names no other."""
+        """encoding: a tiktoken.Encoding. Its EOT ends a text, unless the spec names another."""
         self.encoding = encoding
         self.spec = spec
         self.n_vocab = encoding.n_vocab
@@ -67,7 +67,7 @@ class BPETokenizer:
         self.start = self.encode('\n')[0] if self.eot is None else self.eot
 
     def encode(self, text):
-        # A row of that length has a character at one of these places.
+        # A row of MOST_WHITE white characters has one of them at one of these places.
         if not any(c.isspace() for c in text[MOST_WHITE - 1::MOST_WHITE]):
             return self.encoding.encode_ordinary(text)
         ids = []
@@ -126,7 +126,7 @@ def load(source):
 
 
 def read_spec(path):
-    """Return the spec in a tokenizer.json, or in that of a folder. Raises UserError."""
+    """Return the spec in a tokenizer.json, or in a folder with one. Raises UserError."""
     if os.path.isdir(path):
         path = file_in(path) or os.path.join(path, 'tokenizer.json')
     try:
@@ -140,14 +140,14 @@ def read_spec(path):
         return spec
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(
-            f'no tokenizer in {path} ({e}); it may be gpt2, or a tokenizer.json that prepare.py '
+            f'no tokenizer in {path} ({e}); name gpt2, or a tokenizer.json that prepare.py '
             'wrote') from None
 
 
 def vocab_size_of(spec):
     """Return the number of tokens of a spec, without loading it.
 
-    Raises KeyError, TypeError or ValueError for what is not a spec.
+    Raises KeyError, TypeError or ValueError if it is not a spec.
     """
     if spec['kind'] == 'char':
         return len(spec['chars'])
@@ -161,7 +161,7 @@ def vocab_size_of(spec):
 
 
 def control_tokens(spec):
-    """Return {text: id} of the tokens of a spec that no text has in it."""
+    """Return {text: id} of the tokens of a spec that are never encoded from a text."""
     if spec['kind'] == 'char':
         return {}
     return spec.get('special', {EOT: vocab_size_of(spec) - 1})
@@ -262,7 +262,7 @@ def unspell(text):
 
 
 def file_in(folder):
-    """Return the path of the tokenizer in a folder of Hugging Face's, or None if it has none."""
+    """Return the path of the tokenizer in a Hugging Face folder, or None if it has none."""
     for name in ('tokenizer.json', 'vocab.json'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -279,10 +279,7 @@ def read_json(path):
 
 
 def as_tokenizer_json(vocab, folder):
-    """Return the tokenizer.json that says the same as a vocab.json, a merges.txt and GPT2Tokenizer.
-
-    Such are older folders.
-    """
+    """Return a tokenizer.json made of the vocab.json and merges.txt of an older GPT2Tokenizer."""
     with open(os.path.join(folder, 'merges.txt'), encoding='utf-8') as f:
         lines = f.read().split('\n')
     merges = [line for line in lines if line and not line.startswith('#version')]
@@ -293,10 +290,10 @@ def as_tokenizer_json(vocab, folder):
 
 
 def read_hugging_face(saved, path):
-    """Return the spec of a tokenizer.json of Hugging Face's: its contents, and where it was.
+    """Return the spec of Hugging Face's tokenizer.json, given its contents and its path.
 
-    It is of kind char, bpe or gpt2 where the tokens are those, whoever wrote the file. Raises
-    UserError for what is neither a byte-level BPE nor a token for each character.
+    The kind is char, bpe or gpt2 if the tokens are the same, whoever wrote the file. Raises
+    UserError for anything but a byte-level BPE or a token for each character.
     """
     config = read_json(os.path.join(os.path.dirname(path), 'tokenizer_config.json'))
     try:
@@ -305,7 +302,7 @@ def read_hugging_face(saved, path):
             return {'kind': 'char', 'chars': ''.join(sorted(id_of, key=id_of.get))}
         return bpe_of_hugging_face(saved, config)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f'{path} cannot be read here, for it is not a byte-level BPE like '
+        raise UserError(f'{path} cannot be read here, as it is not a byte-level BPE like '
                         f"GPT-2's ({type(e).__name__}: {e})") from None
 
 
@@ -334,7 +331,7 @@ def bpe_of_hugging_face(saved, config):
         pairs.append(pair)
 
     # tokenizers joins the pair that is first in its list, tiktoken the one whose token has the
-    # lowest id. A token that is neither a byte nor joined is one that no text has in it.
+    # lowest id. A token that is neither a byte nor made by a merge never comes from a text.
     made = [id_of[left + right] for left, right in pairs]
     if made != sorted(made):
         raise ValueError('its merges are not in the order of their tokens')
@@ -418,7 +415,7 @@ def train_bpe(texts, vocab_size):
 def fertility(text, n_tokens):
     """Return a line that says how finely a tokenizer cuts a text. White space separates words.
 
-    Where a script has no white space, the tokens a character tell.
+    For a script without white space, compare the tokens per character.
 
     >>> fertility('to be or not to be', 9)
     '1.50 tokens a word, 0.50 a character, 2.00 bytes a token'

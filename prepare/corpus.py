@@ -5,11 +5,11 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
 A source file of a corpus is .parquet, .jsonl or .ndjson (an object on each line), .json (the same,
-or one list of objects) or .txt, which may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
+or one list of objects) or .txt, and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
 parts/<hash>.bin, whole or not at all. So a run that was killed continues with the files that have
-no part, and several machines can share them. The hash is of the file's name, size and date and of
-all else that decides its tokens: a part stays right when other files come, go or are repaired. The
-last run joins the parts; for a while, they and the result take twice the room.
+no part, and several machines can share the files. The hash covers a file's name, size and date and
+all else that decides its tokens: a part stays valid when other files come, go or are repaired. The
+last run joins the parts; for a while, they and the result take twice the space.
 """
 import codecs
 import collections
@@ -82,7 +82,7 @@ def write_json(path, value):
 @contextlib.contextmanager
 def whole(path):
     """Open a binary file that gets its name when it is complete, even if others write it too."""
-    # This process's own name, also among the machines that share a file system.
+    # A name of this process only, even among machines that share a file system.
     temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
     try:
         with open(temporary, 'wb') as f:
@@ -91,18 +91,18 @@ def whole(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:  # such as a full disk, whose last room this file should not keep
+    except BaseException:  # for example a full disk: free what this file took
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
 
 
 def require_ours(folder):
-    """Raise UserError if a folder contains files that are not from a data set of ours."""
+    """Raise UserError if a folder contains files that are not from our data sets."""
     if not os.path.isdir(folder) or {'tokenizer', 'dtype', 'splits'} <= read_meta(folder).keys():
         return
     for name in os.listdir(folder):
-        # A killed run may have left the two, and a Mac its .DS_Store.
+        # A killed run may have left these two, and a Mac its .DS_Store.
         if name not in ('parts', 'new') and not name.startswith('.'):
             raise UserError(f'{folder} contains {name}, which folio did not write; '
                             'give another --dataset')
@@ -135,14 +135,14 @@ def publish(folder, tokenizer, meta):
 def write_dataset(folder, tokenizer, splits, source, words=None, template=None, learn_end=True):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
-    splits: {'train': [document, ...], ...}. A document is a str, a pair (prompt, answer), of which
+    splits: {'train': [document, ...], ...}. A document is a str, a pair (prompt, answer), where
     only the answer is a target, or a list of pairs (text, whether it is a target). <split>.mask.bin
     marks the targets. Each document starts with the end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
-    words: {'train': number of words, ...}, where a loss per word is wanted.
+    words: {'train': number of words, ...}, if a perplexity per word is wanted.
     template: the prompt around a user's question, which replaces its {}; for sample.py --chat.
-    learn_end: whether the end-of-text token is a target. Where an answer is one token, half of the
-    loss would be that of the end, which is easy.
+    learn_end: whether the end-of-text token is a target. If answers are one token long, half of
+    the loss would be for the end, which is easy.
     Raises UserError if the folder is someone else's, or cannot be written.
     """
     require_ours(folder)
@@ -183,12 +183,12 @@ def bytes_of_tokens(tokenizer):
     """Return how many bytes of text each token stands for: (vocab_size,)."""
     n_bytes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
     if tokenizer.eot is not None:
-        n_bytes[tokenizer.eot] = 0  # it separates texts, and is part of none
+        n_bytes[tokenizer.eot] = 0  # it separates texts, and belongs to none
     return np.array(n_bytes)
 
 
 def encode_document(tokenizer, document, learn_end=True):
-    """Return (tokens, mask) of a document, arrays of one length; the mask is 1 for targets."""
+    """Return (tokens, mask) of a document, arrays of the same length; the mask is 1 for targets."""
     tokens = []
     mask = []
     if tokenizer.eot is not None:
@@ -235,10 +235,10 @@ class Form(NamedTuple):
 def find_sources(pattern, folder, form):
     """Return ({file: its bytes} for the files that match a pattern, the hub's commit or '').
 
-    pattern: 'my/*.parquet', 'hf://datasets/owner/name/*.parquet', or of another store of fsspec's.
-    Each file is there once, whatever names it has, and its first row has been read.
-    folder: of the data set. The commit is the one that the first run into it found, so that all
-    runs and workers read the same text.
+    pattern: 'my/*.parquet', 'hf://datasets/owner/name/*.parquet', or of another fsspec store.
+    Each file is listed once, whatever names it has, and its first row can be read.
+    folder: of the data set. The first run into it decides the commit, so that all runs and workers
+    read the same text.
     Raises UserError if nothing matches, or for a file that cannot be read.
     """
     address = pattern
@@ -255,16 +255,16 @@ def find_sources(pattern, folder, form):
             files = {name: os.path.getsize(name) for name in local_files(pattern)}
     if not files:
         raise UserError(f'no file is called {pattern}; --source takes a pattern, such as '
-                        "'my/*.parquet', in which [[] stands for [")
+                        "'my/*.parquet', where [[] stands for [")
 
-    # A hub takes its time to answer. Local files go one by one: a list of JSON is in memory whole.
+    # A hub answers slowly. Local files go one by one: a list of JSON is in memory whole.
     n_threads = 16 if '://' in pattern else 1
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
         first_texts = list(pool.map(lambda file: first_text(file, form), files))
     for file, text in zip(files, first_texts):
         if '.txt' in os.path.basename(file).lower() and EOT in text and not form.separator:
-            notice(f'{file} contains {EOT}, and stays one document; if a line of it stands between '
-                   f"two documents, give --separator='{EOT}'")
+            notice(f'{file} contains {EOT}, but stays one document; if lines of it separate '
+                   f"documents, give --separator='{EOT}'")
             break
     return files, commit
 
@@ -278,14 +278,14 @@ def local_files(pattern):
     files = {}
     for path in sorted(found):
         if not os.path.isdir(path):
-            facts = os.stat(path)  # an error for a link to nothing
+            facts = os.stat(path)  # an error for a broken link
             files.setdefault((facts.st_dev, facts.st_ino), path)
     return list(files.values())
 
 
 def expand(pattern):
     """Return the paths that match a pattern; ** stands for any folders, also behind links."""
-    # Not by glob's own **, which walks in circles where a link leads back.
+    # Not by glob's own **, which goes in circles where a link leads back.
     before, stars, after = pattern.partition('**/')
     if not stars:
         return glob.glob(pattern)
@@ -304,7 +304,7 @@ def expand(pattern):
 def at_commit(pattern, folder):
     """Return (a pattern 'hf://…' that names a commit, the commit).
 
-    It is the one that an earlier run into a folder recorded, or else the newest.
+    The commit is the one that an earlier run into the folder recorded, or else the newest.
     """
     from huggingface_hub import HfApi, HfFileSystem, constants
     place = HfFileSystem().resolve_path(pattern)
@@ -340,7 +340,7 @@ def read(file, form, bar):
     """Yield (documents of a file, how many broken rows were left out), at least once.
 
     The documents are pairs (text, whether a document begins there), for about a million characters.
-    bar: a progress bar of bytes, which moves on by those of the file. Raises UserError.
+    bar: a progress bar of bytes, which advances by the size of the file. Raises UserError.
     """
     before = bar.n
     texts = []
@@ -354,7 +354,7 @@ def read(file, form, bar):
                 text = get()
                 if not isinstance(text, str | None):
                     raise ValueError(f'{form.column} is {type(text).__name__}, not text; name '
-                                     'another by --column=')
+                                     'another with --column=')
             except (ValueError, RecursionError) as e:
                 if not form.skip_bad:
                     raise UserError(f'{file}, {place}: {e}; or leave such rows out and count them: '
@@ -376,7 +376,7 @@ def read(file, form, bar):
 
 @contextlib.contextmanager
 def opened(file):
-    """Open a file as bytes, local or of a store; what may go wrong with it becomes a UserError."""
+    """Open a file as bytes, local or remote; whatever goes wrong with it becomes a UserError."""
     remedy = 'fetch it again, or leave it out'
     if file.lower().endswith('.zst'):
         remedy += '; if it needs too much memory, unpack it yourself: zstd -d --long=31'
@@ -399,7 +399,7 @@ def rows_of(raw, file, form):
     packing = fsspec.utils.infer_compression(name)
     if packing in PACKINGS:  # but not zip, which may hold many files
         if not raw.peek(1):
-            raise ValueError('it has 0 bytes, where even nothing has some when it is compressed')
+            raise ValueError('it has 0 bytes, but even an empty text has some when compressed')
         stream = io.BufferedReader(fsspec.compression.compr[packing](raw, mode='rb'), BUFFER)
         name, _ = os.path.splitext(name)
     _, ending = os.path.splitext(name)
@@ -419,8 +419,8 @@ def open_zstd(raw, mode='rb'):
 fsspec.compression.register_compression('zstd', open_zstd, 'zst', force=True)
 
 
-# Each reader yields, for each row, its place for a message, a function that returns its text or
-# None, or raises what is wrong with it, and whether a document begins there.
+# For each row a reader yields three things: its place, for a message; a function that returns its
+# text or None, or raises what is wrong with it; and whether a document begins there.
 
 def read_parquet(stream, form, file):
     import pyarrow.parquet
@@ -433,7 +433,7 @@ def read_parquet(stream, form, file):
     except ValueError as e:
         raise UserError(f'{file}: {e}') from None
     number = 0
-    for batch in parquet.iter_batches(64, columns=[form.column]):  # few, for a row can be large
+    for batch in parquet.iter_batches(64, columns=[form.column]):  # few, because a row can be large
         for value in batch.column(0):
             number += 1
             yield f'row {number}', value.as_py, True
@@ -446,7 +446,7 @@ def read_lines(lines, form, what='line'):
 
 
 def read_json(stream, form):
-    # Neither a byte order mark nor white space tells whether this is one list, or a line each.
+    # Look past a byte order mark and white space: is it one list, or an object on each line?
     if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
         return read_lines(map(json.dumps, json.load(stream)), form, what='object')
     return read_lines(stream, form)
@@ -462,11 +462,11 @@ def text_in(line, column):
 
 def require_column(column, names):
     if column not in names:
-        raise ValueError(f'it has no {column}; by --column=, name one of {", ".join(names)}')
+        raise ValueError(f'it has no {column}; with --column=, name one of {", ".join(names)}')
 
 
 def read_text(stream, form):
-    text = io.TextIOWrapper(stream, 'utf-8-sig')  # whose line ends are all \n
+    text = io.TextIOWrapper(stream, 'utf-8-sig')  # in which all line ends are \n
     pieces = in_stretches(text)
     if form.separator:
         pieces = between_lines(text, form.separator)
@@ -478,7 +478,7 @@ def read_text(stream, form):
 
 
 def between_lines(text, separator):
-    """Yield what stands between the lines of an open text that are the separator."""
+    """Yield the documents of an open text, which separator lines divide."""
     lines = []
     for line in text:
         if line.rstrip() == separator:
@@ -491,7 +491,7 @@ def between_lines(text, separator):
 
 
 def in_stretches(text):
-    """Yield an open text as one document, in stretches whose tokens are those of the whole."""
+    """Yield an open text as one document, in stretches that give the same tokens as the whole."""
     rest = ''
     is_new = True
     while block := text.read(bpe.CHUNK_CHARS):
@@ -510,8 +510,8 @@ READERS = {'.parquet': read_parquet, '.jsonl': read_lines, '.ndjson': read_lines
 def tokenize(files, bar, tokenizer, form):
     """Yield (file, tokens as an array of uint32, broken rows left out) of all files, in order.
 
-    All cores make them, from about a million characters at a time. An end-of-text token stands in
-    front of every document. Raises what `read` raises, after the tokens of what came before.
+    All cores share the work, in pieces of about a million characters. An end-of-text token stands
+    in front of every document. Raises what `read` raises, after the tokens of what came before.
     """
     def encode(file, texts, n_bad):
         ids = []
@@ -547,12 +547,12 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
     files: {source file: its bytes}, in the order of the stream.
-    tokenize(files, bar): yields what the function above does, of some of the files.
+    tokenize(files, bar): yields what `tokenize` above does, for some of the files.
     source: for meta.json: the 'pattern' of the files, their 'revision', and the form's fields.
     val_tokens: 0: a tenth of all, at most 100 M.
     max_tokens: where to cut the stream, counting val.bin too; 0: at its end.
     worker: 'i/n' makes the parts of every n-th file from the i-th on, and returns None. A run
-    without it makes those that are missing, and joins all.
+    without it makes the missing parts, and joins all.
     Raises UserError for impossible settings, for a folder that was made with other settings, and
     if the folder cannot be written.
     """
@@ -590,7 +590,7 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
 
 
 def share_of(worker, files):
-    """Return the files of worker 'i/n', or all of them for ''; raise UserError.
+    """Return the files of worker 'i/n', or all of them for ''. Raises UserError.
 
     >>> share_of('1/3', ['a', 'b', 'c', 'd', 'e'])
     ['b', 'e']
@@ -613,7 +613,7 @@ def stamp(file):
 def find_finished(folder, fresh):
     """Return the meta of a finished data set, {} if there is none yet.
 
-    Raises UserError if it was made with other settings, or from other files, than those of `fresh`.
+    Raises UserError if its settings or files are not the same as in `fresh`.
     """
     done = read_meta(folder)
     total = 0
@@ -625,7 +625,7 @@ def find_finished(folder, fresh):
         total += counts['tokens']
     asked = fresh['source'] | {'val_tokens': fresh['source']['val_tokens'] or a_tenth(total)}
     if done and (done['source'], done['tokenizer']) != (asked, fresh['tokenizer']):
-        raise UserError(f'{folder} is there already, of other settings or files; '
+        raise UserError(f'{folder} is there already, with other settings or files; '
                         'remove it, or give another --dataset')
     return done
 
@@ -637,9 +637,9 @@ def a_tenth(n_tokens):
 
 # ---- Parts ---------------------------------------------------------------------------------------
 def make_parts(parts, files, tokenize, meta):
-    """Write the parts of these files that are missing; return the paths of those that are needed.
+    """Write the missing parts of these files; return the paths of the parts that are needed.
 
-    files: {file: its bytes}. They are needed in this order until there are max_tokens.
+    files: {file: its bytes}. Parts are needed in this order until there are max_tokens.
     """
     source = meta['source']
     paths = {}

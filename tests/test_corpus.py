@@ -137,7 +137,7 @@ def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
     ('z.md', b'# About these files\n', 'z.md is none of .parquet, .jsonl'),
     ('z.csv.gz', gzip.compress(b'a', mtime=0), 'none of .parquet'),
     ('z.jsonl.zip', b'PK', 'none of .parquet'),
-    ('z.jsonl', b'{"content": "a"}\n', 'z.jsonl, line 1: it has no text; by --column=, name one'),
+    ('z.jsonl', b'{"content": "a"}\n', 'z.jsonl, line 1: it has no text; with --column=, name one'),
     ('z.jsonl.gz', b'', 'z.jsonl.gz could not be read (ValueError: it has 0 bytes'),
     ('z.jsonl.zst', b'', 'it has 0 bytes'),
     ('z.jsonl.bz2', b'torn', 'z.jsonl.bz2 could not be read'),
@@ -157,7 +157,7 @@ def test_a_parquet_without_the_column_is_named_before_the_first_token(prepare):
     pyarrow.parquet.write_table(pyarrow.table({'text': TEXTS}), 'a.parquet')
     pyarrow.parquet.write_table(pyarrow.table({'content': TEXTS, 'id': range(4)}), 'b.parquet')
     said = prepare('--source=*.parquet', '--skip_bad=True', status=2)
-    assert said == 'error: b.parquet: it has no text; by --column=, name one of content, id\n'
+    assert said == 'error: b.parquet: it has no text; with --column=, name one of content, id\n'
     assert not os.path.exists('data')
 
 
@@ -174,9 +174,9 @@ def test_a_corrected_column_just_works(prepare):
 @pytest.mark.parametrize('line, says', [
     ('{"text": "a\x01b"}', 'Invalid control character'),
     ('{"text": "torn', 'Invalid control character'),
-    ('{"txt": "a", "id": 1}', 'it has no text; by --column=, name one of txt, id'),
+    ('{"txt": "a", "id": 1}', 'it has no text; with --column=, name one of txt, id'),
     ('["text"]', 'it is list, not an object'),
-    ('{"text": ["a"]}', 'text is list, not text; name another by --column='),
+    ('{"text": ["a"]}', 'text is list, not text; name another with --column='),
     ('{"text": false}', 'text is bool, not text'),
     ('[' * 100_000, 'recursion'),
     (b'{"text": "\xff"}', "can't decode byte 0xff"),
@@ -266,7 +266,7 @@ def test_a_parquet_may_hold_text_in_many_ways(tmp_path, kind):
 def test_a_parquet_column_that_is_not_text_gets_one_line(tmp_path, value):
     table = pyarrow.table({'text': [value] * 9, 'id': range(9)})
     pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
-    with pytest.raises(UserError, match=r'row 1: text is \w+, not text; name another by --column='):
+    with pytest.raises(UserError, match=r'row 1: text is \w+, not text; name another with --col'):
         read(tmp_path / 'a.parquet')
 
 
@@ -521,7 +521,7 @@ def test_a_finished_set_is_made_again_only_if_it_is_broken(prepare, tmp_path):
     assert hashes_of(tmp_path) == first
     for args in (['--val_tokens=20'], ['--source=a.json*', '--column=id']):
         pathlib.Path('a.jsonl').write_text(lines(texts_of('b'), id='x'))
-        assert 'of other settings or files' in prepare('--source=a.jsonl', *args, status=2)
+        assert 'with other settings or files' in prepare('--source=a.jsonl', *args, status=2)
         assert hashes_of(tmp_path) == first
 
 

@@ -81,7 +81,7 @@ def test_a_copied_model_trains_resumes_and_is_sampled_with_its_cache(experiment)
     text, err = process('sample.py', 'gqa.py', '--out_dir=out', '--start=The', '--device=cpu',
                         '--max_new_tokens=40', cwd=experiment)  # past the context of 32
     assert len(text) == len('The') + 40 + len('\n')
-    assert 'other code' not in err
+    assert 'code other than' not in err
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_other_code_says_so_and_names_the_copy(book):
     process('train.py', 'mine.py', *TINY, '--max_iters=1', cwd=book)
     _, err = process('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', cwd=book)
     assert err.count('\n') == 1
-    assert 'notice: out/ckpt.pt was trained with other code than' in err
+    assert 'notice: out/ckpt.pt was trained with code other than' in err
     assert 'a copy of it is out/model.py' in err
     _, err = process('sample.py', 'mine.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',
                      cwd=book)

@@ -103,7 +103,7 @@ def test_on_a_full_disk_the_log_keeps_whole_lines_and_the_run_continues(tmp_path
             log.write(iter=iter_num, loss=3.0)
     log.write(iter=3, loss=3.0)  # there is room again
     assert [entry['iter'] for entry in read(str(tmp_path / 'log.jsonl'))] == [0, 3]
-    assert capsys.readouterr().err.count('the run goes on without it') == 1
+    assert capsys.readouterr().err.count('the run continues without it') == 1
 
 
 class NoNetwork:

@@ -89,8 +89,8 @@ def other_data(kept):
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--init_from=resume'], 'another vocabulary'),
-    (['--init_from=out/best.pt', '--out_dir=new'], 'another vocabulary'),
+    (['--init_from=resume'], 'different vocabulary'),
+    (['--init_from=out/best.pt', '--out_dir=new'], 'different vocabulary'),
 ], ids=['resume', 'file'])
 def test_data_of_another_vocabulary_than_the_checkpoint(other_data, args, says):
     assert says in refused('train.py', *TINY, *args, cwd=other_data)
@@ -100,7 +100,7 @@ def test_as_many_other_characters_are_another_vocabulary_too(kept):
     text = (kept / 'book.txt').read_text(encoding='utf-8')
     (kept / 'other.txt').write_text(text.replace('e', '\u4e00'), encoding='utf-8')
     run('prepare/book/prepare.py', '--book=other.txt', cwd=kept)
-    assert 'another vocabulary' in refused('train.py', *TINY, '--init_from=resume', cwd=kept)
+    assert 'different vocabulary' in refused('train.py', *TINY, '--init_from=resume', cwd=kept)
 
 
 @pytest.mark.parametrize('how', ['resume', 'auto'])

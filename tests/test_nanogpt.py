@@ -179,7 +179,7 @@ def test_a_checkpoint_without_its_optimizer_is_sampled(nanogpt, optimizer):
 def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimizer):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
     out, _ = run('train.py', *CHAR_RUN, '--init_from=resume', '--max_iters=21', cwd=nanogpt)
-    assert 'out/ckpt.pt was saved without its optimizer, which starts again' in out
+    assert 'out/ckpt.pt was saved without its optimizer, which starts over' in out
     assert 'done at step 21' in out
 
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_sampled_with_the_characters_of_data_made_again_by_us(na
 def test_a_checkpoint_without_its_data_is_refused_for_its_vocabulary(nanogpt):
     shutil.rmtree(nanogpt / 'data')
     _, err = run('sample.py', '--out_dir=out', '--device=cpu', cwd=nanogpt, status=2)
-    assert f"has no tokenizer, and its {len(CHARS)} tokens are not the 50257 of GPT-2's" in err
+    assert f"has no tokenizer, and its {len(CHARS)} tokens are not GPT-2's 50257" in err
 
 
 # ---- Data ----------------------------------------------------------------------------------------

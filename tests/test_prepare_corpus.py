@@ -218,7 +218,7 @@ def test_openwebtext_is_the_sets_own_parquet_files(hub, tmp_path):
     (['--source=*.parquet', '--worker=0/2', '--max_tokens=9'], 'leave out'),
     (['--source=*.parquet', '--val_tokens=50', '--max_tokens=50'], 'leaves nothing to train on'),
     (['--source=*.parquet', '--tokenizer=bpe', '--vocab_size=256'], 'vocab_size is 256'),
-    (['--pretokenized=True', '--tokenizer=data/book'], "in GPT-2's tokens"),
+    (['--pretokenized=True', '--tokenizer=data/book'], "GPT-2's tokens of these"),
     (['--sample=sample-1T'], 'sample-100BT'),
     (['--pretokenized=True', '--sample=sample-350BT'], '--edition=fineweb --sample=sample-100BT'),
 ])

@@ -370,7 +370,7 @@ def test_a_resume_notices_other_data(book, split):
     path = book / 'data' / 'book' / f'{split}.bin'
     tokens = path.read_bytes()
     path.write_bytes(tokens[:-2] + tokens[:2])  # the same size, another end
-    says = f'{split}.bin is not the one of the run in out/ckpt.pt'
+    says = f'{split}.bin is not the file of the run in out/ckpt.pt'
     assert says in refused(*FAST, '--init_from=auto', cwd=book)
     path.write_bytes(tokens)
     make_mask(book, split, 1)
@@ -405,7 +405,7 @@ data.evaluate = replaced
     assert status == 0, printed
     assert_same_run(book)
     line = refused(*FAST, '--init_from=resume', '--max_iters=20', cwd=book)
-    assert 'is not the one of the run' in line
+    assert 'is not the file of the run' in line
 
 
 def test_a_resume_with_more_steps_ends_as_if_they_had_been_meant(book):
@@ -459,7 +459,7 @@ def test_a_signal_saves_and_says_how_to_continue(book, number):
         process.send_signal(number)
         printed = process.stdout.read()
     assert process.wait() == 128 + number
-    assert 'notice: stopping as soon as it is saved' in printed
+    assert 'notice: stopping as soon as the run is saved' in printed
     step = load(book)['iter_num']
     assert f'stopped at step {step}, saved in out/ckpt.pt' in printed
     assert 'the same command with --init_from=resume continues' in printed
@@ -500,7 +500,7 @@ def test_a_second_signal_stops_at_once_and_says_what_is_lost(book):
     with ends_within(60, process):
         read_until(process, 'waiting')
         process.send_signal(signal.SIGINT)
-        read_until(process, 'notice: stopping as soon as it is saved')
+        read_until(process, 'notice: stopping as soon as the run is saved')
         time.sleep(2.5)  # sooner, it may be the same signal, passed on twice
         process.send_signal(signal.SIGINT)
         printed = process.stdout.read()

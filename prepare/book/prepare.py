@@ -44,7 +44,7 @@ def read_book():
         path = download([book], f'data/downloads/{file_name}')
     text = read_text(path)
     if f'\n{folio.tokenizer.EOT}\n' in text:
-        notice(f'{book} has the line {folio.tokenizer.EOT}, and is one text all the same; '
+        notice(f'{book} has the line {folio.tokenizer.EOT}, but stays one text; '
                'prepare/fineweb/prepare.py takes such a line as --separator')
     return without_gutenberg_licence(text)
 
@@ -52,7 +52,7 @@ def read_book():
 def python_reference():
     """Return the topics of Python's own help(), sorted by name, each paragraph only once.
 
-    A fifth of the text stands in two topics. If it stayed, we would test on what we trained on.
+    A fifth of the text is in two topics. Kept twice, some of it would be trained and tested on.
     """
     from pydoc_data.topics import topics
     seen = set()
@@ -81,13 +81,13 @@ def read_text(path):
 
 def without_gutenberg_licence(text):
     """Return the books between Project Gutenberg's START and END lines; without such pairs, all."""
-    # DOTALL, because a long title may go on in the next line.
+    # DOTALL, because a long title may continue in the next line.
     line = r'^\s*\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.{0,500}?\*\*\*'
     found = list(re.finditer(line, text, re.MULTILINE | re.DOTALL | re.IGNORECASE))
     books = list(zip(found[::2], found[1::2]))
     if [match[1].upper() for match in found] != ['START', 'END'] * len(books):
-        notice(f"{book} has lines of Project Gutenberg's, START and END, that do not make pairs: "
-               'nothing is left out')
+        notice(f"the START and END lines of Project Gutenberg in {book} do not make pairs: nothing "
+               'is left out')
         books = []
     if books:
         n_chars = len(text)

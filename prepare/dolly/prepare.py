@@ -1,11 +1,11 @@
 """
 Turn databricks-dolly-15k, 15,011 instructions that people answered, into train.bin and val.bin.
-    python prepare/dolly/prepare.py  # from the hub; --source=file.jsonl: your own, of these columns
+    python prepare/dolly/prepare.py  # from the hub; --source=file.jsonl: yours, with these columns
     python train.py config/finetune_dolly.py
     python sample.py --out_dir=out/gpt2_dolly --chat=True
 
 Only the answers are targets: train.mask.bin and val.mask.bin say which tokens those are. A document
-looks as follows, without the part "Context:" if there is no context. The template goes into the
+looks like this, without the part "Context:" if there is no context. The template goes into the
 checkpoint, from which sample.py --chat takes it.
 
     Instruction:
@@ -29,11 +29,11 @@ from folio.download import hub_errors
 from prepare.corpus import encode_document, without_blank_ends, write_dataset
 
 source = ''  # instead of the hub: a .jsonl with instruction, response and, if you like, context
-tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json of yours
+tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
 vocab_size = 4096  # bpe only
 dataset = 'dolly'  # the folder under data/ to write
 val_share = 0.05  # of the documents
-max_tokens = 1024  # leave out longer documents; 0: none
+max_tokens = 1024  # leave out longer documents; 0: keep all
 seed = 1337  # of the split
 
 PUBLISHED = 'databricks/databricks-dolly-15k'  # on the hub
@@ -44,7 +44,7 @@ def from_hub():
     """Return the rows of the published set."""
     import datasets
     import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # else it prints a line for each attempt
+    huggingface_hub.logging.set_verbosity_error()  # otherwise it prints a line for each attempt
     remedy = 'check the network, or give --source=file.jsonl'
     with hub_errors(f'{PUBLISHED} could not be downloaded', remedy):
         return list(datasets.load_dataset(PUBLISHED, split='train'))
@@ -58,7 +58,7 @@ def clean(text):
 def to_pair(row, number, origin):
     """Return (prompt, answer) of a row; the prompt is empty if the row has no instruction.
 
-    number, origin: of the row, and where it came from, for the message of a UserError.
+    number, origin: which row, and where it came from, for the message of a UserError.
     """
     try:
         instruction = clean(row['instruction'])
@@ -67,7 +67,7 @@ def to_pair(row, number, origin):
     except (KeyError, TypeError, AttributeError):
         raise UserError(f'{origin}, row {number}: it needs the texts instruction and response, '
                         f'perhaps context; it is {str(row)[:80]!r}') from None
-    # Such a row is left out below, where it is counted.
+    # main leaves such a row out, and counts it.
     if not instruction:
         return '', response
     if context:
@@ -99,7 +99,7 @@ def main():
         tok = folio.tokenizer.load(tokenizer)
     # Without an end-of-text token to predict, a model would never learn to stop.
     if tok.eot is None:
-        raise UserError(f'{tokenizer} has characters and no token that ends an answer; '
+        raise UserError(f'{tokenizer} has no token that ends an answer, only characters; '
                         'give --tokenizer=gpt2 or bpe')
 
     short = pairs

@@ -1,14 +1,14 @@
 """
-Turn FineWeb-Edu, FineWeb or documents of yours into val.bin, the first 100 M tokens, and train.bin.
+Turn FineWeb-Edu, FineWeb or your own documents into val.bin, the first 100 M tokens, and train.bin.
     python prepare/fineweb/prepare.py                      # sample-10BT: 10 B tokens, 20 GB
     python prepare/fineweb/prepare.py --pretokenized=True  # its tokens, downloaded ready-made
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine
     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=mine --tokenizer=bpe
 
 The text is tokenized by all cores as it streams in, each source file into a part. If the run is
-killed, the same command continues with the files that have no part. Of the hub it takes the commit
-that was there when it began. A row without text ends it, until the row is fixed or
---skip_bad=True leaves such rows out; the parts that are finished stay.
+killed, the same command continues with the files that have no part, at the same commit of the hub.
+A row without text ends the run, until the row is fixed or --skip_bad=True leaves such rows out;
+finished parts stay.
 
 Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
 the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
@@ -31,11 +31,11 @@ edition = 'fineweb-edu'  # or fineweb
 sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, which is all of it
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
-separator = ''  # a line between the documents of a .txt, such as <|endoftext|>; else it is one
+separator = ''  # a line between the documents of a .txt, such as <|endoftext|>; empty: it is one
 skip_bad = False  # leave out rows that hold no text, and count them
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
-tokenizer = 'gpt2'  # or bpe (trained on the documents), or a data folder or tokenizer.json of yours
+tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
 vocab_size = 32000  # bpe only
 tokenizer_chars = 1_000_000_000  # of the first documents, to train the bpe on; 0: all
 val_tokens = 0  # tokens of val.bin; 0: 100 M, or a tenth of less than a billion
@@ -120,7 +120,7 @@ def first_texts(files, form):
 
 def trained_bpe(files, form):
     """Return a BPE of the documents of these files, trained here or by an earlier run."""
-    # The name of the file says what the BPE depends on, so that another file is never taken for it.
+    # The name of the file says what the BPE depends on, so no other BPE is taken for it.
     stamps = [corpus.stamp(file) for file in files]
     request = [stamps, form.column, form.separator, vocab_size, tokenizer_chars]
     path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash(request)}.json'
@@ -134,7 +134,7 @@ def trained_bpe(files, form):
 
 # ---- The data set --------------------------------------------------------------------------------
 def check_settings():
-    """Raise UserError for settings that cannot be, alone or together."""
+    """Raise UserError for impossible settings, alone or together."""
     known = edition in ('fineweb-edu', 'fineweb') and sample in SAMPLES
     if not known or val_tokens < 0 or max_tokens < 0:
         raise UserError(f'edition is fineweb-edu or fineweb, sample one of {", ".join(SAMPLES)}; '
@@ -144,7 +144,7 @@ def check_settings():
                         'leave out --worker or --max_tokens')
     if pretokenized and (source or tokenizer != 'gpt2' or (edition, sample) not in SHARDS):
         choices = ', '.join(f'--edition={e} --sample={s}' for e, s in SHARDS)
-        raise UserError(f"of --pretokenized there are, in GPT-2's tokens, {choices}")
+        raise UserError(f"--pretokenized has GPT-2's tokens of these only: {choices}")
 
 
 def main():
@@ -171,7 +171,7 @@ def main():
                                max_tokens=max_tokens, worker=worker)
     if meta is None:
         print(f'worker {worker} has done its share; '
-              'when all have, join them by the same command without --worker')
+              'when all have, join the parts with the same command without --worker')
     else:
         corpus.report(folder, meta)
 

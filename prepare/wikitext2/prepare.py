@@ -3,9 +3,9 @@ Turn WikiText-2 into train.bin, val.bin and test.bin, with a BPE trained on its 
     python prepare/wikitext2/prepare.py                  # the raw text; --variant=v1: with <unk>
     python prepare/wikitext2/prepare.py --source=folder  # it has train.txt, valid.txt and test.txt
 
-Each split is one document, as in the benchmark, and its words are counted as there, so that a
-perplexity per word can be compared: whatever white space separates is a word, and so is each line
-end. Of v1 that makes 217,646 words in the validation split and 245,569 in the test split.
+Each split is one document and its words are counted as in the benchmark, so that a perplexity per
+word can be compared: whatever white space separates is a word, and so is each line end. In v1 that
+makes 217,646 words in the validation split and 245,569 in the test split.
 """
 import os
 import re
@@ -28,12 +28,12 @@ def from_hub(split):
     """Return the text of a split of the published set."""
     import datasets
     import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # else it prints a line for each attempt
+    huggingface_hub.logging.set_verbosity_error()  # otherwise it prints a line for each attempt
     name = 'wikitext-2-raw-v1' if variant == 'raw' else 'wikitext-2-v1'
     remedy = 'check the network, or give --source=folder'
     with hub_errors('WikiText-2 could not be downloaded', remedy):
         lines = datasets.load_dataset('Salesforce/wikitext', name, split=split)['text']
-    # The hub keeps the text by lines, and the blank ones, ' \n', as ''.
+    # The hub stores lines, the blank ones, ' \n', as ''.
     return ''.join(line or ' \n' for line in lines)
 
 
@@ -49,7 +49,7 @@ def from_folder(split):
         raise UserError(f'no file in {source} is called {short}.txt or the like')
     if len(found) > 1:
         raise UserError(f'which is the {split} split: {" or ".join(found)}? Remove the others, or '
-                        'give --source=a folder with one file a split')
+                        'give --source=a folder with one file per split')
     print(f'{split}: {found[0]}', file=sys.stderr)
     try:
         with open(found[0], encoding='utf-8-sig') as f:

@@ -634,7 +634,7 @@ def test_exports_that_cannot_be(trained):
         ({'to': 'book.txt'}, 'give another --to'),
         ({'to': 'theirs'}, 'give another --to'),
         ({'init_from': 'window.pt'}, '--window=0'),
-        ({'init_from': 'theirs', 'to': 'new'}, "its 101 tokens are not the 50257 of GPT-2's"),
+        ({'init_from': 'theirs', 'to': 'new'}, "its 101 tokens are not GPT-2's 50257"),
         ({'to': 'new.gguf'}, 'llama.cpp does not have the architecture modern'),
         ({'init_from': 'gpt2.pt', 'to': 'new.gguf'}, 'llama.cpp has no tokenizer of characters'),
     ]
