@@ -8,6 +8,7 @@ What the tests share: a way to run the scripts as a user does, small data, small
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import os
 import pathlib
@@ -138,6 +139,7 @@ def run(script, *args, cwd, status=0, **options):
     with left_as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.chdir(cwd)
         sys.argv = [str(ROOT / script), *map(str, args)]
+        sys.path.insert(0, str((ROOT / script).parent))
         code = exit_status(sys.argv[0])
     return checked(code, status, out.getvalue(), err.getvalue())
 
@@ -181,6 +183,7 @@ def left_as_it_was():
     folder = os.getcwd()
     argv = sys.argv
     path = list(sys.path)
+    modules = set(sys.modules)
     hook = sys.excepthook
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -191,10 +194,20 @@ def left_as_it_was():
         os.chdir(folder)
         sys.argv = argv
         sys.path[:] = path
+        forget_new_models(modules)
         sys.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
+
+
+def forget_new_models(known):
+    """Let a later script import another file under the name of one that this script imported."""
+    for name in set(sys.modules) - known:
+        path = getattr(sys.modules[name], '__file__', None) or ''
+        if name.endswith('_model') and not path.startswith(str(ROOT)):
+            del sys.modules[name]
+    importlib.invalidate_caches()  # '.' is now another folder
 
 
 # ---- A full disk ---------------------------------------------------------------------------------
