@@ -210,6 +210,37 @@ def forget_new_models(known):
     importlib.invalidate_caches()  # '.' is now another folder
 
 
+# ---- Accidents -----------------------------------------------------------------------------------
+MODEL_WITH_AN_ACCIDENT = '''
+import os
+import sys
+import time
+
+import torch
+
+import model
+from model import GPTConfig
+
+
+class GPT(model.GPT):
+    passes = 0  # of training, before this one: the first warms up, and number n + 1 is of step n
+
+    def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
+        if {when}:
+            {accident}
+        self.passes += self.training
+        return super().forward(idx_BT, targets_BT, all_logits, cache)
+'''
+
+
+def plant(folder, when, accident):
+    """Write a model whose forward pass has an accident, as an edit may; return its config file."""
+    source = MODEL_WITH_AN_ACCIDENT.format(when=when, accident=accident)
+    (folder / 'planted_model.py').write_text(source, encoding='utf-8')
+    (folder / 'planted.py').write_text('from planted_model import GPT, GPTConfig\n')
+    return 'planted.py'
+
+
 # ---- A full disk ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def largest_file(n_bytes):
