@@ -123,21 +123,6 @@ def test_what_does_not_fit_the_model_code_is_named_in_one_line(small, tmp_path, 
     assert '\n' not in line
 
 
-def test_layers_may_differ_from_one_another(small, tmp_path):
-    """Every second layer has a module of its own, as mixtures of experts do."""
-    class Uneven(GPT):
-        def __init__(self, config):
-            super().__init__(config)
-            for block in self.transformer.h[1::2]:
-                block.mlp.gate = torch.nn.Linear(config.n_embd, 4)
-
-    model = Uneven(SMALL)
-    checkpoint.save(str(tmp_path / 'a.pt'), contents(model))
-    again = checkpoint.build(Uneven, checkpoint.load(str(tmp_path / 'a.pt')))
-    gates = [each.transformer.h[1].mlp.gate.weight for each in (again, model)]
-    assert torch.equal(*gates)
-
-
 @pytest.mark.parametrize('saved', [[1, 2], {'weights': {}}, {'model': {}}], ids=str)
 def test_another_file_of_torch_is_refused(tmp_path, saved):
     torch.save(saved, tmp_path / 'a.pt')

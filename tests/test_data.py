@@ -157,7 +157,8 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
 
 
 @pytest.mark.parametrize('file, content', [
-    ('val.bin', b'\0'), ('meta.json', b'{'), ('tokenizer.json', b'{"kind": "char", "chars": "a"}')])
+    ('val.bin', b'\0\0'), ('val.bin', b'\0\0\0'), ('meta.json', b'{'),
+    ('tokenizer.json', b'{"kind": "char", "chars": "a"}')])
 def test_a_damaged_data_set_is_refused_with_what_to_do(tmp_path, file, content):
     texts = {'train': ['abab'], 'val': ['ab']}
     write_dataset(tmp_path / 'book', CharTokenizer('ab'), texts, source='here')

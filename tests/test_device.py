@@ -5,16 +5,13 @@
 """
 import contextlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-import folio.log
 import folio.tokenizer
 import hellaswag
-from conftest import ROOT, TINY, run
+from conftest import TINY, log_of, run
 from folio import engine
 from folio.machine import COMPILE_OPTIONS, Machine
 from model import GPT, GPTConfig
@@ -28,7 +25,7 @@ LOSS_SCALES = {'float32': 1.0, 'bfloat16': 1.0, 'float16': 1024.0}
 in_each_format = pytest.mark.parametrize('dtype', TOLERANCES)
 of_each_arch = pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 on_a_gpu_only = pytest.mark.skipif("config.getoption('device') == 'cpu'",
-                                   reason='takes too long on a CPU: pytest --device=cuda')
+                                   reason='of a GPU: pytest --device=cuda')
 
 
 # ---- Small models --------------------------------------------------------------------------------
@@ -205,10 +202,10 @@ LEAST_FALL = 0.5  # nats by which the validation loss must fall in these 40 step
 
 def losses(folder, key, out_dir='out'):
     """Return what a run has logged under a key: loss, of each step, or val_loss."""
-    entries = folio.log.read(str(folder / out_dir / 'log.jsonl'))
-    return [entry[key] for entry in entries if key in entry]
+    return [entry[key] for entry in log_of(folder, out_dir) if key in entry]
 
 
+@on_a_gpu_only  # as the rest is, of which other files test what a CPU does
 @of_each_arch
 @in_each_format
 def test_training_learns(book, arch, dtype, device):
@@ -217,14 +214,14 @@ def test_training_learns(book, arch, dtype, device):
     assert last < first - LEAST_FALL
 
 
+@on_a_gpu_only
 def test_a_resumed_run_has_the_losses_of_one_left_alone(book, device):
-    """On a GPU to rounding: kernels of attention add in no fixed order."""
+    """To rounding: kernels of attention add in no fixed order."""
     options = [*RUN, *MUON, f'--device={device}', '--dropout=0.1', '--lr_decay_iters=40']
     run('train.py', *options, cwd=book)
     run('train.py', *options, '--max_iters=20', '--out_dir=other', cwd=book)
     run('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=book)
-    alone = losses(book, 'loss')
-    assert losses(book, 'loss', 'other') == pytest.approx(alone, abs=0 if device == 'cpu' else 5e-3)
+    assert losses(book, 'loss', 'other') == pytest.approx(losses(book, 'loss'), abs=5e-3)
 
 
 @on_a_gpu_only
@@ -243,14 +240,11 @@ def test_ddp_has_the_losses_of_one_process(book, device):
     options = [*RUN, *MUON, f'--device={device}', '--max_iters=10', '--batch_size=4',
                f'--gradient_accumulation_steps={n}']
     run('train.py', *options, cwd=book)
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-         str(ROOT / 'train.py'), *options, '--out_dir=other'],
-        cwd=book, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run('train.py', *options, '--out_dir=other', cwd=book, processes=n)
     assert losses(book, 'loss', 'other') == pytest.approx(losses(book, 'loss'), abs=2e-3)
 
 
+@on_a_gpu_only
 def test_sample_and_bench_run(trained, device):
     text, _ = run('sample.py', f'--device={device}', '--start=The', '--max_new_tokens=20',
                   '--strategy=nucleus', cwd=trained)

@@ -103,37 +103,12 @@ def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
     torch.testing.assert_close(orthogonalize(G), one_by_one, atol=1e-4, rtol=1e-4)
 
 
-def plain_muon(p, gradients, lr, weight_decay, momentum=0.95):
-    """Return a matrix after a step for each gradient, by Jordan's formulas written out."""
-    average = torch.zeros_like(p)
-    for g in gradients:
-        average = momentum * average + (1 - momentum) * g
-        update = (1 - momentum) * g + momentum * average  # Nesterov
-        rows, columns = p.shape
-        scale = max(1, rows / columns)**0.5
-        p = p - lr * weight_decay * p - lr * scale * orthogonalize(update)
-    return p
-
-
 @pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)], ids=str)
-def test_muon_takes_the_steps_of_its_formulas(shape):
+def test_muon_steps_as_torchs_does(shape):
+    """torch's has the same scale if it is told to leave its learning rate alone: "original"."""
     torch.manual_seed(0)
     start = torch.randn(shape)
     gradients = torch.randn(4, *shape)
-    p = torch.nn.Parameter(start.clone())
-    muon = Muon([p], n_matrices=[1], lr=0.1, weight_decay=0.5)
-    for g in gradients:
-        p.grad = g
-        muon.step()
-    expected = plain_muon(start, gradients, lr=0.1, weight_decay=0.5)
-    torch.testing.assert_close(p.detach(), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_muon_steps_as_torchs_does():
-    """torch's has the same scale if it is told to leave its learning rate alone: "original"."""
-    torch.manual_seed(0)
-    start = torch.randn(48, 16)
-    gradients = torch.randn(4, 48, 16)
     results = []
     for make in (lambda p: Muon([p], n_matrices=[1], lr=0.1, weight_decay=0.5),
                  lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.5, momentum=0.95,
