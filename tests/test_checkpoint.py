@@ -252,7 +252,7 @@ def test_a_kill_between_the_two_names_leaves_the_first_intact(twice, small):
     assert checkpoint.load(ckpt)['iter_num'] == 4
 
 
-def test_a_second_name_is_a_copy_where_there_are_no_links(small, tmp_path, monkeypatch):
+def test_a_second_name_is_a_copy_on_file_systems_without_links(small, tmp_path, monkeypatch):
     def link(*args):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -382,7 +382,7 @@ def test_a_folder_with_the_files_of_gpt2_has_gpt2s_tokenizer(tmp_path):
         assert ours.encode(text) == theirs(text)['input_ids']
 
 
-def test_a_folder_without_a_tokenizer_is_read_with_gpt2s_and_says_so(tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_gets_gpt2s_and_says_so(tmp_path, capsys):
     need_gpt2()
     gpt2_of_transformers(vocab_size=50257, n_embd=4).save_pretrained(tmp_path)
     ours = checkpoint.tokenizer_of(checkpoint.load(str(tmp_path)))

@@ -110,7 +110,7 @@ def needs_a_compiler(device):
 @pytest.mark.slow
 @of_each_arch
 @in_each_format
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(arch, dtype, device):
+def test_compiled_loss_and_gradients_are_the_eager_ones(arch, dtype, device):
     needs_a_compiler(device)
     model = make_model(arch).to(device)
     expected = gradients_and_loss(model, device, dtype)
@@ -121,7 +121,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(arch, dtyp
 
 @on_a_gpu_only
 @of_each_arch
-def test_at_the_size_of_a_recipe_compiled_gradients_are_those_of_the_eager_model(arch, device):
+def test_compiled_gradients_are_the_eager_ones_at_a_recipes_size(arch, device):
     """64 rows of 1,024 tokens: at this size compilers and kernels have been wrong before."""
     needs_a_compiler(device)
     model = make_model(arch, block_size=1024, vocab_size=50257, n_head=12, n_embd=768)

@@ -122,7 +122,7 @@ def test_a_sampling_setting_out_of_its_range_is_refused(model, options):
         next(engine.generate(model, torch.tensor([[1]]), 1, **options))
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(model):
+def test_a_seed_repeats_its_tokens_and_another_gives_others(model):
     first = tokens(model, [[1]], 30, seed=1)
     assert torch.equal(first, tokens(model, [[1]], 30, seed=1))
     assert not torch.equal(first, tokens(model, [[1]], 30, seed=2))

@@ -60,7 +60,7 @@ def header(folder):
 
 
 # ---- A model that a config file brings -----------------------------------------------------------
-def test_a_copied_model_trains_resumes_and_is_sampled_with_its_cache(experiment):
+def test_a_copied_model_trains_resumes_and_is_sampled(experiment):
     options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--lr_decay_iters=30']
     out, _ = run('train.py', *options, cwd=experiment)
     assert out.endswith('read it with: python sample.py gqa.py --out_dir=out\n')
@@ -150,7 +150,7 @@ class Block(nn.Module):'''),
 
 @pytest.mark.parametrize('optimizer', [
     'adamw', pytest.param('muon', marks=pytest.mark.slow)])
-def test_layers_differ_own_values_stay_and_what_gets_no_gradient_is_named_once(book, optimizer):
+def test_an_edit_may_add_layers_that_differ_and_idle_weights(book, optimizer):
     (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
     (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
     options = ['moe.py', *TINY, f'--optimizer={optimizer}', '--log_interval=1']
@@ -167,7 +167,7 @@ def test_layers_differ_own_values_stay_and_what_gets_no_gradient_is_named_once(b
 
 
 @pytest.mark.slow
-def test_two_processes_leave_alone_what_gets_no_gradient(book):
+def test_two_processes_leave_idle_weights_alone(book):
     (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
     (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
@@ -268,7 +268,7 @@ def test_a_run_keeps_the_code_of_its_model_and_says_what_ran(experiment):
     assert record['model'] and record.keys() == {'commit', 'dirty', 'argv', 'model'}
 
 
-def test_the_record_names_the_commit_and_whether_the_tree_is_dirty(tmp_path):
+def test_the_record_names_the_commit_and_a_dirty_tree(tmp_path):
     def git(*args):
         subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *args], cwd=tmp_path,
                        check=True, capture_output=True)

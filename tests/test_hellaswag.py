@@ -317,7 +317,7 @@ def server(tmp_path, monkeypatch):
     server.server.shutdown()
 
 
-def test_the_validation_split_is_downloaded_once_whole_and_checked(server, tmp_path):
+def test_the_validation_split_is_downloaded_once_and_checked(server, tmp_path):
     server.script = ['cut', 500, 'wrong', 'ok']
     for _ in range(2):
         items = hellaswag.load('', machine=Machine('cpu', 'float32'))
@@ -342,7 +342,7 @@ def test_a_copy_that_was_damaged_is_fetched_again(server, tmp_path):
 @pytest.mark.parametrize('script, says', [
     ([500] * 4, 'HTTP 500'), (['cut'] * 4, 'ChunkedEncodingError'),
     (['wrong', 'cut', 500, 'wrong'], 'SHA-256')], ids=['500', 'cut', 'wrong'])
-def test_a_download_that_fails_is_one_line_and_leaves_no_half_file(server, tmp_path, script, says):
+def test_a_download_that_fails_is_one_line_and_leaves_no_file(server, tmp_path, script, says):
     server.script = list(script)
     with pytest.raises(UserError, match=f'could not download .*{says}') as error:
         hellaswag.load('', rank_of(0, 1))
@@ -373,7 +373,7 @@ def changed(**changes):
     (changed(label=4), 'the label is 4'),
     (changed(label=''), "''"),
 ])
-def test_a_line_that_isnt_an_item_is_named(tmp_path, line, says):
+def test_a_broken_item_is_named_by_its_line(tmp_path, line, says):
     (tmp_path / 'items.jsonl').write_bytes(json.dumps(GOOD).encode() + b'\n' + line + b'\n\n')
     with pytest.raises(UserError, match=f'items.jsonl, line 2: .*{says}') as error:
         hellaswag.load(str(tmp_path / 'items.jsonl'), rank_of(0, 1))

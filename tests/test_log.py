@@ -61,7 +61,7 @@ def test_the_files_of_an_old_run_move_and_others_stay(tmp_path):
     assert set_aside(str(out)) is None
 
 
-def test_a_run_that_continues_with_other_code_keeps_the_code_that_it_had(tmp_path):
+def test_a_run_that_continues_with_other_code_keeps_both(tmp_path):
     before = tmp_path / 'before.py'
     after = tmp_path / 'after.py'
     before.write_text('# before')
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 # ---- What goes wrong while a run is under way ----------------------------------------------------
-def test_on_a_full_disk_the_log_keeps_whole_lines_and_the_run_continues(tmp_path, capsys):
+def test_on_a_full_disk_the_log_keeps_whole_lines(tmp_path, capsys):
     log = Log(str(tmp_path), MODEL)
     with largest_file(40):
         for iter_num in range(3):

@@ -58,7 +58,7 @@ def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     ('--dropout=1.5', 'dropout'),
     ('--out_dir=book.txt', 'another --out_dir'),
 ])
-def test_training_settings_that_cannot_work(book_once, arg, says):
+def test_a_training_setting_out_of_range_is_refused(book_once, arg, says):
     assert says in refused('train.py', *TINY, arg, cwd=book_once)
 
 
@@ -116,7 +116,7 @@ def test_a_run_is_resumed_with_the_optimizer_that_it_had(kept):
 
 
 # ---- A full disk ---------------------------------------------------------------------------------
-def test_no_space_left_keeps_the_checkpoint_and_room_lets_the_run_continue(trained):
+def test_a_full_disk_keeps_the_checkpoint_from_which_to_continue(trained):
     before = (trained / 'out' / 'ckpt.pt').read_bytes()
     with largest_file(len(before) // 2):
         line = refused('train.py', *TINY, '--init_from=resume', '--max_iters=40', cwd=trained)
@@ -151,7 +151,7 @@ def test_no_space_left_for_a_data_set_keeps_the_previous_one(book):
     (b'words ' * 100, ['--tokenizer=bpe', '--vocab_size=100'], '257'),
     (None, [], 'cannot be read'),
 ], ids=['empty', 'short', 'latin-1', 'encoding', 'tokenizer', 'vocab_size', 'missing'])
-def test_books_that_cannot_be_learned_from(tmp_path, content, args, says):
+def test_a_book_that_cannot_be_learned_from_is_refused(tmp_path, content, args, says):
     if content is not None:
         (tmp_path / 'my.txt').write_bytes(content)
     line = refused('prepare/book/prepare.py', '--book=my.txt', *args, cwd=tmp_path)
@@ -174,5 +174,5 @@ def test_gutenberg_needs_a_number(tmp_path):
     ('--out_dir=empty', 'no checkpoint empty/ckpt.pt'),
     ('--temprature=1', 'did you mean temperature'),
 ])
-def test_prompts_and_settings_that_cannot_be_sampled(trained_once, arg, says):
+def test_a_sampling_mistake_is_refused(trained_once, arg, says):
     assert says in refused('sample.py', '--out_dir=out', '--device=cpu', arg, cwd=trained_once)

@@ -45,7 +45,7 @@ def test_overfits_one_batch(arch, optimizer):
     assert loss.item() < 0.05
 
 
-def test_a_call_with_targets_returns_their_mean_loss_and_logits_if_asked_for(model):
+def test_a_call_with_targets_returns_their_mean_loss(model):
     idx_BT = torch.randint(50, (2, 8))
     targets_BT = torch.randint(50, (2, 8))
     logits_BTV, loss = model(idx_BT, targets_BT, all_logits=True)
@@ -56,7 +56,7 @@ def test_a_call_with_targets_returns_their_mean_loss_and_logits_if_asked_for(mod
     assert torch.equal(model(idx_BT, targets_BT)[1], loss)
 
 
-def test_a_call_without_targets_returns_the_last_position_and_no_loss(model):
+def test_a_call_without_targets_returns_the_last_logits(model):
     idx_BT = torch.randint(50, (2, 8))
     logits_BTV, loss = model(idx_BT)
     assert loss is None
@@ -78,7 +78,7 @@ def test_the_loss_without_any_target_is_zero(model):
     assert model(idx_BT, torch.full_like(idx_BT, -1))[1].item() == 0
 
 
-def test_residual_projections_begin_smaller_by_the_root_of_twice_the_layers():
+def test_residual_projections_begin_smaller_in_deep_models():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=2, n_embd=128))
     for block in model.transformer.h:
@@ -124,7 +124,7 @@ def test_a_window_shows_its_length_of_tokens_and_no_older_one(model):
 
 
 @pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
-def test_a_window_in_blocks_equals_one_by_a_mask_and_so_do_its_gradients(window):
+def test_a_window_in_blocks_equals_one_by_a_mask(window):
     torch.manual_seed(0)
     config = GPTConfig(block_size=300, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
     attention = GPT(config).transformer.h[0].attn
@@ -196,7 +196,7 @@ def loss_and_gradients(model, idx_BT):
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def test_activations_computed_twice_give_the_same_loss_and_gradients(model, monkeypatch):
+def test_activation_checkpointing_changes_no_gradient(model, monkeypatch):
     monkeypatch.setattr(model_module, 'LOSS_ROWS', 7)
     model = GPT(dataclasses.replace(model.config, dropout=0.1))
     idx_BT = torch.randint(50, (3, 16))
@@ -259,7 +259,7 @@ def test_a_shape_that_cannot_be_is_a_value_error(options, says):
 
 
 # ---- Plain generation ----------------------------------------------------------------------------
-def test_generate_returns_the_prompt_and_as_many_tokens_as_asked_for(model):
+def test_generate_returns_the_prompt_and_its_continuation(model):
     prompt_BT = torch.randint(50, (3, 4))
     longer_BT = model.generate(prompt_BT, 20)  # past the context of 16
     assert longer_BT.shape == (3, 24)

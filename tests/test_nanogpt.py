@@ -167,7 +167,7 @@ def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimiz
     assert 'done at step 21' in out
 
 
-def test_weights_without_a_step_are_not_resumed_but_say_what_to_do(nanogpt):
+def test_resuming_weights_without_a_step_says_what_to_do(nanogpt):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', iter_num=None)
     _, err = run('train.py', *CHAR_RUN, '--init_from=resume', cwd=nanogpt, status=2)
     assert 'holds weights but no iter_num' in err
@@ -187,7 +187,7 @@ def test_a_checkpoint_is_sampled_with_the_characters_of_its_data(nanogpt):
     assert sample(nanogpt) == expected
 
 
-def test_a_checkpoint_without_its_data_is_refused_for_its_vocabulary(nanogpt):
+def test_a_checkpoint_of_characters_needs_its_data(nanogpt):
     shutil.rmtree(nanogpt / 'data')
     _, err = run('sample.py', '--out_dir=out', '--device=cpu', cwd=nanogpt, status=2)
     assert f"has no tokenizer, and its {len(CHARS)} tokens are not the 50257 of GPT-2's" in err

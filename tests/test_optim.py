@@ -138,7 +138,7 @@ def test_muon_treats_query_key_and_value_apart():
 
 
 @pytest.mark.parametrize('is_emulated, expected', [(False, torch.bfloat16), (True, torch.float32)])
-def test_muon_multiplies_in_bfloat16_on_gpus_that_do_not_emulate_it(monkeypatch, is_emulated,
+def test_muon_multiplies_in_bfloat16_on_gpus_that_have_it(monkeypatch, is_emulated,
                                                                    expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
                         lambda including_emulation: including_emulation or not is_emulated)
@@ -146,7 +146,7 @@ def test_muon_multiplies_in_bfloat16_on_gpus_that_do_not_emulate_it(monkeypatch,
         assert product_dtype(torch.empty(2, 2, device='cuda')) == expected
 
 
-def test_muon_does_not_guess_from_a_shape_how_many_matrices_there_are():
+def test_muon_takes_the_number_of_matrices_from_the_model():
     """An MLP three times as wide as the stream has the shape of c_attn, and is one matrix."""
     model = GPT(GPTConfig(**SMALL, arch='modern'))
     for block in model.transformer.h:

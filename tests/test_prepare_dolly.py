@@ -131,7 +131,7 @@ def test_it_comes_from_the_hub(tmp_path):
         assert (data / 'dolly' / name).read_bytes() == (data / 'same' / name).read_bytes()
 
 
-def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_path):
+def test_the_config_fine_tunes_a_checkpoint_that_then_answers(tmp_path):
     write(tmp_path / 'my.jsonl', ROWS)
     run(DOLLY, '--source=my.jsonl', '--tokenizer=bpe', '--vocab_size=300', cwd=tmp_path)
     run('train.py', '--dataset=dolly', '--out_dir=tiny', '--max_iters=1', '--eval_iters=1', *TINY,

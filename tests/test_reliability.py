@@ -189,7 +189,7 @@ def losses_and_norms(folder, out_dir):
     return [(e['loss'], e['grad_norm']) for e in log_of(folder, out_dir) if 'loss' in e]
 
 
-def test_masked_losses_do_not_depend_on_how_a_step_is_cut(book):
+def test_masked_losses_are_the_same_however_a_step_is_cut(book):
     sparse_targets(book)
     for size, count in CUTS:
         run('train.py', *FAST, f'--batch_size={size}', f'--gradient_accumulation_steps={count}',
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(trained):
     assert (trained / 'out' / 'ckpt.pt').read_bytes() == damaged
 
 
-def test_another_batch_size_on_resume_continues_at_the_next_window(book):
+def test_a_resume_with_another_batch_size_takes_the_next_window(book):
     options = [*FAST, '--eval_interval=100']
     for steps, size, count, how in ((3, 4, 2, 'scratch'), (5, 2, 3, 'resume'), (7, 5, 1, 'resume')):
         run('train.py', *options, f'--max_iters={steps}', f'--batch_size={size}',
@@ -311,12 +311,12 @@ def test_max_iters_alone_shortens_a_run(book):
     (['--max_iters=6', '--lr_decay_iters=4', '--min_lr=0'], 'from step 4 (lr_decay_iters) on'),
     (['--max_iters=6', '--warmup_iters=2000'], 'never reaches its peak'),
 ])
-def test_a_schedule_that_nobody_means_is_said(book, args, says):
+def test_an_odd_schedule_is_noticed(book, args, says):
     out, _ = run('train.py', *FAST, *args, cwd=book)
     assert says in out
 
 
-def test_a_usual_schedule_has_nothing_to_say(book):
+def test_a_usual_schedule_needs_no_notice(book):
     out, _ = run('train.py', *FAST, cwd=book)
     assert 'rate' not in out
 
@@ -398,7 +398,7 @@ def test_a_signal_to_torchrun_saves(book):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_signal_in_an_evaluation_leaves_the_resumed_run_the_same(tmp_path, processes):
+def test_a_signal_in_an_evaluation_changes_nothing_after_a_resume(tmp_path, processes):
     """The evaluation takes some seconds, as the split is long."""
     make_chars(tmp_path, letters(5000), letters(600000))
     options = [*TINY, '--dataset=chars', '--log_interval=1', '--eval_interval=10', '--eval_iters=0',
@@ -478,7 +478,7 @@ def test_a_run_that_an_error_ends_is_saved_first(book, when, accident, status, s
     assert load(book)['iter_num'] == 7
 
 
-def test_an_error_whose_run_cannot_be_saved_is_told_with_both_reasons(trained):
+def test_an_error_on_a_full_disk_is_told_with_both_reasons(trained):
     config = plant(trained, when='self.passes == 3', accident='raise KeyError("a bug")')
     with largest_file((trained / 'out' / 'ckpt.pt').stat().st_size // 2):
         _, err = run('train.py', config, *FAST, '--init_from=resume', '--max_iters=40',

@@ -83,7 +83,7 @@ def test_stop_ends_each_of_several_texts(trained_once, stopped):
     assert text == f'{expected}\n---------------\n{expected}\n'
 
 
-def test_streamed_bytes_never_break_a_character_and_end_with_the_document(tmp_path):
+def test_streamed_characters_are_whole_and_end_with_the_document(tmp_path):
     """The bytes of a character come one a token; whatever a pipe holds at a moment decodes."""
     tokenizer = folio.tokenizer.train_bpe([], 257)
     torch.manual_seed(0)

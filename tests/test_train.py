@@ -63,7 +63,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_left_alone(book):
     assert steps_of(book) == steps_of(book, 'alone')  # nothing twice, nothing missing
 
 
-def test_the_momentum_of_muon_rises_over_the_first_fifth_of_a_run(book):
+def test_muons_momentum_rises_over_the_first_fifth_of_a_run(book):
     run('train.py', *TINY, '--optimizer=muon', '--lr_decay_iters=20', '--max_iters=3', cwd=book)
     _, muon = newest(book)['optimizer']
     assert muon['param_groups'][0]['momentum'] == pytest.approx(0.9)  # of step 2, the last one
@@ -74,7 +74,7 @@ def test_auto_begins_where_there_is_nothing_to_resume(book):
     assert 'iter 0:' in out
 
 
-def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(trained):
+def test_a_finished_run_that_is_resumed_stays_as_it_is(trained):
     before = newest(trained)
     out, _ = run('train.py', *TINY, '--init_from=resume', cwd=trained)
     assert 'all its steps are done: for more, give a higher --max_iters' in out
@@ -92,7 +92,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained_once):
     assert losses == pytest.approx([losses[0]] * 3, abs=2e-4)  # four digits are printed
 
 
-def test_the_final_evaluation_is_of_the_whole_split_and_of_the_saved_weights(book):
+def test_the_final_evaluation_is_of_the_saved_weights(book):
     options = ['--eval_iters=0', '--max_iters=15']
     run('train.py', *TINY, *options, cwd=book)
     last = evaluations(book)[-1]
@@ -234,7 +234,7 @@ def test_samples_are_printed_and_logged(book):
     assert texts[0] in out
 
 
-def test_samples_do_not_change_the_training(book):
+def test_samples_leave_the_training_as_it_is(book):
     run('train.py', *TINY, '--dropout=0.1', '--max_iters=6', '--out_dir=alone', cwd=book)
     run('train.py', *TINY, '--dropout=0.1', '--max_iters=6', '--sample_interval=3', cwd=book)
     assert_same_run(book)

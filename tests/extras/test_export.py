@@ -132,7 +132,7 @@ def test_folder_of_one_or_many_files_gives_the_same_logits(tmp_path, make, shard
     (nanochat_of_transformers, 'rope_parameters',
      {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0}),
 ])
-def test_model_that_ours_cannot_be_is_refused(tmp_path, make, field, value):
+def test_a_model_of_another_kind_is_refused(tmp_path, make, field, value):
     make().save_pretrained(tmp_path)
     hf = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(hf | {field: value}))
@@ -236,7 +236,7 @@ class Edited(GPTConfig):
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_a_field_that_transformers_lacks_is_refused_unless_it_has_its_default(arch):
+def test_a_field_that_transformers_lacks_needs_its_default(arch):
     model = random_model(arch=arch)
     for slope in (0.0, 0.5):
         config = Edited(**vars(model.config), slope=slope)
@@ -443,7 +443,7 @@ def answered(folder, *options, questions='who?\nwhat?\n'):
     return text.split('\n')[:2]
 
 
-def test_a_prompt_is_continued_alike_in_a_run_its_export_and_transformers(learned):
+def test_a_models_export_continues_a_prompt_alike(learned):
     assert sampled(learned, '--out_dir=.') == STORY
     assert sampled(learned, '--init_from=hf') == STORY
     inputs = load_tokenizer(learned / 'hf')('one two', return_tensors='pt')
@@ -452,7 +452,7 @@ def test_a_prompt_is_continued_alike_in_a_run_its_export_and_transformers(learne
 
 
 @pytest.mark.parametrize('learned', TUNED, indirect=True)
-def test_a_tuned_model_answers_alike_in_a_run_its_export_and_transformers(learned):
+def test_a_tuned_models_export_answers_alike(learned):
     tokenizer = folio.tokenizer.load(str(learned / 'hf'))
     assert answered(learned, '--out_dir=.') == ['me', 'a bee']
     assert answered(learned, '--init_from=hf') == ['me', 'a bee']
@@ -473,7 +473,7 @@ def test_a_template_of_any_characters_comes_back():
     assert template_of(script.to_chat_template(template), config, ['<|endoftext|>']) == template
 
 
-def test_a_folder_that_transformers_saved_again_is_the_same_model(learned):
+def test_a_folder_saved_again_by_transformers_is_the_same(learned):
     load(learned / 'hf').save_pretrained(learned / 'again')
     load_tokenizer(learned / 'hf').save_pretrained(learned / 'again')
     before = folio.checkpoint.load(str(learned))
@@ -521,7 +521,7 @@ def test_llama_cpp_continues_and_answers_alike(learned, dtype):
     assert done['usage']['prompt_tokens'] == n_tokens
 
 
-def test_of_a_gguf_with_the_exact_gelu_is_said_that_llama_cpp_has_another(tmp_path, capsys):
+def test_a_gguf_with_the_exact_gelu_comes_with_a_notice(tmp_path, capsys):
     pytest.importorskip('gguf')
     spec = folio.tokenizer.train_bpe([], 257).spec
     save_model(tmp_path / 'ckpt.pt', random_model(257, gelu='none'), spec)
@@ -543,7 +543,7 @@ def trained(trained_once, tmp_path):
     return shutil.copytree(trained_once, tmp_path / 'work')
 
 
-def test_model_card_tells_what_the_checkpoint_knows_and_how_to_load_it(trained, monkeypatch,
+def test_the_model_card_says_how_to_load_the_model(trained, monkeypatch,
                                                                        capsys):
     export(trained, out_dir='out', to='hf')
     card = (trained / 'hf' / 'README.md').read_text()
@@ -621,7 +621,7 @@ def test_no_space_left_leaves_nothing(trained):
     assert not (trained / 'hf').exists()
 
 
-def test_exports_that_cannot_be(trained):
+def test_an_export_that_cannot_work_is_refused(trained):
     pytest.importorskip('gguf')
     spec = {'kind': 'char', 'chars': ''.join(map(chr, range(101)))}
     save_model(trained / 'window.pt', random_model(window=8), spec)
@@ -656,7 +656,7 @@ def test_without_a_package_the_command_that_installs_it_is_said(trained, package
     assert not (trained / to).exists()
 
 
-def test_nanogpt_checkpoint_is_exported_with_the_characters_of_its_data(tmp_path):
+def test_a_nanogpt_checkpoint_is_exported_with_its_characters(tmp_path):
     """Its checkpoint has no tokenizer; the characters are in data/shakespeare_char/meta.pkl."""
     text = 'To be, or not to be'
     chars = sorted(set(text))

@@ -98,7 +98,7 @@ def prepare_other_book(folder):
 
 
 # ---- The page ------------------------------------------------------------------------------------
-def test_figures_equal_the_log_and_what_eval_only_prints_of_the_whole_test_split(trained):
+def test_figures_equal_the_log_and_what_eval_only_prints(trained):
     page = written(trained, 'out/a')
     best = min((e for e in entries_of(trained) if 'val_loss' in e), key=lambda e: e['val_loss'])
     assert cells(page, 'validation loss') == [f'{best["val_loss"]:.3f}']
@@ -112,7 +112,7 @@ def test_figures_equal_the_log_and_what_eval_only_prints_of_the_whole_test_split
     assert cells(page, 'test loss, whole split') == [f'{float(printed["test"]):.3f}']
 
 
-def test_a_run_has_settings_curves_a_baseline_and_texts_of_every_strategy(trained):
+def test_a_page_has_settings_curves_a_baseline_and_texts(trained):
     page = written(trained, 'out/a')
     assert cells(page, 'learning_rate') == ['0.001'] and cells(page, 'n_layer') == ['2']
     assert pictures(page) == ['loss1.png']  # one temperature makes no curve
@@ -153,7 +153,7 @@ def test_seeds_of_one_setting_are_a_mean_with_its_standard_error(trained):
 @pytest.mark.parametrize('change, says', [
     (lambda folder: shutil.rmtree(folder / 'data'), 'no data set in data/book'),
     (prepare_other_book, 'has another vocabulary now')])
-def test_only_the_run_folder_is_needed_and_other_data_is_not_taken(trained, change, says):
+def test_a_page_needs_the_run_folder_alone(trained, change, says):
     change(trained)
     page = written(trained, 'out/a')
     assert says in page and 'test loss' not in page.partition('Losses are')[0]
@@ -175,7 +175,7 @@ def test_a_run_cut_short_is_reported_as_far_as_it_goes(trained, lines, evaluatio
         assert cells(page, 'validation loss') == [f'{val_losses[-1]:.3f}']
 
 
-def test_runs_validated_alike_share_a_picture_and_those_of_equal_name_are_told_apart(trained):
+def test_runs_validated_alike_share_a_picture(trained):
     shutil.copytree(trained / 'out' / 'a', trained / 'more' / 'a')
     another(trained, 'b', with_settings(dataset='gone'))
     page = written(trained, 'out/a', 'out/b', 'out/a/', 'more/a', '--num_samples=0')
@@ -213,7 +213,7 @@ def lines(monkeypatch):
 
 
 @pytest.mark.parametrize('source', ['', 'my.jsonl'])
-def test_what_others_reach_on_hellaswag_is_drawn_next_to_hellaswag_alone(trained, lines, source):
+def test_hellaswag_is_drawn_with_what_others_reach(trained, lines, source):
     score = {'iter': 30, 'hellaswag': 0.2519, 'acc_mean_stderr': 0.0043, 'n': 10042}
     another(trained, 'b', with_settings(hellaswag_source=source))
     with open(trained / 'out' / 'b' / 'log.jsonl', 'a') as f:
@@ -242,7 +242,7 @@ def test_a_number_that_only_a_researcher_logs_is_drawn(trained):
     assert pictures(page) == ['loss1.png', 'loss1-entropy.png']
 
 
-def test_a_prompt_that_a_tokenizer_does_not_know_leaves_out_the_texts_alone(trained):
+def test_a_prompt_of_unknown_characters_leaves_out_the_texts(trained):
     page = written(trained, 'out/a', '--prompts=日本')
     assert 'never saw' in page and '## Texts' not in page
     assert cells(page, 'test loss, whole split') != ['–']
@@ -336,7 +336,7 @@ def test_diversity_counts_what_it_says():
     assert metrics['self-BLEU'] == 0.5  # copies after the first prompt, strangers after the second
 
 
-def test_what_cannot_be_computed_of_texts_is_nan():
+def test_measures_of_too_short_texts_are_nan():
     metrics = ngrams.measure([['a b']])  # no 4-grams, and no other text after this prompt
     assert np.isnan([metrics['repeated-4'], metrics['self-BLEU']]).all()
     assert report.shown([metrics['self-BLEU']]) == '–'

@@ -37,7 +37,7 @@ def prepared_once(tmp_path_factory):
 
 
 # ---- The generator -------------------------------------------------------------------------------
-def test_solutions_give_what_the_examples_in_their_docstrings_say():
+def test_solutions_give_what_their_docstrings_say():
     runner = doctest.DocTestRunner()
     out = io.StringIO()
     for prompt, solution in generator.make(generator.exercise, 400, False, random.Random(0)):
@@ -56,7 +56,7 @@ def test_the_generator_shows_what_it_makes(tmp_path):
     assert '--n=3' in run('extras/textbook/generator.py', '--help', cwd=tmp_path)[0]
 
 
-def test_hidden_tests_pass_the_solution_and_fail_whatever_always_says_the_same():
+def test_hidden_tests_pass_the_solution_and_fail_constants():
     compositions = list(generator.compositions(held_out=True))
     for i, composition in enumerate(compositions):
         problem = generator.problem(composition, i, random.Random(i))
@@ -114,7 +114,7 @@ def test_no_held_out_problem_has_the_code_of_a_known_composition():
 
 
 # ---- Preparing -----------------------------------------------------------------------------------
-def test_three_sets_share_a_tokenizer_and_solutions_are_the_targets_of_exercises(prepared_once):
+def test_three_sets_share_a_tokenizer_and_solutions_are_targets(prepared_once):
     folder, out = prepared_once
     sets = {name: Dataset(str(folder / 'data' / f'textbook_{name}'))
             for name in ('raw', 'filtered', 'exercises')}
@@ -237,7 +237,7 @@ def test_published_sets_come_from_the_hub(tmp_path):
 
 
 @needs_openai
-def test_a_teacher_writes_the_textbook_and_its_wrong_solutions_are_dropped(tmp_path):
+def test_a_teachers_wrong_solutions_are_dropped(tmp_path):
     (tmp_path / 'data/downloads').mkdir(parents=True)
     shutil.copy(shared('HumanEval.jsonl.gz'), tmp_path / 'data/downloads')
     (tmp_path / 'topics.json').write_text('{"adding": ["one", "two"]}')
@@ -336,7 +336,7 @@ def test_the_study_trains_four_models_and_continues_where_it_was(prepared_once, 
     assert 'was made with other settings' in error
 
 
-def test_the_larger_of_the_errors_over_seeds_and_over_problems_is_shown():
+def test_the_larger_error_of_seeds_and_problems_is_shown():
     results = [{'pass@1': p, 'pass@1_stderr': 0.01} for p in (0.1, 0.2, 0.6)]
     assert study.percentage(results, 'pass@1') == '30.0 ± 15.3 %'
     assert study.percentage(results[:1], 'pass@1') == '10.0 ± 1.0 %'
