@@ -433,8 +433,7 @@ def test_a_folder_brings_its_template(tmp_path, byte_level, where):
 @pytest.mark.parametrize('chat', [
     '{% for m in messages %}{{ m.content }}</s>{% endfor %}', '{{ raise_exception("no") }}', '{% x',
     '<s>{{ messages[0].content }}</s>', '<s>no question'])
-def test_only_a_template_of_text_around_a_question_is_taken(tmp_path, byte_level,
-                                                                          chat, capsys):
+def test_only_a_template_of_text_around_a_question_is_taken(tmp_path, byte_level, chat, capsys):
     gpt2_of_transformers(vocab_size=300).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, byte_level, config={'chat_template': chat})
     assert checkpoint.load(str(tmp_path))['template'] is None

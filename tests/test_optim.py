@@ -138,8 +138,7 @@ def test_muon_treats_query_key_and_value_apart():
 
 
 @pytest.mark.parametrize('is_emulated, expected', [(False, torch.bfloat16), (True, torch.float32)])
-def test_muon_multiplies_in_bfloat16_on_gpus_that_have_it(monkeypatch, is_emulated,
-                                                                   expected):
+def test_muon_multiplies_in_bfloat16_on_gpus_that_have_it(monkeypatch, is_emulated, expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
                         lambda including_emulation: including_emulation or not is_emulated)
     with FakeTensorMode():

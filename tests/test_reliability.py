@@ -398,7 +398,7 @@ def test_a_signal_to_torchrun_saves(book):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_signal_in_an_evaluation_changes_nothing_after_a_resume(tmp_path, processes):
+def test_a_signal_in_an_evaluation_leaves_a_resume_the_same(tmp_path, processes):
     """The evaluation takes some seconds, as the split is long."""
     make_chars(tmp_path, letters(5000), letters(600000))
     options = [*TINY, '--dataset=chars', '--log_interval=1', '--eval_interval=10', '--eval_iters=0',

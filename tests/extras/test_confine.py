@@ -165,8 +165,7 @@ def test_the_user_is_asked_first():
     ('#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n',
      'bwrap: No permissions to create new namespace'),
     (None, 'it is not installed')])
-def test_without_bubblewrap_programs_run_and_the_reason_is_said(
-        tmp_path, bwrap, reason):
+def test_without_bubblewrap_programs_run_and_the_reason_is_said(tmp_path, bwrap, reason):
     if bwrap:
         (tmp_path / 'bwrap').write_text(bwrap)
         (tmp_path / 'bwrap').chmod(0o755)

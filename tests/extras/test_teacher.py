@@ -248,8 +248,7 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
     ('a page', 'this is no completion: <html>Please log in</html>', 8),
     ('no choices', 'this is no completion: .*overloaded', 8),
 ], ids=str)
-def test_a_fault_that_stays_ends_the_run_in_one_line(
-        endpoint, monkeypatch, how, says, most):
+def test_a_fault_that_stays_ends_the_run_in_one_line(endpoint, monkeypatch, how, says, most):
     monkeypatch.setattr(teachers, 'TIMEOUT', 0.3)
     endpoint.always = how
     with pytest.raises(UserError) as error:
