@@ -37,7 +37,7 @@ def model_of(settings):
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_sets_only_settings_that_exist(name, device):
-    settings_of(name, device=device)  # raises for a name or a type that is none of train.py's
+    settings_of(name, device=device)  # fails at a name or a type that train.py lacks
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 
 
 def edited(name, *pairs):
-    """Return the text of a file of ours with each old text, which it has once, replaced."""
+    """Return the text of one of our files with each old text, which it has once, replaced."""
     text = (ROOT / name).read_text(encoding='utf-8')
     for old, new in pairs:
         assert text.count(old) == 1, old

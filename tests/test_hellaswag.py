@@ -231,7 +231,7 @@ def test_a_mistake_is_one_line(tmp_path, arg, says):
     assert err.count('\n') == 1
 
 
-# ---- Beside lm-evaluation-harness ----------------------------------------------------------------
+# ---- Compared with lm-evaluation-harness ---------------------------------------------------------
 TASK = """\
 task: hellaswag_file
 dataset_path: json

@@ -13,7 +13,6 @@ from conftest import ROOT
 from folio.configurator import UserError
 
 
-
 def tracked(*patterns):
     """Return the paths of the files that git knows; none in an archive without git."""
     done = subprocess.run(['git', 'ls-files', *patterns], cwd=ROOT, capture_output=True, text=True)
@@ -65,7 +64,7 @@ def file_of(module):
 
 @functools.cache
 def ours(path):
-    """Return {path of an imported file of ours: whether at the top}."""
+    """Return {path of one of our files that it imports: whether at the top}."""
     folder = path.rpartition('/')[0]
     found = {}
     for module, at_top in imports(parse(path)).items():
@@ -77,7 +76,7 @@ def ours(path):
 
 @functools.cache
 def closure(path):
-    """Return the files of ours that a file needs as soon as it is imported, itself among them."""
+    """Return our files that a file needs as soon as it is imported, itself among them."""
     needed = {path}
     todo = [path]
     while todo:

@@ -51,7 +51,7 @@ def on_disk():
 
 
 # ---- Nothing is paid twice -----------------------------------------------------------------------
-def test_every_answer_is_kept_once_whatever_befalls_the_requests(endpoint):
+def test_every_answer_is_kept_once_through_all_faults(endpoint):
     faults = [429, 500, 'cut', 408, 'dropped', 503, 409, 429, 'cut', 502]
     endpoint.trouble = ['ok'] * 8 + faults
     answers, spent = ask(QUESTIONS + QUESTIONS[:5])
