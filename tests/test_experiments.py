@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import folio.log
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, log_of, run
 from folio import checkpoint
 from folio.data import Dataset, train_batch
 from model import GPT, GPTConfig
@@ -55,10 +54,6 @@ def experiment(book):
     return book
 
 
-def header(folder):
-    return folio.log.read(str(folder / 'out' / 'log.jsonl'))[0]
-
-
 # ---- A model that a config file brings -----------------------------------------------------------
 def test_a_copied_model_trains_resumes_and_is_sampled(experiment):
     options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--lr_decay_iters=30']
@@ -77,7 +72,6 @@ def test_a_copied_model_trains_resumes_and_is_sampled(experiment):
     assert 'other code' not in err
 
 
-@pytest.mark.slow
 def test_a_copied_model_is_scored_and_benched(experiment):
     run('train.py', 'gqa.py', *TINY, '--max_iters=2', cwd=experiment)
     item = {'ctx': 'the name of', 'endings': ['it', 'the object', 'zzz', 'a'], 'label': 1}
@@ -95,11 +89,8 @@ def test_a_copied_model_is_scored_and_benched(experiment):
 
 @pytest.mark.slow
 def test_every_process_of_torchrun_has_the_copied_model(experiment):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               str(ROOT / 'train.py'), 'gqa.py', *TINY, '--max_iters=4',
-               '--gradient_accumulation_steps=2']
-    done = subprocess.run(command, cwd=experiment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run('train.py', 'gqa.py', *TINY, '--max_iters=4', '--gradient_accumulation_steps=2',
+        cwd=experiment, processes=2)
     assert checkpoint.load(str(experiment / 'out'))['model_args']['n_kv_head'] == 1
 
 
@@ -148,8 +139,7 @@ class Block(nn.Module):'''),
      '        self.mlp = MLP(config) if layer % 2 == 0 else Experts(config)\n'))
 
 
-@pytest.mark.parametrize('optimizer', [
-    'adamw', pytest.param('muon', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_an_edit_may_add_layers_that_differ_and_idle_weights(book, optimizer):
     (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
     (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
@@ -170,12 +160,9 @@ def test_an_edit_may_add_layers_that_differ_and_idle_weights(book, optimizer):
 def test_two_processes_leave_idle_weights_alone(book):
     (book / 'my_model.py').write_text(MIXED, encoding='utf-8')
     (book / 'moe.py').write_text('from my_model import GPT, GPTConfig\n')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               str(ROOT / 'train.py'), 'moe.py', *TINY, '--gradient_accumulation_steps=2',
-               '--max_iters=4']
-    done = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('no gradient reaches transformer.h.1.mlp.unused') == 1
+    out, _ = run('train.py', 'moe.py', *TINY, '--gradient_accumulation_steps=2', '--max_iters=4',
+                 cwd=book, processes=2)
+    assert out.count('no gradient reaches transformer.h.1.mlp.unused') == 1
 
 
 # ---- What is read is what runs -------------------------------------------------------------------
@@ -246,8 +233,7 @@ def test_an_edit_changes_the_training_loss_as_it_should(sharp, what, options, tm
                  cwd=sharp)
     if 'compile is off: ' in out:
         pytest.skip('no compiler here, as train.py said')
-    log = folio.log.read(str(tmp_path / 'out' / 'log.jsonl'))
-    logged = [entry['loss'] for entry in log if 'loss' in entry]
+    logged = [entry['loss'] for entry in log_of(tmp_path) if 'loss' in entry]
     smoothing = 0.3 if what == 'loss' else 0.0
     expected = loss_by_logits(tmp_path / 'edited_model.py', sharp, label_smoothing=smoothing)
     tolerance = 1e-4 if options == ['--dtype=float32'] else 0.005
@@ -260,7 +246,7 @@ def test_a_run_keeps_the_code_of_its_model_and_says_what_ran(experiment):
     run('train.py', 'gqa.py', *TINY, '--max_iters=1', '--note=do fewer keys cost much?',
         cwd=experiment)
     assert (experiment / 'out' / 'model.py').read_text(encoding='utf-8') == GROUPED
-    first = header(experiment)
+    first = log_of(experiment)[0]
     assert first['config']['note'] == 'do fewer keys cost much?'
     record = first['record']
     assert record == checkpoint.load(str(experiment / 'out'))['record']
