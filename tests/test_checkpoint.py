@@ -73,18 +73,6 @@ def test_a_model_is_not_loaded_with_a_longer_context(small):
 
 
 # ---- What is refused -----------------------------------------------------------------------------
-def test_a_missing_file_is_refused(tmp_path):
-    assert 'no checkpoint' in refused(tmp_path / 'missing.pt')
-
-
-def test_a_missing_run_is_refused(tmp_path):
-    assert f'no checkpoint {tmp_path}/ckpt.pt' in refused('resume', out_dir=str(tmp_path))
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    assert 'not a Hugging Face folder' in refused(tmp_path)
-
-
 def test_a_run_that_has_only_its_best_says_what_was_meant(small, tmp_path):
     checkpoint.save(str(tmp_path / 'best.pt'), contents(small))
     assert f'did you mean {tmp_path}/best.pt?' in refused(tmp_path)

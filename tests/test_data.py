@@ -166,12 +166,6 @@ def test_a_damaged_data_set_is_refused_with_what_to_do(tmp_path, file, content):
         Dataset(str(tmp_path / 'book')).tokens('val')
 
 
-def test_a_missing_data_set_is_refused_with_what_to_type(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='python prepare/book/prepare.py .* --dataset=novel'):
-        Dataset('novel')
-
-
 class Planted:
     """Run a command when it is unpickled, unless the reader refuses."""
 

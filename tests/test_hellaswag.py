@@ -386,14 +386,7 @@ def test_a_label_may_be_a_number_or_its_text(tmp_path):
     assert [item['label'] for item in items] == [3, 3]
 
 
-@pytest.mark.parametrize('name, says', [('empty', 'is empty'), ('missing', 'cannot be read')])
-def test_a_file_without_items_is_named(tmp_path, name, says):
+def test_a_file_without_items_is_named(tmp_path):
     (tmp_path / 'empty.jsonl').write_text('\n')
-    with pytest.raises(UserError, match=f'{name}.jsonl {says}'):
-        hellaswag.load(str(tmp_path / f'{name}.jsonl'), rank_of(0, 1))
-
-
-def test_characters_that_the_model_never_saw_are_named(model):
-    item = make_items(1)[0] | {'ctx': 'Größe'}
-    with pytest.raises(UserError, match="this model .*'ß' 'ö'"):
-        evaluate(model, [*make_items(2), item])
+    with pytest.raises(UserError, match='empty.jsonl is empty'):
+        hellaswag.load(str(tmp_path / 'empty.jsonl'), rank_of(0, 1))

@@ -151,20 +151,13 @@ def test_the_config_fine_tunes_a_checkpoint_that_then_answers(tmp_path):
 
 @pytest.mark.parametrize('content, args, says', [
     (YES * 2 + '{"instruction": "Go."}\n', [], 'line 3'),
-    ('["Go."]\n', [], 'line 1'),
-    ('{"instruction": "Go.", "response": 5}\n', [], 'line 1'),
     ('{"instruction": "Go.", "context": 5, "response": "Yes."}\n', [], 'row 1'),
-    ('Go.\n', [], 'line 1'),
-    ('', [], 'is empty'),
     (YES * 9, ['--max_tokens=5'], '0 of 9 rows can be used'),
     (YES * 9, ['--val_share=1'], 'val_share is 1.0'),
     (YES * 9, ['--tokenizer=bqe'], 'no tokenizer in bqe'),
-    (None, [], 'cannot be read'),
-], ids=['column', 'list', 'number', 'context', 'text', 'empty', 'too long', 'share', 'tokenizer',
-        'missing'])
+], ids=['column', 'context', 'too long', 'share', 'tokenizer'])
 def test_mistakes_get_one_line(tmp_path, content, args, says):
-    if content is not None:
-        (tmp_path / 'my.jsonl').write_text(content)
+    (tmp_path / 'my.jsonl').write_text(content)
     _, error = run(DOLLY, '--source=my.jsonl', *args, cwd=tmp_path, status=2)
     assert error.startswith('error: ')
     assert says in error
