@@ -32,7 +32,7 @@ on_a_gpu_only = pytest.mark.skipif("config.getoption('device') == 'cpu'",
 def make_model(arch, **options):
     """Return a small model on the CPU, the same in each call, whose head is not zero."""
     torch.manual_seed(0)
-    sizes = {'block_size': 128, 'vocab_size': 1000, 'n_layer': 2, 'n_head': 4, 'n_embd': 256}
+    sizes = {'block_size': 64, 'vocab_size': 1000, 'n_layer': 2, 'n_head': 4, 'n_embd': 128}
     model = GPT(GPTConfig(arch=arch, **sizes | options))
     torch.nn.init.normal_(model.lm_head.weight, std=0.05)
     return model

@@ -107,8 +107,9 @@ def test_copied_scripts_with_an_edited_import_do_the_same(experiment):
     assert len(text) == len('The') + 5 + len('\n')
 
 
-def test_the_model_next_to_its_config_is_the_one_that_runs(experiment):
-    """Whatever else has its name where the command is given."""
+def test_the_model_next_to_its_config_is_the_one_that_runs(experiment, monkeypatch):
+    """Whatever else has its name on Python's path."""
+    monkeypatch.syspath_prepend(experiment)
     (experiment / 'mine').mkdir()
     capped = edited('model.py', ('LOGIT_CAP = 15.0', 'LOGIT_CAP = 0.5'))
     (experiment / 'mine' / 'my_model.py').write_text(capped, encoding='utf-8')

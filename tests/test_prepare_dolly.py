@@ -4,7 +4,7 @@ import os
 import pytest
 
 import folio.tokenizer
-from conftest import ROOT, run
+from conftest import ROOT, log_of, run
 from folio.data import Dataset
 from hub import Hub
 
@@ -139,8 +139,7 @@ def test_the_config_fine_tunes_a_checkpoint_that_then_answers(tmp_path):
     schedule = ['--max_iters=3', '--warmup_iters=1', '--eval_interval=3', '--log_interval=1']
     run('train.py', ROOT / 'config/finetune_dolly.py', '--init_from=tiny/ckpt.pt', *TINY, *schedule,
         cwd=tmp_path)
-    lines = (tmp_path / 'out/gpt2_dolly/log.jsonl').read_text().splitlines()
-    log = [json.loads(line) for line in lines]
+    log = log_of(tmp_path, 'out/gpt2_dolly')
     assert [entry['iter'] for entry in log if 'val_loss' in entry] == [0, 3]
     prompt = 'Instruction:\nName the number 7.\n\nResponse:\n'
     (tmp_path / 'question.txt').write_text(prompt, encoding='utf-8')

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip('matplotlib')
 
 import folio.checkpoint
-from conftest import TINY, run
+from conftest import TINY, log_of, run
 from extras import ngrams, plots, report
 
 QUICK = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20', '--prompts=The|If',
@@ -53,16 +53,10 @@ def cells(page, name):
     return [cell.strip() for cell in line.strip('|').split('|')[1:]]
 
 
-def entries_of(folder, name='a'):
-    """Return the entries of the log of a run."""
-    lines = (folder / 'out' / name / 'log.jsonl').read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def another(folder, name, edit):
     """Copy out/a to a run of another name, each entry of its log as edit(entry) returns it."""
     shutil.copytree(folder / 'out' / 'a', folder / 'out' / name)
-    lines = [json.dumps(edit(entry)) + '\n' for entry in entries_of(folder)]
+    lines = [json.dumps(edit(entry)) + '\n' for entry in log_of(folder, 'out/a')]
     (folder / 'out' / name / 'log.jsonl').write_text(''.join(lines))
 
 
@@ -84,7 +78,8 @@ def prepare_other_book(folder):
 # ---- The page ------------------------------------------------------------------------------------
 def test_figures_equal_the_log_and_what_eval_only_prints(trained):
     page = written(trained, 'out/a')
-    best = min((e for e in entries_of(trained) if 'val_loss' in e), key=lambda e: e['val_loss'])
+    evaluations = [entry for entry in log_of(trained, 'out/a') if 'val_loss' in entry]
+    best = min(evaluations, key=lambda entry: entry['val_loss'])
     assert cells(page, 'validation loss') == [f'{best["val_loss"]:.3f}']
     assert cells(page, 'best at step') == [str(best['iter'])]
     assert cells(page, 'validation bits per byte') == [f'{best["bits_per_byte"]:.3f}']
@@ -109,7 +104,7 @@ def test_a_page_has_settings_curves_a_baseline_and_texts(trained):
 
 def test_losses_by_step_are_those_of_the_log(trained):
     page = written(trained, 'out/a', '--num_samples=0')
-    entries = entries_of(trained)
+    entries = log_of(trained, 'out/a')
     training = [e['loss'] for e in entries if 'loss' in e and 10 <= e['iter'] < 20]
     validation = [e['val_loss'] for e in entries if 'val_loss' in e and e['iter'] == 20]
     assert cells(page, '20') == [f'{np.mean(training):.3f}', f'{validation[0]:.3f}']
@@ -128,7 +123,7 @@ def test_seeds_of_one_setting_are_a_mean_with_its_standard_error(trained):
     another(trained, 'c', with_settings(learning_rate=0.5))
     page = written(trained, 'out/a', 'out/b', 'out/copy', 'out/c', '--num_samples=0')
     assert '|  | a, b | copy | c |' in page
-    loss = min(e['val_loss'] for e in entries_of(trained) if 'val_loss' in e)
+    loss = min(e['val_loss'] for e in log_of(trained, 'out/a') if 'val_loss' in e)
     assert cells(page, 'validation loss')[0] == f'{loss + 0.1:.3f} ± 0.100'
     assert cells(page, 'validation loss')[1] == f'{loss:.3f}'  # of one seed no error is known
     assert cells(page, 'seed') == ['1337, 2', '1337', '1337']
