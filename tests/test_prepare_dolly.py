@@ -1,3 +1,4 @@
+"""prepare/dolly/prepare.py: prompts and answers, their masks, and a model tuned on them."""
 import json
 import os
 

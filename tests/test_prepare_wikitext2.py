@@ -1,3 +1,4 @@
+"""prepare/wikitext2/prepare.py: its splits, and perplexity a word as the benchmark has it."""
 import io
 import json
 import math

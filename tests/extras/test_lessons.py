@@ -1,4 +1,4 @@
-"""Test what a teacher is asked for, and how its answers are read."""
+"""extras/textbook/lessons.py: what a teacher is asked for, and how its answers are read."""
 import re
 
 import pytest

@@ -1,3 +1,4 @@
+"""extras/report.py: the page, its pictures, and the n-grams next to which it puts a run."""
 import collections
 import json
 import re
