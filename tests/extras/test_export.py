@@ -88,16 +88,6 @@ def nanochat_of_transformers(**fields):
     return transformers.NanoChatForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize('n_layer, n_head', [(2, 12), (4, 16), (6, 20), (8, 25)])
-def test_gpt2_in_each_of_its_four_shapes_gives_the_same_logits(tmp_path, n_layer, n_head):
-    """OpenAI's heads and positions; a sixth of the layers, an eighth of a head's channels."""
-    torch.manual_seed(0)
-    theirs = gpt2_of_transformers(n_layer=n_layer, n_head=n_head, n_embd=8 * n_head,
-                                  n_positions=1024)
-    theirs.save_pretrained(tmp_path)
-    assert_same_logits(GPT.from_pretrained(folio.checkpoint.load(str(tmp_path))).eval(), theirs)
-
-
 @pytest.mark.parametrize('make', [gpt2_of_transformers, nanochat_of_transformers])
 @pytest.mark.parametrize('shard', ['20KB', '1GB'])
 def test_folder_of_one_or_many_files_gives_the_same_logits(tmp_path, make, shard):
