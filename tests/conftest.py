@@ -9,6 +9,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import importlib
 import io
 import os
 import pathlib
@@ -134,7 +135,8 @@ def run(script, *args, cwd, status=0, **options):
     """Run a script as `python script args` does; return (standard output, standard error).
 
     It runs in this process, which has imported torch already; with options of subprocess.run, such
-    as env, in a process of its own. Asserts the exit status.
+    as env, in a process of its own; with processes=2 in two, under torchrun. Asserts the exit
+    status.
     """
     if options:
         return run_process(script, *args, cwd=cwd, status=status, **options)
@@ -142,16 +144,25 @@ def run(script, *args, cwd, status=0, **options):
     with left_as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.chdir(cwd)
         sys.argv = [str(ROOT / script), *map(str, args)]
+        sys.path.insert(0, str((ROOT / script).parent))
         code = exit_status(sys.argv[0])
     return checked(code, status, out.getvalue(), err.getvalue())
 
 
-def run_process(script, *args, cwd, status=0, **options):
+def run_process(script, *args, cwd, status=0, processes=1, **options):
     """Do what `run` does in a process of its own, which takes seconds to import torch."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding='utf-8',
-                          timeout=300, **options)
+    done = subprocess.run(command(script, *args, processes=processes), cwd=cwd, text=True,
+                          encoding='utf-8', capture_output=True, timeout=300, **options)
     return checked(done.returncode, status, done.stdout, done.stderr)
+
+
+def command(script, *args, processes=1, restarts=0):
+    """Return the command that starts a script, under torchrun if there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ['-m', 'torch.distributed.run', '--standalone', '--monitor-interval=0.1',
+                     f'--nproc_per_node={processes}', f'--max-restarts={restarts}']
+    return [*launcher, str(ROOT / script), *map(str, args)]
 
 
 def checked(code, status, out, err):
@@ -185,6 +196,7 @@ def left_as_it_was():
     folder = os.getcwd()
     argv = sys.argv
     path = list(sys.path)
+    modules = set(sys.modules)
     hook = sys.excepthook
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -195,10 +207,90 @@ def left_as_it_was():
         os.chdir(folder)
         sys.argv = argv
         sys.path[:] = path
+        forget_new_models(modules)
         sys.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
+
+
+def forget_new_models(known):
+    """Let a later script import another file under the name of one that this script imported."""
+    for name in set(sys.modules) - known:
+        path = getattr(sys.modules[name], '__file__', None) or ''
+        if name.endswith('_model') and not path.startswith(str(ROOT)):
+            del sys.modules[name]
+    importlib.invalidate_caches()  # '.' is now another folder
+
+
+# ---- What a run leaves ---------------------------------------------------------------------------
+def log_of(folder, out_dir='out'):
+    """Return the entries of the log of a run."""
+    import folio.log
+    return folio.log.read(str(folder / out_dir / 'log.jsonl'))
+
+
+def steps_of(folder, out_dir='out'):
+    """Return what a log says of steps and evaluations, without what depends on the clock."""
+    return [{k: v for k, v in entry.items() if k not in ('tokens_per_second', 'train_seconds')}
+            for entry in log_of(folder, out_dir) if 'iter' in entry]
+
+
+def assert_same(ours, theirs, where=''):
+    """Assert that two checkpoints, or two parts of them, are the same to the last bit."""
+    import torch
+    if isinstance(ours, list):
+        ours = dict(enumerate(ours))
+        theirs = dict(enumerate(theirs))
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f'{where}.{key}')
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(folder, ours='out', theirs='alone', name='ckpt.pt'):
+    """Assert that weights, optimizers and best loss are those of another run, to the last bit."""
+    from folio import checkpoint
+    a = checkpoint.load(str(folder / ours / name))
+    b = checkpoint.load(str(folder / theirs / name))
+    for key in ('model', 'optimizer', 'scaler', 'windows', 'iter_num', 'best_val_loss',
+                'best_iter'):
+        assert_same(a[key], b[key], key)
+
+
+# ---- Accidents -----------------------------------------------------------------------------------
+MODEL_WITH_AN_ACCIDENT = '''
+import os
+import sys
+import time
+
+import torch
+
+import model
+from model import GPTConfig
+
+
+class GPT(model.GPT):
+    passes = 0  # of training, before this one: the first warms up, and number n + 1 is of step n
+
+    def forward(self, idx_BT, targets_BT=None, all_logits=False, cache=None):
+        if {when}:
+            {accident}
+        self.passes += self.training
+        return super().forward(idx_BT, targets_BT, all_logits, cache)
+'''
+
+
+def plant(folder, when, accident):
+    """Write a model whose forward pass has an accident, as an edit may; return its config file."""
+    source = MODEL_WITH_AN_ACCIDENT.format(when=when, accident=accident)
+    (folder / 'planted_model.py').write_text(source, encoding='utf-8')
+    (folder / 'planted.py').write_text('from planted_model import GPT, GPTConfig\n')
+    return 'planted.py'
 
 
 # ---- A full disk ---------------------------------------------------------------------------------
@@ -245,9 +337,13 @@ def device(request):
 # ---- Data and models -----------------------------------------------------------------------------
 @pytest.fixture(scope='session')
 def book_once(tmp_path_factory):
-    """A folder with data/book, 20,000 characters of the Python reference, that stays as it is."""
+    """A folder with data/book that stays as it is."""
+    return make_book(tmp_path_factory.mktemp('book'))
+
+
+def make_book(folder):
+    """Prepare data/book in a folder: 20,000 characters of the Python reference. Return it."""
     from pydoc_data.topics import topics
-    folder = tmp_path_factory.mktemp('book')
     text = '\n\n'.join(topics[name] for name in sorted(topics))
     (folder / 'book.txt').write_text(text[:20000], encoding='utf-8')
     run('prepare/book/prepare.py', '--book=book.txt', cwd=folder)

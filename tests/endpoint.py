@@ -18,8 +18,9 @@ class Endpoint:
     """A server that speaks OpenAI's protocol.
 
     url: its address.
-    trouble: what befalls the next requests, one each: an HTTP status, or a word that Handler knows.
-    always: what befalls the others; 'ok': they are answered.
+    trouble: what happens to the next requests, one each: an HTTP status, or a word that Handler
+    knows.
+    always: what happens to the others; 'ok': they are answered.
     say(prompt): the answer.
     hold_after: how many requests are let through before the others wait for `go`.
     asked: the requests so far, [(prompt, name of the limit)].

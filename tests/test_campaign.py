@@ -18,17 +18,12 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
 import pytest
-import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import folio.log  # noqa: E402
-from folio import checkpoint  # noqa: E402
+from conftest import assert_same_run, command, log_of, make_book, steps_of
 
 # Steps of milliseconds and a checkpoint after each ten: thousands of moments at which it can hurt.
 TRAINING = [
@@ -36,15 +31,6 @@ TRAINING = [
     '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=3', '--dropout=0.1',
     '--optimizer=muon', '--arch=modern', '--warmup_iters=10', '--eval_interval=10',
     '--eval_iters=2', '--log_interval=1', '--sample_interval=100', '--init_from=auto']
-
-
-def make_data(folder):
-    """Prepare data/book in a folder: 20,000 characters of Python's own reference."""
-    from pydoc_data.topics import topics
-    text = '\n\n'.join(topics[name] for name in sorted(topics))[:20000]
-    (folder / 'book.txt').write_text(text, encoding='utf-8')
-    subprocess.run([sys.executable, str(ROOT / 'prepare/book/prepare.py'), '--book=book.txt'],
-                   cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 class Campaign:
@@ -57,20 +43,16 @@ class Campaign:
         self.steps = 400 + 150 * times  # keep it busy until the last stop
         self.n_processes = n_processes
         self.rng = random.Random(15)
-        make_data(folder)
+        make_book(folder)
 
     def start(self, out_dir='killed', restarts=0, **options):
-        command = [sys.executable]
-        if self.n_processes > 1:
-            command += ['-m', 'torch.distributed.run', '--standalone', '--monitor-interval=0.1',
-                        f'--nproc_per_node={self.n_processes}', f'--max-restarts={restarts}']
-        command += [str(ROOT / 'train.py'), *TRAINING, f'--max_iters={self.steps}',
-                    f'--out_dir={out_dir}']
+        args = [*TRAINING, f'--max_iters={self.steps}', f'--out_dir={out_dir}']
         if not options:
             printed = open(self.folder / 'printed.txt', 'a')
             options = {'stdout': printed, 'stderr': subprocess.STDOUT}
         return subprocess.Popen(
-            command, cwd=self.folder, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options,
+            command('train.py', *args, processes=self.n_processes, restarts=restarts),
+            cwd=self.folder, env=os.environ | {'OMP_NUM_THREADS': '1'}, **options,
             # What nohup starts has SIGHUP ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
@@ -159,21 +141,16 @@ class Campaign:
 
     # ---- What must be equal ----------------------------------------------------------------------
     def assert_nothing_lost(self):
-        figures = [figures_in(self.folder / name / 'log.jsonl') for name in ('killed', 'alone')]
-        assert figures[0] == figures[1]
-        losses = [entry['iter'] for entry in figures[0] if 'loss' in entry]
+        assert self.resumes() > 0
+        assert steps_of(self.folder, 'killed') == steps_of(self.folder, 'alone')
+        losses = [entry['iter'] for entry in log_of(self.folder, 'killed') if 'loss' in entry]
         assert losses == list(range(self.steps))
         for name in ('ckpt.pt', 'best.pt'):
-            ours = checkpoint.load(str(self.folder / 'killed' / name))
-            theirs = checkpoint.load(str(self.folder / 'alone' / name))
-            for key in ('model', 'optimizer', 'scaler', 'iter_num', 'windows', 'best_val_loss',
-                        'best_iter'):
-                assert_same(ours[key], theirs[key], f'{name}: {key}')
+            assert_same_run(self.folder, 'killed', 'alone', name)
 
     def resumes(self):
         """Return how many resumes the log has kept."""
-        entries = folio.log.read(str(self.run / 'log.jsonl'))
-        return sum('config' in entry for entry in entries) - 1
+        return sum('config' in entry for entry in log_of(self.folder, 'killed')) - 1
 
 
 def end(process, number):
@@ -189,27 +166,6 @@ def written(path):
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def figures_in(path):
-    """Return what a log says, without headers and without what depends on the clock."""
-    clock = ('tokens_per_second', 'train_seconds')
-    return [{key: value for key, value in entry.items() if key not in clock}
-            for entry in folio.log.read(str(path)) if 'iter' in entry]
-
-
-def assert_same(ours, theirs, where):
-    if isinstance(ours, list):
-        ours = dict(enumerate(ours))
-        theirs = dict(enumerate(theirs))
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f'{where}.{key}')
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    else:
-        assert ours == theirs, where
 
 
 # ---- The tests -----------------------------------------------------------------------------------

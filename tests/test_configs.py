@@ -1,35 +1,43 @@
 """config/: every recipe sets what there is, says how to run it, and is the recipe it claims."""
+import ast
 import functools
 
 import pytest
 import torch
 
-from conftest import ROOT
-from folio.configurator import configure, model_settings
+from conftest import ROOT, run
+from folio.configurator import model_settings
 from model import GPT, GPTConfig
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 
 
 @functools.cache
-def defaults_of_train():
-    """Return the globals of train.py as they are when it calls configure."""
-    source = (ROOT / 'train.py').read_text(encoding='utf-8')
-    namespace = {}
-    exec(source.partition('config = configure(')[0], namespace)
-    return namespace
-
-
 def settings_of(*configs, device='cuda'):
-    """Return train.py's settings after these config files."""
-    namespace = defaults_of_train() | {'device': device}
-    return configure(namespace, [str(ROOT / 'config' / name) for name in configs])
+    """Return train.py's settings after these config files, as --help tells them."""
+    paths = [ROOT / 'config' / name for name in configs]
+    out, _ = run('train.py', *paths, f'--device={device}', '--help', cwd=ROOT)
+    settings = {}
+    for line in out.splitlines():
+        if line.startswith('  --'):
+            name, _, value = line.removeprefix('  --').split('  ')[0].partition('=')
+            try:
+                settings[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):  # a text
+                settings[name] = value
+    return settings
+
+
+def model_of(settings):
+    """Return the model of these settings, without the memory of its weights."""
+    with torch.device('meta'):
+        return GPT(GPTConfig(**model_settings(settings, GPTConfig), vocab_size=50257))
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_sets_only_settings_that_exist(name, device):
-    settings_of(name, device=device)  # raises for a name or a type that is none of train.py's
+    settings_of(name, device=device)  # fails at a name or a type that train.py lacks
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -40,7 +48,7 @@ def test_a_config_says_how_to_run_it(name):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_describes_a_model_that_can_be(name):
-    GPTConfig(**model_settings(settings_of(name), GPTConfig), vocab_size=50257)
+    model_of(settings_of(name))
 
 
 # ---- The published recipe ------------------------------------------------------------------------
@@ -86,8 +94,7 @@ def test_a_size_stacked_on_a_recipe_changes_the_size_alone(size):
 @pytest.mark.parametrize('size', SIZES)
 def test_a_size_has_the_parameters_of_openais(size):
     settings = settings_of(*recipe_of(size))
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**model_settings(settings, GPTConfig), vocab_size=50257))
+    model = model_of(settings)
     padding = (50304 - 50257) * settings['n_embd']
     n_parameters = sum(p.numel() for p in model.parameters()) - padding
     assert n_parameters == pytest.approx(SIZES[size] * 1e6, rel=1e-3)

@@ -140,7 +140,7 @@ def test_a_bug_in_code_that_a_file_imports_keeps_its_traceback(write, tmp_path):
         settings(write('from helper_with_a_bug import broken\nseed = broken()'))
 
 
-def test_settings_of_another_script_are_an_error_only_where_that_is_asked_for(write):
+def test_settings_of_another_script_are_an_error_if_strict(write):
     config = write('seed = 2\nn_layer = 6')
     with pytest.raises(UserError, match='unknown setting n_layer'):
         configure(dict(SETTINGS), [config])
@@ -175,7 +175,7 @@ class GPT:
 '''
 
 
-def test_fields_of_the_model_are_settings_but_the_scripts_defaults_hold():
+def test_fields_of_the_model_are_settings():
     namespace = SETTINGS | {'GPTConfig': GPTConfig}
     assert configure(namespace, []) == SETTINGS | {'n_layer': 12}
     assert configure(namespace, ['--n_layer=2'])['n_layer'] == 2
@@ -195,7 +195,7 @@ def test_a_file_brings_another_model_and_its_fields(write):
 
 
 # ---- Help ----------------------------------------------------------------------------------------
-def test_help_prints_what_a_script_does_and_each_setting_with_its_comment(tmp_path):
+def test_help_prints_each_setting_with_its_comment(tmp_path):
     out, _ = run('train.py', '--help', cwd=tmp_path)
     assert out.startswith('Train a model')
     lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith('  --')]

@@ -3,12 +3,11 @@
 To 1e-4 of their value, or 1e-3 where products are in bfloat16, as Muon's always are: processors
 round differently.
 """
-import json
 import random
 
 import pytest
 
-from conftest import TINY, run
+from conftest import TINY, log_of, run
 
 LENGTH = ['--dataset=golden', '--learning_rate=2e-3', '--max_iters=20', '--eval_interval=20',
           '--log_interval=5']
@@ -47,8 +46,7 @@ def golden(tmp_path_factory):
 def test_losses_are_as_written_down(golden, name):
     settings, expected = RUNS[name]
     run('train.py', *TINY, *LENGTH, *settings, f'--out_dir={name}', cwd=golden)
-    log = (golden / name / 'log.jsonl').read_text().splitlines()
-    entries = [json.loads(line) for line in log]
+    entries = log_of(golden, name)
     losses = [entry['loss'] for entry in entries if 'loss' in entry]
     losses.append(entries[-1]['val_loss'])
     in_bfloat16 = 'muon' in name or 'bfloat16' in name

@@ -13,7 +13,6 @@ from conftest import ROOT
 from folio.configurator import UserError
 
 
-
 def tracked(*patterns):
     """Return the paths of the files that git knows; none in an archive without git."""
     done = subprocess.run(['git', 'ls-files', *patterns], cwd=ROOT, capture_output=True, text=True)
@@ -65,7 +64,7 @@ def file_of(module):
 
 @functools.cache
 def ours(path):
-    """Return {path of an imported file of ours: whether at the top}."""
+    """Return {path of one of our files that it imports: whether at the top}."""
     folder = path.rpartition('/')[0]
     found = {}
     for module, at_top in imports(parse(path)).items():
@@ -77,7 +76,7 @@ def ours(path):
 
 @functools.cache
 def closure(path):
-    """Return the files of ours that a file needs as soon as it is imported, itself among them."""
+    """Return our files that a file needs as soon as it is imported, itself among them."""
     needed = {path}
     todo = [path]
     while todo:
@@ -94,7 +93,7 @@ def test_the_top_level_is_what_the_readme_shows():
     assert {path for path in CODE if '/' not in path} == set(SCRIPTS)
 
 
-def test_folio_is_one_level_deep_and_each_file_is_a_noun_of_the_design():
+def test_folio_has_the_files_of_the_design():
     inside = {path for path in CODE if path.startswith('folio/')}
     assert inside - {'folio/__init__.py'} == {f'folio/{name}.py' for name in FOLIO}
 
@@ -139,7 +138,7 @@ def test_no_import_goes_in_a_circle():
                 assert path not in closure(target), f'{path} and {target} import each other'
 
 
-def test_to_copy_train_takes_the_model_and_at_most_eight_files_of_folio():
+def test_a_copy_of_train_needs_at_most_eight_files_of_folio():
     needed = closure('train.py') - {'train.py', 'model.py', 'folio/__init__.py'}
     assert all(path.startswith('folio/') for path in needed)
     assert len(needed) <= 8, needed
@@ -161,7 +160,7 @@ CROWDED = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp,
 
 
 @pytest.mark.parametrize('path', CODE)
-def test_no_tuple_assignment_holds_a_conditional_a_comprehension_or_an_or(path):
+def test_tuple_assignments_are_plain(path):
     crowded = []
     for node in ast.walk(parse(path)):
         is_tuple_to_tuple = isinstance(node, ast.Assign) and isinstance(

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT, largest_file
 from folio.configurator import UserError
-from folio.log import Log, cut, only_one, read, set_aside, start_wandb
+from folio.log import Log, cut, read, set_aside, start_wandb
 
 MODEL = str(ROOT / 'model.py')
 ENTRIES = [{'config': {}}, {'iter': 0, 'val_loss': 3.0}, {'iter': 0, 'loss': 3.0},
@@ -61,7 +61,7 @@ def test_the_files_of_an_old_run_move_and_others_stay(tmp_path):
     assert set_aside(str(out)) is None
 
 
-def test_a_run_that_continues_with_other_code_keeps_the_code_that_it_had(tmp_path):
+def test_a_run_that_continues_with_other_code_keeps_both(tmp_path):
     before = tmp_path / 'before.py'
     after = tmp_path / 'after.py'
     before.write_text('# before')
@@ -74,14 +74,6 @@ def test_a_run_that_continues_with_other_code_keeps_the_code_that_it_had(tmp_pat
     assert sorted(path.name for path in out.glob('*.py')) == ['model.py', 'model_until_5.py']
 
 
-def test_a_folder_is_held_by_one_run(tmp_path):
-    log = Log(str(tmp_path), MODEL)
-    with pytest.raises(UserError, match='another run is at work'):
-        only_one(str(tmp_path / 'lock'))
-    log.lock.release()
-    only_one(str(tmp_path / 'lock')).release()
-
-
 def test_a_run_next_to_its_model_is_refused(tmp_path):
     (tmp_path / 'model.py').write_text('mine')
     with pytest.raises(UserError, match='give another --out_dir'):
@@ -89,14 +81,8 @@ def test_a_run_next_to_its_model_is_refused(tmp_path):
     assert (tmp_path / 'model.py').read_text() == 'mine'
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / 'out').write_text('a file')
-    with pytest.raises(UserError, match='cannot be written'):
-        Log(str(tmp_path / 'out'), MODEL)
-
-
 # ---- What goes wrong while a run is under way ----------------------------------------------------
-def test_on_a_full_disk_the_log_keeps_whole_lines_and_the_run_continues(tmp_path, capsys):
+def test_on_a_full_disk_the_log_keeps_whole_lines(tmp_path, capsys):
     log = Log(str(tmp_path), MODEL)
     with largest_file(40):
         for iter_num in range(3):

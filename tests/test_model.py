@@ -45,7 +45,7 @@ def test_overfits_one_batch(arch, optimizer):
     assert loss.item() < 0.05
 
 
-def test_a_call_with_targets_returns_their_mean_loss_and_logits_if_asked_for(model):
+def test_a_call_with_targets_returns_their_mean_loss(model):
     idx_BT = torch.randint(50, (2, 8))
     targets_BT = torch.randint(50, (2, 8))
     logits_BTV, loss = model(idx_BT, targets_BT, all_logits=True)
@@ -56,7 +56,7 @@ def test_a_call_with_targets_returns_their_mean_loss_and_logits_if_asked_for(mod
     assert torch.equal(model(idx_BT, targets_BT)[1], loss)
 
 
-def test_a_call_without_targets_returns_the_last_position_and_no_loss(model):
+def test_a_call_without_targets_returns_the_last_logits(model):
     idx_BT = torch.randint(50, (2, 8))
     logits_BTV, loss = model(idx_BT)
     assert loss is None
@@ -78,7 +78,7 @@ def test_the_loss_without_any_target_is_zero(model):
     assert model(idx_BT, torch.full_like(idx_BT, -1))[1].item() == 0
 
 
-def test_residual_projections_begin_smaller_by_the_root_of_twice_the_layers():
+def test_residual_projections_begin_smaller_in_deep_models():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=2, n_embd=128))
     for block in model.transformer.h:
@@ -124,7 +124,7 @@ def test_a_window_shows_its_length_of_tokens_and_no_older_one(model):
 
 
 @pytest.mark.parametrize('window', [1, 5, 64, 100, 149, 150, 299, 300, 1000])
-def test_a_window_in_blocks_equals_one_by_a_mask_and_so_do_its_gradients(window):
+def test_a_window_in_blocks_equals_one_by_a_mask(window):
     torch.manual_seed(0)
     config = GPTConfig(block_size=300, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
     attention = GPT(config).transformer.h[0].attn
@@ -196,7 +196,7 @@ def loss_and_gradients(model, idx_BT):
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def test_activations_computed_twice_give_the_same_loss_and_gradients(model, monkeypatch):
+def test_activation_checkpointing_changes_no_gradient(model, monkeypatch):
     monkeypatch.setattr(model_module, 'LOSS_ROWS', 7)
     model = GPT(dataclasses.replace(model.config, dropout=0.1))
     idx_BT = torch.randint(50, (3, 16))
@@ -206,19 +206,29 @@ def test_activations_computed_twice_give_the_same_loss_and_gradients(model, monk
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_blocks_and_logits_are_computed_again_in_the_backward_pass(model, monkeypatch):
-    monkeypatch.setattr(model_module, 'LOSS_ROWS', 4)
-    model.config.activation_checkpointing = True
-    calls = []
-    for block in model.transformer.h:
-        block.mlp.register_forward_pre_hook(lambda *args: calls.append('mlp'))
-    model.lm_head.register_forward_pre_hook(lambda *args: calls.append('head'))
-    idx_BT = torch.zeros(1, 8, dtype=torch.long)
-    _, loss = model.train()(idx_BT, idx_BT)
-    assert sorted(calls) == ['head', 'head', 'mlp', 'mlp']
-    calls.clear()
-    loss.backward()
-    assert sorted(calls) == ['head', 'head', 'mlp', 'mlp']
+def bytes_kept(function, *args):
+    """Return how many bytes a forward pass keeps for the backward pass."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function(*args)
+    return sum(sizes)
+
+
+def test_activation_checkpointing_keeps_less_of_blocks_and_loss(model, monkeypatch):
+    monkeypatch.setattr(model_module, 'LOSS_ROWS', 16)
+    idx_BT = torch.zeros(8, 16, dtype=torch.long)
+    x = torch.randn(8, 16, 32, requires_grad=True)
+    model.train()
+    kept = {}
+    for is_on in (False, True):
+        model.config.activation_checkpointing = is_on
+        kept[is_on] = bytes_kept(model, idx_BT, idx_BT), bytes_kept(model.loss, x, idx_BT)
+    assert kept[True][0] < kept[False][0] / 4
+    assert kept[True][1] < kept[False][1] / 2
 
 
 # ---- The vocabulary ------------------------------------------------------------------------------
@@ -254,7 +264,7 @@ def test_a_shape_that_cannot_be_is_a_value_error(options, says):
 
 
 # ---- Plain generation ----------------------------------------------------------------------------
-def test_generate_returns_the_prompt_and_as_many_tokens_as_asked_for(model):
+def test_generate_returns_the_prompt_and_its_continuation(model):
     prompt_BT = torch.randint(50, (3, 4))
     longer_BT = model.generate(prompt_BT, 20)  # past the context of 16
     assert longer_BT.shape == (3, 24)
@@ -269,16 +279,12 @@ def test_generate_draws_only_tokens_that_exist():
     assert set(drawn.flatten().tolist()) == set(range(5))
 
 
-def test_generate_with_top_k_of_1_is_greedy(model):
+@pytest.mark.parametrize('options', [
+    dict(top_k=1), dict(temperature=1e-4), dict(temperature=0.0)], ids=str)
+def test_generate_is_greedy_with_top_k_of_1_or_no_temperature(model, options):
     prompt_BT = torch.randint(50, (2, 3))
     greedy = torch.stack(list(engine.generate(model, prompt_BT, 13, strategy='greedy')), dim=1)
-    assert torch.equal(model.generate(prompt_BT, 13, top_k=1)[:, 3:], greedy)
-
-
-def test_generate_at_a_low_temperature_is_greedy(model):
-    prompt_BT = torch.randint(50, (2, 3))
-    greedy_BT = model.generate(prompt_BT, 8, top_k=1)
-    assert torch.equal(model.generate(prompt_BT, 8, temperature=1e-4), greedy_BT)
+    assert torch.equal(model.generate(prompt_BT, 13, **options)[:, 3:], greedy)
 
 
 # ---- Alone ---------------------------------------------------------------------------------------
@@ -314,10 +320,10 @@ def test_model_copied_alone_trains_and_generates(tmp_path):
 
 
 # ---- Compiled ------------------------------------------------------------------------------------
-@pytest.mark.parametrize('options', [
-    {}, {'window': 16}, {'flash': False}, {'dropout': 0.1}, {'activation_checkpointing': True}],
+@pytest.mark.parametrize('arch, options', [
+    ('gpt2', {}), ('modern', {}), ('modern', {'window': 16}),
+    ('modern', {'flash': False, 'dropout': 0.1}), ('modern', {'activation_checkpointing': True})],
     ids=str)
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 def test_training_and_evaluation_are_two_graphs(arch, options):
     """Whole, without breaks, and used again: torch.compile need not come back to a model."""
     torch._dynamo.reset()

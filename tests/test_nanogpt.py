@@ -130,12 +130,6 @@ def sample(folder):
     return out.removeprefix('To be').removesuffix('\n')
 
 
-def assert_sampled(folder):
-    text = sample(folder)
-    assert len(text) == 20
-    assert set(text) <= set(CHARS)
-
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @pytest.mark.parametrize('vocab_size, n_tokens, bias, prefix', [
     (len(CHARS), len(CHARS), False, ''),
@@ -165,16 +159,6 @@ def test_a_run_continues_with_its_optimizer(resumed_once):
     assert [entry['step'].item() for entry in state.values()] == [3] * n_parameters
 
 
-def test_a_resumed_run_is_sampled(resumed_once):
-    assert_sampled(resumed_once)
-
-
-@pytest.mark.parametrize('optimizer', [{}, None], ids=['empty', 'missing'])
-def test_a_checkpoint_without_its_optimizer_is_sampled(nanogpt, optimizer):
-    checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
-    assert_sampled(nanogpt)
-
-
 @pytest.mark.parametrize('optimizer', [{}, None], ids=['empty', 'missing'])
 def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimizer):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', optimizer=optimizer)
@@ -183,7 +167,7 @@ def test_a_run_without_its_optimizer_gets_a_new_one_and_says_so(nanogpt, optimiz
     assert 'done at step 21' in out
 
 
-def test_weights_without_a_step_are_not_resumed_but_say_what_to_do(nanogpt):
+def test_resuming_weights_without_a_step_says_what_to_do(nanogpt):
     checkpoint_file(nanogpt / 'out' / 'ckpt.pt', iter_num=None)
     _, err = run('train.py', *CHAR_RUN, '--init_from=resume', cwd=nanogpt, status=2)
     assert 'holds weights but no iter_num' in err
@@ -191,13 +175,11 @@ def test_weights_without_a_step_are_not_resumed_but_say_what_to_do(nanogpt):
 
 
 def test_a_checkpoint_is_sampled_with_the_characters_of_its_data(nanogpt):
-    assert_sampled(nanogpt)
-
-
-def test_a_checkpoint_is_sampled_with_the_characters_of_data_made_again_by_us(nanogpt):
-    """The folder then has meta.json, and no meta.pkl."""
+    """From the data's meta.pkl, or from our meta.json where we have made the data again."""
     folder = nanogpt / 'data' / 'shakespeare_char'
     expected = sample(nanogpt)
+    assert len(expected) == 20
+    assert set(expected) <= set(CHARS)
     shutil.rmtree(folder)
     write_dataset(folder, CharTokenizer(''.join(CHARS)), {'train': [TEXT], 'val': [TEXT]},
                   source='here')
@@ -205,7 +187,7 @@ def test_a_checkpoint_is_sampled_with_the_characters_of_data_made_again_by_us(na
     assert sample(nanogpt) == expected
 
 
-def test_a_checkpoint_without_its_data_is_refused_for_its_vocabulary(nanogpt):
+def test_a_checkpoint_of_characters_needs_its_data(nanogpt):
     shutil.rmtree(nanogpt / 'data')
     _, err = run('sample.py', '--out_dir=out', '--device=cpu', cwd=nanogpt, status=2)
     assert f"has no tokenizer, and its {len(CHARS)} tokens are not GPT-2's 50257" in err

@@ -1,7 +1,5 @@
-import gzip
-import http.server
+"""prepare/book/prepare.py: a book from the web or a file, its licence, its splits and tokens."""
 import os
-import threading
 
 import pytest
 
@@ -9,6 +7,7 @@ import folio.tokenizer
 from conftest import run, shared
 from folio import download
 from folio.data import Dataset
+from server import FileServer
 
 BOOK = 'prepare/book/prepare.py'
 BODY = 'A true story, told in full.\r\nÉmile went home.\r\n' * 400
@@ -18,42 +17,13 @@ GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n' + START + '\r\n\r\
              + '\r\n\r\n' + END + '\r\nlicence, licence\r\n').encode()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        how = 'ok'
-        if self.server.script:
-            how = self.server.script.pop(0)
-        self.server.seen.append((self.path, how))
-        if isinstance(how, int):
-            self.send_error(how)
-            return
-        body = gzip.compress(GUTENBERG) if how == 'gzip' else GUTENBERG
-        self.send_response(200)
-        if how == 'gzip':
-            self.send_header('Content-Encoding', 'gzip')
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:1000] if how == 'cut' else body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    """A server on 127.0.0.1 that sends GUTENBERG as its `script` says, one entry for each request.
-
-    Nobody waits between two attempts. An entry is 'ok', 'cut', 'gzip' or a status.
-    seen: [(path, entry)] of the requests.
-    """
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.script = []
-    server.seen = []
-    server.url = f'http://127.0.0.1:{server.server_port}'
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    """A server that has GUTENBERG. Nobody waits between two attempts."""
     monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)
+    server = FileServer(GUTENBERG)
     yield server
-    server.shutdown()
+    server.server.shutdown()
 
 
 def text_of(folder, name='book'):
@@ -77,17 +47,15 @@ def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, sc
     server.script = list(script)
     gutenberg(server, tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
-    assert [how for _, how in server.seen] == script
-    assert {path for path, _ in server.seen} == {'/cache/epub/99/pg99.txt'}
     gutenberg(server, tmp_path)  # from the copy that is here
-    assert len(server.seen) == len(script)
+    assert server.asked == ['/cache/epub/99/pg99.txt'] * len(script)
     assert os.listdir(tmp_path / 'data/downloads') == ['gutenberg-99.txt']
 
 
 def test_a_mirror_stands_in_for_a_server_that_lacks_the_book(server, tmp_path):
     server.script = [404]
     gutenberg(server, tmp_path, mirrors=f'{server.url}/one {server.url}/two')
-    assert [path.split('/')[1] for path, _ in server.seen] == ['one', 'two']
+    assert [path.split('/')[1] for path in server.asked] == ['one', 'two']
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
 
 

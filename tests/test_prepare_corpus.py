@@ -150,8 +150,7 @@ def test_ready_made_tokens_are_downloaded_checked_and_joined(hub, tmp_path, trou
     pytest.param(['wrong'] * 20, 'SHA-256', marks=pytest.mark.slow),
     pytest.param([500] * 20, '500', marks=pytest.mark.slow),
 ], ids=['404', 'wrong', '500'])
-def test_a_download_that_cannot_succeed_leaves_one_line_and_nothing_half_written(
-        hub, tmp_path, trouble, says):
+def test_a_download_that_fails_is_one_line_and_leaves_no_file(hub, tmp_path, trouble, says):
     hub.trouble = list(trouble)
     _, error = with_hub(hub, tmp_path, '--pretokenized=True', status=2)
     last = error.splitlines()[-1]

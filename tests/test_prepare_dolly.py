@@ -1,10 +1,11 @@
+"""prepare/dolly/prepare.py: prompts and answers, their masks, and a model tuned on them."""
 import json
 import os
 
 import pytest
 
 import folio.tokenizer
-from conftest import ROOT, run
+from conftest import ROOT, log_of, run
 from folio.data import Dataset
 from hub import Hub
 
@@ -131,7 +132,7 @@ def test_it_comes_from_the_hub(tmp_path):
         assert (data / 'dolly' / name).read_bytes() == (data / 'same' / name).read_bytes()
 
 
-def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_path):
+def test_the_config_fine_tunes_a_checkpoint_that_then_answers(tmp_path):
     write(tmp_path / 'my.jsonl', ROWS)
     run(DOLLY, '--source=my.jsonl', '--tokenizer=bpe', '--vocab_size=300', cwd=tmp_path)
     run('train.py', '--dataset=dolly', '--out_dir=tiny', '--max_iters=1', '--eval_iters=1', *TINY,
@@ -139,8 +140,7 @@ def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_
     schedule = ['--max_iters=3', '--warmup_iters=1', '--eval_interval=3', '--log_interval=1']
     run('train.py', ROOT / 'config/finetune_dolly.py', '--init_from=tiny/ckpt.pt', *TINY, *schedule,
         cwd=tmp_path)
-    lines = (tmp_path / 'out/gpt2_dolly/log.jsonl').read_text().splitlines()
-    log = [json.loads(line) for line in lines]
+    log = log_of(tmp_path, 'out/gpt2_dolly')
     assert [entry['iter'] for entry in log if 'val_loss' in entry] == [0, 3]
     prompt = 'Instruction:\nName the number 7.\n\nResponse:\n'
     (tmp_path / 'question.txt').write_text(prompt, encoding='utf-8')
@@ -151,20 +151,13 @@ def test_the_config_fine_tunes_a_checkpoint_and_the_result_answers_a_prompt(tmp_
 
 @pytest.mark.parametrize('content, args, says', [
     (YES * 2 + '{"instruction": "Go."}\n', [], 'line 3'),
-    ('["Go."]\n', [], 'line 1'),
-    ('{"instruction": "Go.", "response": 5}\n', [], 'line 1'),
     ('{"instruction": "Go.", "context": 5, "response": "Yes."}\n', [], 'row 1'),
-    ('Go.\n', [], 'line 1'),
-    ('', [], 'is empty'),
     (YES * 9, ['--max_tokens=5'], '0 of 9 rows can be used'),
     (YES * 9, ['--val_share=1'], 'val_share is 1.0'),
     (YES * 9, ['--tokenizer=bqe'], 'no tokenizer in bqe'),
-    (None, [], 'cannot be read'),
-], ids=['column', 'list', 'number', 'context', 'text', 'empty', 'too long', 'share', 'tokenizer',
-        'missing'])
+], ids=['column', 'context', 'too long', 'share', 'tokenizer'])
 def test_mistakes_get_one_line(tmp_path, content, args, says):
-    if content is not None:
-        (tmp_path / 'my.jsonl').write_text(content)
+    (tmp_path / 'my.jsonl').write_text(content)
     _, error = run(DOLLY, '--source=my.jsonl', *args, cwd=tmp_path, status=2)
     assert error.startswith('error: ')
     assert says in error

@@ -106,7 +106,7 @@ def joined(text):
 
 
 # ---- What it writes ------------------------------------------------------------------------------
-def test_a_text_is_what_the_model_generates_and_each_token_has_its_own_probability(ask, runs):
+def test_the_page_shows_the_models_text_and_probabilities(ask, runs):
     model, tokenizer = load_chars(runs)
     ids = tokenizer.encode('The ')
     steps = engine.generate(model, torch.tensor([ids]), 25, strategy='sample', temperature=0.5,
@@ -182,7 +182,7 @@ def chromium():
     chrome.quit()
 
 
-def test_a_click_writes_texts_that_grow_until_stop_and_asks_no_other_server(chromium, address):
+def test_a_click_writes_until_stop_and_asks_this_server_alone(chromium, address):
     def texts():
         return chromium.execute_script("""
             return [...document.querySelectorAll('.textfield')].map(

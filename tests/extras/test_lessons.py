@@ -1,4 +1,4 @@
-"""Test what a teacher is asked for, and how its answers are read."""
+"""extras/textbook/lessons.py: what a teacher is asked for, and how its answers are read."""
 import re
 
 import pytest
@@ -63,7 +63,7 @@ def test_a_rating_belongs_to_its_text():
     assert lessons.rate(teacher, ['B', 'A', 'C', 'B']) == [9.0, 3.0, None, 9.0]
 
 
-def test_the_teacher_is_asked_for_topics_and_for_subtopics_of_each():
+def test_the_teacher_is_asked_for_topics_and_their_subtopics():
     def say(prompt):
         return '["a", "b", "c"]' if 'subtopics' in prompt else '1. lists\n2. loops\n3. files'
     teacher = Teacher(say)
@@ -122,7 +122,7 @@ def test_an_exercise_is_cut_after_its_docstring():
     ('```python\ndef f(): ">>> f()"; return 1\n```', 'no function documented'),
     ('I cannot help with that.', 'does not compile'),
 ], ids=['syntax', 'return', 'examples', 'stub', 'line', 'prose'])
-def test_what_is_not_an_exercise_is_refused_with_the_reason(answer, why):
+def test_an_answer_without_an_exercise_is_refused(answer, why):
     with pytest.raises(ValueError, match=why):
         lessons.parse_exercise(answer)
 

@@ -72,7 +72,7 @@ def test_away_from_the_repository_it_asks_for_the_address(name, tmp_path, monkey
         exec(setup_of(name), {})
 
 
-def test_it_runs_from_start_to_end_and_leaves_the_users_runs_alone(name, tmp_path):
+def test_it_runs_from_start_to_end_next_to_the_users_runs(name, tmp_path):
     for package in ('nbclient', 'ipykernel', 'matplotlib'):
         pytest.importorskip(package)
     import nbclient

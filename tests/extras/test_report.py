@@ -1,8 +1,8 @@
+"""extras/report.py: the page, its pictures, and the n-grams next to which it puts a run."""
 import collections
 import json
 import re
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -12,9 +12,8 @@ import torch
 pytest.importorskip('matplotlib')
 
 import folio.checkpoint
-from conftest import TINY, run
+from conftest import TINY, log_of, run
 from extras import ngrams, plots, report
-from folio.configurator import UserError
 
 QUICK = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20', '--prompts=The|If',
          '--temperatures=1.0']
@@ -35,23 +34,9 @@ def trained(trained_once, tmp_path):
     return shutil.copytree(trained_once, tmp_path / 'work')
 
 
-def make(folder, *args):
-    """Do what `python extras/report.py args` does in a folder, but in this process.
-
-    To start another one takes longer than most reports do.
-    """
-    with pytest.MonkeyPatch.context() as patch:  # puts back the settings too
-        for name in ('to', 'prompts', 'temperatures', 'num_samples', 'max_new_tokens', 'device'):
-            patch.setattr(report, name, getattr(report, name))
-        patch.setattr(sys, 'argv', ['extras/report.py', *args])
-        patch.setattr(sys, 'excepthook', sys.excepthook)
-        patch.chdir(folder)
-        report.main()
-
-
 def written(folder, *args):
     """Return the page that report.py writes, all pictures of which are there and are PNGs."""
-    make(folder, *QUICK, *args)
+    run('extras/report.py', *QUICK, *args, cwd=folder)
     page = (folder / 'out' / 'report' / 'report.md').read_text(encoding='utf-8')
     for name in pictures(page):
         assert (folder / 'out' / 'report' / name).read_bytes().startswith(b'\x89PNG')
@@ -69,16 +54,10 @@ def cells(page, name):
     return [cell.strip() for cell in line.strip('|').split('|')[1:]]
 
 
-def entries_of(folder, name='a'):
-    """Return the entries of the log of a run."""
-    lines = (folder / 'out' / name / 'log.jsonl').read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def another(folder, name, edit):
     """Copy out/a to a run of another name, each entry of its log as edit(entry) returns it."""
     shutil.copytree(folder / 'out' / 'a', folder / 'out' / name)
-    lines = [json.dumps(edit(entry)) + '\n' for entry in entries_of(folder)]
+    lines = [json.dumps(edit(entry)) + '\n' for entry in log_of(folder, 'out/a')]
     (folder / 'out' / name / 'log.jsonl').write_text(''.join(lines))
 
 
@@ -98,9 +77,10 @@ def prepare_other_book(folder):
 
 
 # ---- The page ------------------------------------------------------------------------------------
-def test_figures_equal_the_log_and_what_eval_only_prints_of_the_whole_test_split(trained):
+def test_figures_equal_the_log_and_what_eval_only_prints(trained):
     page = written(trained, 'out/a')
-    best = min((e for e in entries_of(trained) if 'val_loss' in e), key=lambda e: e['val_loss'])
+    evaluations = [entry for entry in log_of(trained, 'out/a') if 'val_loss' in entry]
+    best = min(evaluations, key=lambda entry: entry['val_loss'])
     assert cells(page, 'validation loss') == [f'{best["val_loss"]:.3f}']
     assert cells(page, 'best at step') == [str(best['iter'])]
     assert cells(page, 'validation bits per byte') == [f'{best["bits_per_byte"]:.3f}']
@@ -112,7 +92,7 @@ def test_figures_equal_the_log_and_what_eval_only_prints_of_the_whole_test_split
     assert cells(page, 'test loss, whole split') == [f'{float(printed["test"]):.3f}']
 
 
-def test_a_run_has_settings_curves_a_baseline_and_texts_of_every_strategy(trained):
+def test_a_page_has_settings_curves_a_baseline_and_texts(trained):
     page = written(trained, 'out/a')
     assert cells(page, 'learning_rate') == ['0.001'] and cells(page, 'n_layer') == ['2']
     assert pictures(page) == ['loss1.png']  # one temperature makes no curve
@@ -125,7 +105,7 @@ def test_a_run_has_settings_curves_a_baseline_and_texts_of_every_strategy(traine
 
 def test_losses_by_step_are_those_of_the_log(trained):
     page = written(trained, 'out/a', '--num_samples=0')
-    entries = entries_of(trained)
+    entries = log_of(trained, 'out/a')
     training = [e['loss'] for e in entries if 'loss' in e and 10 <= e['iter'] < 20]
     validation = [e['val_loss'] for e in entries if 'val_loss' in e and e['iter'] == 20]
     assert cells(page, '20') == [f'{np.mean(training):.3f}', f'{validation[0]:.3f}']
@@ -144,7 +124,7 @@ def test_seeds_of_one_setting_are_a_mean_with_its_standard_error(trained):
     another(trained, 'c', with_settings(learning_rate=0.5))
     page = written(trained, 'out/a', 'out/b', 'out/copy', 'out/c', '--num_samples=0')
     assert '|  | a, b | copy | c |' in page
-    loss = min(e['val_loss'] for e in entries_of(trained) if 'val_loss' in e)
+    loss = min(e['val_loss'] for e in log_of(trained, 'out/a') if 'val_loss' in e)
     assert cells(page, 'validation loss')[0] == f'{loss + 0.1:.3f} ± 0.100'
     assert cells(page, 'validation loss')[1] == f'{loss:.3f}'  # of one seed no error is known
     assert cells(page, 'seed') == ['1337, 2', '1337', '1337']
@@ -153,7 +133,7 @@ def test_seeds_of_one_setting_are_a_mean_with_its_standard_error(trained):
 @pytest.mark.parametrize('change, says', [
     (lambda folder: shutil.rmtree(folder / 'data'), 'no data set in data/book'),
     (prepare_other_book, 'has another vocabulary now')])
-def test_only_the_run_folder_is_needed_and_other_data_is_not_taken(trained, change, says):
+def test_a_page_needs_the_run_folder_alone(trained, change, says):
     change(trained)
     page = written(trained, 'out/a')
     assert says in page and 'test loss' not in page.partition('Losses are')[0]
@@ -175,7 +155,7 @@ def test_a_run_cut_short_is_reported_as_far_as_it_goes(trained, lines, evaluatio
         assert cells(page, 'validation loss') == [f'{val_losses[-1]:.3f}']
 
 
-def test_runs_validated_alike_share_a_picture_and_those_of_equal_name_are_told_apart(trained):
+def test_runs_validated_alike_share_a_picture(trained):
     shutil.copytree(trained / 'out' / 'a', trained / 'more' / 'a')
     another(trained, 'b', with_settings(dataset='gone'))
     page = written(trained, 'out/a', 'out/b', 'out/a/', 'more/a', '--num_samples=0')
@@ -213,7 +193,7 @@ def lines(monkeypatch):
 
 
 @pytest.mark.parametrize('source', ['', 'my.jsonl'])
-def test_what_others_reach_on_hellaswag_is_drawn_next_to_hellaswag_alone(trained, lines, source):
+def test_hellaswag_is_drawn_with_what_others_reach(trained, lines, source):
     score = {'iter': 30, 'hellaswag': 0.2519, 'acc_mean_stderr': 0.0043, 'n': 10042}
     another(trained, 'b', with_settings(hellaswag_source=source))
     with open(trained / 'out' / 'b' / 'log.jsonl', 'a') as f:
@@ -242,7 +222,7 @@ def test_a_number_that_only_a_researcher_logs_is_drawn(trained):
     assert pictures(page) == ['loss1.png', 'loss1-entropy.png']
 
 
-def test_a_prompt_that_a_tokenizer_does_not_know_leaves_out_the_texts_alone(trained):
+def test_a_prompt_of_unknown_characters_leaves_out_the_texts(trained):
     page = written(trained, 'out/a', '--prompts=日本')
     assert 'never saw' in page and '## Texts' not in page
     assert cells(page, 'test loss, whole split') != ['–']
@@ -257,9 +237,9 @@ def test_a_prompt_that_a_tokenizer_does_not_know_leaves_out_the_texts_alone(trai
     (['out/a', '--device=tpu9'], '--device=cpu'),
 ], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
 def test_a_mistake_is_told_in_one_line(trained_once, args, says):
-    with pytest.raises(UserError) as mistake:
-        make(trained_once, *args)
-    assert says in str(mistake.value) and '\n' not in str(mistake.value)
+    _, err = run('extras/report.py', *args, cwd=trained_once, status=2)
+    assert says in err
+    assert err.count('\n') == 1
 
 
 # ---- What the figures say ------------------------------------------------------------------------
@@ -335,7 +315,7 @@ def test_diversity_counts_what_it_says():
     assert metrics['self-BLEU'] == 0.5  # copies after the first prompt, strangers after the second
 
 
-def test_what_cannot_be_computed_of_texts_is_nan():
+def test_measures_of_too_short_texts_are_nan():
     metrics = ngrams.measure([['a b']])  # no 4-grams, and no other text after this prompt
     assert np.isnan([metrics['repeated-4'], metrics['self-BLEU']]).all()
     assert report.shown([metrics['self-BLEU']]) == '–'

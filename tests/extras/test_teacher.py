@@ -51,7 +51,7 @@ def on_disk():
 
 
 # ---- Nothing is paid twice -----------------------------------------------------------------------
-def test_every_answer_is_kept_once_whatever_befalls_the_requests(endpoint):
+def test_every_answer_is_kept_once_through_all_faults(endpoint):
     faults = [429, 500, 'cut', 408, 'dropped', 503, 409, 429, 'cut', 502]
     endpoint.trouble = ['ok'] * 8 + faults
     answers, spent = ask(QUESTIONS + QUESTIONS[:5])
@@ -84,7 +84,7 @@ def start(tmp_path, **options):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 
-def test_killed_and_restarted_it_asks_again_only_for_what_was_under_way(endpoint, tmp_path):
+def test_after_a_kill_only_what_was_under_way_is_asked_again(endpoint, tmp_path):
     """Four threads; requests 13 to 16 are held, so twelve answers are written before the kill."""
     endpoint.hold_after = 12
     process = start(tmp_path, stderr=subprocess.DEVNULL)
@@ -150,7 +150,7 @@ def test_two_runs_in_one_folder_are_refused(endpoint):
 
 # ---- Money ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize('concurrency', [1, 8])
-def test_a_spent_budget_ends_the_run_with_the_answers_then_under_way(endpoint, concurrency):
+def test_a_spent_budget_ends_the_run(endpoint, concurrency):
     options = {'budget': 10 * COST, 'concurrency': concurrency}
     with pytest.raises(UserError, match=r'budget of \$0.032 is spent .*larger --budget'):
         ask(QUESTIONS, **options)
@@ -163,7 +163,7 @@ def test_a_spent_budget_ends_the_run_with_the_answers_then_under_way(endpoint, c
     assert len(answers) == n_asked and spent == pytest.approx(n_asked * COST)
 
 
-def test_a_free_teacher_spends_nothing_and_another_ones_budget_is_its_own(endpoint):
+def test_each_teacher_has_a_budget_of_its_own(endpoint):
     _, spent = ask(QUESTIONS, model='local', budget=1, price_in=0, price_out=0)
     assert spent == 0 and len(endpoint.asked) == 40
     answers, spent = ask(QUESTIONS[:2], budget=1)
@@ -182,7 +182,7 @@ def test_thoughts_reach_no_answer(endpoint, said):
     assert len(endpoint.asked) == 1
 
 
-def test_an_answer_that_was_cut_is_left_out_and_asked_for_again_with_more_tokens(endpoint, capfd):
+def test_a_cut_answer_is_asked_for_again_with_more_tokens(endpoint, capfd):
     endpoint.trouble = ['too long']
     for _ in range(2):
         answers, spent = ask(QUESTIONS[:2], concurrency=1)
@@ -211,7 +211,7 @@ def test_an_empty_answer_is_counted_and_asked_for_again(endpoint, capfd, how):
     assert len(ask(QUESTIONS[:2])[0]) == 2
 
 
-def test_a_prompt_that_is_refused_ends_nothing_once_others_are_answered(endpoint, capfd):
+def test_a_refused_prompt_among_answered_ones_is_counted(endpoint, capfd):
     endpoint.trouble = ['ok', 400]
     assert len(ask(QUESTIONS[:5], concurrency=1)[0]) == 4
     said = capfd.readouterr().err
@@ -248,8 +248,7 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
     ('a page', 'this is not a completion: <html>Please log in</html>', 8),
     ('no choices', 'this is not a completion: .*overloaded', 8),
 ], ids=str)
-def test_a_fault_that_stays_ends_the_run_in_one_line_and_costs_nothing(
-        endpoint, monkeypatch, how, says, most):
+def test_a_fault_that_stays_ends_the_run_in_one_line(endpoint, monkeypatch, how, says, most):
     monkeypatch.setattr(teachers, 'TIMEOUT', 0.3)
     endpoint.always = how
     with pytest.raises(UserError) as error:
