@@ -320,7 +320,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(book):
         printed = process.stdout.read()
     assert process.wait() == 128 + signal.SIGINT
     assert 'Traceback' not in printed
-    assert 'notice: stopping as soon as it is saved' in printed
+    assert 'notice: stopping as soon as the run is saved' in printed
     step = load(book)['iter_num']
     assert f'stopped at step {step}, saved in out/ckpt.pt' in printed
     assert 'the same command with --init_from=resume continues' in printed
@@ -348,7 +348,7 @@ def test_a_second_signal_stops_at_once_and_says_what_is_lost(book):
     with ends_within(60, process):
         read_until(process, 'waiting')
         process.send_signal(signal.SIGINT)
-        read_until(process, 'notice: stopping as soon as it is saved')
+        read_until(process, 'notice: stopping as soon as the run is saved')
         time.sleep(2.5)  # earlier it may be the same signal, passed on twice
         process.send_signal(signal.SIGINT)
         printed = process.stdout.read()
