@@ -5,8 +5,8 @@ Train a model: from scratch, from where a run stopped, or from existing weights.
 
 Writes out_dir/ckpt.pt (the newest), best.pt (the best on validation), log.jsonl and model.py, the
 code of the model. Each config file says what its recipe costs and reaches. Stop it with Ctrl-C: the
-same command with --init_from=resume continues, and ends with the same weights, bit for bit, as a
-run that was not stopped.
+same command with --init_from=resume continues; on a CPU it ends with the same weights, bit for bit,
+as a run that was not stopped.
 
 Needs model.py and folio/; hellaswag.py where hellaswag_interval is set.
 """
@@ -97,6 +97,8 @@ require_at_least(0, config, 'max_iters', 'eval_iters', 'warmup_iters', 'lr_decay
                  'patience', 'sample_interval', 'hellaswag_interval', 'min_lr', 'grad_clip')
 require_choice(config, 'compile', ('auto', True, False))
 require_choice(config, 'schedule', SCHEDULES)
+if not 0 <= cooldown <= 1:
+    raise UserError(f'cooldown is {cooldown}; it is a share of the steps, from 0 to 1')
 
 # ---- Machine -------------------------------------------------------------------------------------
 # Under torchrun this script runs once for each GPU, told apart by rank; rank 0 does the talking.
@@ -127,13 +129,6 @@ if len(train_tokens) <= block_size:
 windows_per_step = gradient_accumulation_steps * batch_size
 tokens_per_step = windows_per_step * block_size
 eval_windows = eval_iters * batch_size  # 0: the whole split
-# Load now what later steps need, so that the run stops here if something is missing.
-if sample_interval > 0 or hellaswag_interval > 0:
-    tokenizer = folio.tokenizer.load(data.spec)
-if hellaswag_interval > 0:
-    import hellaswag
-    hellaswag_items = hellaswag.load(hellaswag_source, machine)
-    hellaswag_rows = hellaswag.render(hellaswag_items, tokenizer, block_size)
 
 # ---- Model ---------------------------------------------------------------------------------------
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -142,11 +137,10 @@ if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 resumes = init_from == 'resume' and not eval_only  # --eval_only takes only the weights
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
-with user_errors():
-    model_config = GPTConfig(**model_args)
 torch.manual_seed(seed)  # so that every process draws the same weights
 if init_from == 'scratch':
-    model = GPT(model_config)
+    with user_errors():
+        model = GPT(GPTConfig(**model_args))
 else:
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, data)
@@ -231,6 +225,14 @@ if decay_lr and decay_iters < max_iters:
 if decay_lr and n_steps > 0 and decay_iters <= warmup_iters:
     print0(f'the learning rate never reaches its peak: its warm-up takes {warmup_iters} '
            f'steps (warmup_iters), its whole schedule {decay_iters}')
+
+# Load now what later steps need, so that the run stops here if something is missing.
+if sample_interval > 0 or hellaswag_interval > 0:
+    tokenizer = folio.tokenizer.load(data.spec)
+if hellaswag_interval > 0:
+    import hellaswag
+    hellaswag_items = hellaswag.load(hellaswag_source, machine)
+    hellaswag_rows = hellaswag.render(hellaswag_items, tokenizer, block_size)
 
 log = NoLog()
 record = folio.checkpoint.record_of(GPT)  # which code runs

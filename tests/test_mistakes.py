@@ -45,6 +45,7 @@ def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
     ('--log_interval=0', 'log_interval'),
     ('--optimizer=sgd', 'adamw, muon'),
     ('--schedule=linear', 'cosine, trapezoid'),
+    ('--cooldown=70', 'a share of the steps, from 0 to 1'),
     ('--compile=maybe', 'auto, True, False'),
     ('--learning_rate=0', 'learning_rate'),
     ('--learning_rate=nan', 'learning_rate'),
