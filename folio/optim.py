@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from folio.configurator import UserError
 from folio.machine import CPU_HAS_BFLOAT16
@@ -81,7 +80,7 @@ def load_states(optimizers, states):
         param_groups = optimizer.state_dict()['param_groups']
         try:
             optimizer.load_state_dict({'state': state['state'], 'param_groups': param_groups})
-        except Exception as e:  # a damaged or hostile state may raise anything
+        except Exception as e:  # torch raises several kinds if the parameters differ
             raise UserError('the state of the optimizer does not fit this model '
                             f'({type(e).__name__}: {e})') from e
 
@@ -155,31 +154,24 @@ def orthogonalize_shared(matrices):
 
 
 def orthogonalize(G, steps=5):
-    """Return approximately U V' for a matrix G = U S V' (m, n), or for each of a batch (b, m, n).
+    """Return approximately U V' for each matrix G = U S V' of a batch (b, m, n), in its dtype.
 
-    The quintic Newton–Schulz iteration of Jordan et al. 2024 brings all singular values near 1. It
-    runs in bfloat16 where that is fast.
+    The quintic Newton–Schulz iteration of Jordan et al. 2024 brings all singular values near 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steep at zero, so that small singular values grow fast
-    is_batch = G.ndim == 3
-    add_product = torch.baddbmm if is_batch else torch.addmm
-    is_tall = G.size(-2) > G.size(-1)
-    X = G.to(product_dtype(G))
+    is_tall = G.size(1) > G.size(2)
+    X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if is_tall:
         X = X.mT  # makes the products below smaller
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        # F.linear(X, X) is X X' too, and for a single matrix twice as fast on a CPU.
-        A = X @ X.mT if is_batch else F.linear(X, X)
-        B = add_product(A, A, A, beta=b, alpha=c)  # b A + c A A
-        X = add_product(X, B, X, beta=a)  # a X + B X
-    if is_tall:
-        X = X.mT
-    return X.to(G.dtype)
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
+    return X.mT if is_tall else X
 
 
 def product_dtype(G):
-    """Return bfloat16 for a device that multiplies in it, float32 for one that emulates it."""
+    """Return bfloat16 if the device of G multiplies in it, float32 if it only emulates it."""
     has_bf16 = G.is_cpu and CPU_HAS_BFLOAT16
     if G.is_cuda:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
