@@ -23,7 +23,7 @@ import folio.checkpoint
 from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
                                 user_errors)
-from folio.data import Dataset, train_batch
+from folio.data import Dataset, folder_of, train_batch
 from folio.machine import COMPILE_OPTIONS, Machine, default_device
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig
@@ -89,12 +89,12 @@ if machine.world_size > 1:
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
-try:
+if os.path.exists(os.path.join(folder_of(dataset), 'train.bin')):
     data = Dataset(dataset)
     tokens = data.tokens('train')
     vocab_size = data.vocab_size
     origin = data.folder
-except UserError:
+else:
     # A step takes as long with random tokens. They are too many to stay in a cache.
     vocab_size = 50257  # GPT-2's
     n_tokens = max(2**22, 2 * config['block_size'])

@@ -1,5 +1,5 @@
 """
-Save and load checkpoints, ours and nanoGPT's, and keep the folder of a run.
+Save and load checkpoints, ours and nanoGPT's, and say which code a model was trained with.
     python -c "from folio import checkpoint; print(checkpoint.load('out/book')['model_args'])"
 
 A checkpoint is a dictionary of tensors and plain values: reading one runs no code.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import folio.tokenizer
 from folio.configurator import UserError, notice
-from folio.data import Dataset
+from folio.data import Dataset, folder_of
 from folio.tokenizer import spec_hash
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none
@@ -116,9 +116,7 @@ def build(model_class, checkpoint, settings=None):
         if name in FREE or name not in checkpoint['model_args']:
             free[name] = value
     if is_of_other_code(checkpoint, model_class):
-        notice(f'{checkpoint["source"]} was trained with code other than '
-               f'{inspect.getsourcefile(model_class)}; a copy of it is {copy_of_code(checkpoint)}: '
-               'give the config file that brings that model')
+        notice(trained_with_other_code(checkpoint, model_class))
     try:
         return model_class.from_pretrained(checkpoint, **free)
     except ValueError as e:
@@ -163,10 +161,7 @@ def refuse_other_code(checkpoint, model_class):
     For comparing runs: otherwise one model would be measured with the code of another.
     """
     if is_of_other_code(checkpoint, model_class):
-        raise UserError(f'{checkpoint["source"]} was trained with code other than '
-                        f'{inspect.getsourcefile(model_class)}, and is not compared; a copy of it '
-                        f'is {copy_of_code(checkpoint)}: give the config file that brings that '
-                        'model')
+        raise UserError(f'not compared: {trained_with_other_code(checkpoint, model_class)}')
 
 
 def is_of_other_code(checkpoint, model_class):
@@ -178,9 +173,12 @@ def is_of_other_code(checkpoint, model_class):
     return trained_with not in (None, hash_of_code(model_class))
 
 
-def copy_of_code(checkpoint):
-    """Return where train.py saved the code that a model was trained with."""
-    return os.path.join(os.path.dirname(checkpoint['source']), 'model.py')
+def trained_with_other_code(checkpoint, model_class):
+    """Return a text that says so, where train.py has put a copy of that code, and what to do."""
+    source = checkpoint['source']
+    return (f'{source} was trained with code other than {inspect.getsourcefile(model_class)}; a '
+            f'copy of its code is in {os.path.dirname(source)} (model.py or model_until_….py): '
+            'give the config file that imports that model')
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
@@ -226,7 +224,7 @@ def tokenizer_of(checkpoint):
     source = checkpoint['source']
     trained_on = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
-    is_here = os.path.exists(os.path.join('data', trained_on, 'train.bin'))
+    is_here = os.path.exists(os.path.join(folder_of(trained_on), 'train.bin'))
     if spec is None and is_here:
         spec = Dataset(trained_on).spec
     vocab_size = checkpoint['model_args']['vocab_size']

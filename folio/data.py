@@ -46,6 +46,11 @@ def token_dtype(meta):
 
 
 # ---- A data set ----------------------------------------------------------------------------------
+def folder_of(dataset):
+    """Return the folder of a data set: data/book for book, and for data/book too."""
+    return os.path.join('data', dataset.removeprefix('data/'))
+
+
 class Dataset:
     """A folder of token files: .spec of its tokenizer, .vocab_size, .meta, tokens(split) …"""
 
@@ -54,7 +59,7 @@ class Dataset:
 
         Raises UserError if it is missing, or if its description is damaged.
         """
-        self.folder = os.path.join('data', name.removeprefix('data/'))
+        self.folder = folder_of(name)
         self.meta = {}
         self.arrays = {}  # {file: its memmap}: a run keeps the files that it began with
         if not os.path.isfile(self.path('train.bin')):
@@ -166,7 +171,7 @@ class Dataset:
         counts = self.counts(split)
         if 'targets' in counts:  # masked: only the targets' bytes count
             n_targets = counts['targets']
-            total = counts.get(f'target_{what}', counts.get(what, 0))
+            total = counts.get(f'target_{what}', 0)
         else:
             n_targets = counts.get('tokens', 0)
             total = counts.get(what, 0)
@@ -261,22 +266,23 @@ def train_batches(tokens, mask, block_size, batch_size, micro_steps, seed, first
 def prefetch(batches, pin_memory):
     """Yield the same batches, each made by a thread while the one before it is in use.
 
-    A batch is a tuple (idx_BT, targets_BT, …). pin_memory: pin these two in memory, so that copying
-    them to a GPU need not wait.
+    batches: an endless stream, as from train_batches. pin_memory: pin the tokens in memory, so that
+    copying them to a GPU need not wait.
     """
     def next_batch():
-        batch = next(batches, None)
-        if batch is not None and pin_memory:
-            idx_BT, targets_BT, *rest = batch
-            batch = (idx_BT.pin_memory(), targets_BT.pin_memory(), *rest)
-        return batch
+        idx_BT, targets_BT, weight = next(batches)
+        if pin_memory:
+            idx_BT = idx_BT.pin_memory()
+            targets_BT = targets_BT.pin_memory()
+        return idx_BT, targets_BT, weight
 
     start_thread = None
     if pin_memory:  # a new thread would begin on the first GPU, not on ours
         start_thread = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
     with concurrent.futures.ThreadPoolExecutor(1, initializer=start_thread) as thread:
         future = thread.submit(next_batch)
-        while (batch := future.result()) is not None:
+        while True:
+            batch = future.result()
             future = thread.submit(next_batch)
             yield batch
 

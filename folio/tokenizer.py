@@ -157,7 +157,8 @@ def vocab_size_of(spec):
         return len(spec['ranks']) + len(spec['special'])
     if spec['kind'] == 'gpt2':
         return 50257
-    raise ValueError(f'unknown kind of tokenizer {spec["kind"]!r}; choose from char, bpe, gpt2')
+    raise ValueError(f'unknown kind of tokenizer {spec["kind"]!r}; choose from char, bpe, gpt2, '
+                     'hugging_face')
 
 
 def control_tokens(spec):
