@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import folio.checkpoint
 from folio.configurator import UserError, configure, require_at_least
+from folio.data import write_jsonl
 from folio.download import download
 from folio.engine import KVCache
 from folio.machine import Machine, default_device
@@ -209,11 +210,10 @@ def main():
     machine.print0(f'{len(items):,} items: {", ".join(shown)}')
     machine.print0(json.dumps(metrics))
     if scores and machine.rank == 0:
-        with open(scores + '.tmp', 'w', encoding='utf-8') as f:
-            for item, item_scores in zip(items, sums.tolist()):
-                entry = {'ind': item.get('ind'), 'scores': item_scores, 'label': item['label']}
-                f.write(json.dumps(entry) + '\n')
-        os.replace(scores + '.tmp', scores)
+        rows = []
+        for item, item_scores in zip(items, sums.tolist()):
+            rows.append({'ind': item.get('ind'), 'scores': item_scores, 'label': item['label']})
+        write_jsonl(scores, rows)
     machine.end_processes()
 
 

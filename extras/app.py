@@ -132,16 +132,19 @@ def write_both(left, right, prompt, max_new_tokens, strategy, temperature, top_k
     """Yield what `write` yields for both models, in one list, four times a second."""
     options = {'strategy': strategy, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p,
                'seed': seed}
-    shown = [None] * 4
+    left_panes = [None, None]
+    right_panes = [None, None]
     last = 0.0
     both = (write(choice, prompt, max_new_tokens, **options) for choice in (left, right))
     for new_left, new_right in itertools.zip_longest(*both):
-        shown[:2] = new_left or shown[:2]  # None once it is done
-        shown[2:] = new_right or shown[2:]
+        if new_left is not None:  # None once it is done
+            left_panes = new_left
+        if new_right is not None:
+            right_panes = new_right
         if time.perf_counter() > last + 0.25:  # the page takes longer to show a text than to get it
             last = time.perf_counter()
-            yield shown
-    yield shown
+            yield [*left_panes, *right_panes]
+    yield [*left_panes, *right_panes]
 
 
 # ---- The page ------------------------------------------------------------------------------------

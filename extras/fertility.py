@@ -54,7 +54,7 @@ def load(source):
 
 
 def main():
-    if '--help' in sys.argv:
+    if '--help' in sys.argv or '-h' in sys.argv:
         print(__doc__.strip())
         return
     if len(sys.argv) < 3:

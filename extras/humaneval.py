@@ -307,5 +307,6 @@ if __name__ == '__main__':
     config = configure(globals(), strict=False)
     require_at_least(1, config, 'num_samples', 'max_new_tokens', 'batch_size')
     require_at_least(0, config, 'limit', 'processes')
+    require_at_least(0.1, config, 'timeout')
     require_at_least(64, config, 'memory')  # Python itself takes some 30 MiB
     main()

@@ -128,17 +128,19 @@ def open_data(run, checkpoint):
         run.spec = checkpoint.get('tokenizer')
     try:
         data = Dataset(run.config['dataset'])
-        if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
-            run.spec = data.spec
-        # The folder may have been prepared again from another text since.
-        if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
-            raise UserError(f'{data.folder} has another vocabulary now')
         run.masked = data.mask('val') is not None
-        run.data = data
-        if run.masked:
-            run.notes.append('its loss is of the answers alone, as its data have masks')
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
+        return
+    if run.masked:
+        run.notes.append('its loss is of the answers alone, as its data have masks')
+    if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
+        run.spec = data.spec
+    # The folder may have been prepared again from another text since.
+    if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
+        run.notes.append(f'no test and no n-grams: {data.folder} has another vocabulary now')
+        return
+    run.data = data
 
 
 def examine(run, columns):
@@ -150,7 +152,8 @@ def examine(run, columns):
     """
     checkpoint = open_checkpoint(run)
     open_data(run, checkpoint)
-    writes_texts = join(run, columns)
+    column = column_of(run, columns)
+    column.append(run)
     if checkpoint is None:
         return
     try:
@@ -160,7 +163,7 @@ def examine(run, columns):
         model = folio.checkpoint.build(GPT, checkpoint).to(machine.device).eval()
         if run.data:
             measure_splits(run, model, machine)
-        if writes_texts and num_samples > 0:
+        if run is column[0] and num_samples > 0:
             torch.manual_seed(seed)  # once: each text draws random numbers of its own
             for kind in kinds_of_text():
                 run.texts[kind] = write_texts(model, checkpoint, machine, *kind)
@@ -169,16 +172,15 @@ def examine(run, columns):
         run.notes.append(str(e))
 
 
-def join(run, columns):
-    """Put a run into the column of its setting; return whether it is the first one there."""
+def column_of(run, columns):
+    """Return the column for a run; if there is none yet, add one to `columns`."""
     for column in columns:
         # The same seed twice isn't a second sample.
         is_new_seed = run.config['seed'] not in [other.config['seed'] for other in column]
         if is_new_seed and setting_of(run) == setting_of(column[0]):
-            column.append(run)
-            return False
-    columns.append([run])
-    return True
+            return column
+    columns.append([])
+    return columns[-1]
 
 
 def setting_of(run):

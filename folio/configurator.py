@@ -7,6 +7,7 @@ Python and run in the script's namespace: they can read the settings, branch on 
 another model with `from my_model import GPT, GPTConfig`. Then --key=value has the last word. There
 is no parser to keep in step with the settings, and a setting is used by its bare name.
 """
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -137,7 +138,7 @@ def model_defaults(model_config):
     """Return {field: default} of a model's configuration, except vocab_size, which the data has."""
     defaults = {}
     for field in dataclasses.fields(model_config):
-        if field.name != 'vocab_size' and is_plain(field.default):
+        if field.name != 'vocab_size' and (field.default is None or is_plain(field.default)):
             defaults[field.name] = field.default
     return defaults
 
@@ -165,6 +166,8 @@ def checked(key, value, defaults, where):
         hint = f'did you mean {similar[0]}?' if similar else 'see --help'
         raise UserError(f'unknown setting {key} {where}: {hint}')
     default = defaults[key]
+    if default is None:  # of a model's field, n_kv_head: int | None = None
+        return value
     if type(default) is float and type(value) is int:
         return float(value)
     may_be_bool = default == 'auto' and type(value) is bool
@@ -179,11 +182,15 @@ def checked(key, value, defaults, where):
 def parse(text, default):
     """Convert a text to the type of a default; return it unchanged where that fails.
 
-    >>> parse('5', 1), parse('5', ''), parse('five', 1), parse('false', True)
-    (5, '5', 'five', False)
+    >>> parse('5', 1), parse('5', ''), parse('five', 1), parse('false', True), parse('5', None)
+    (5, '5', 'five', False, 5)
     """
     if type(default) is bool or default == 'auto':
         return {'true': True, 'false': False}.get(text.lower(), text)
+    if default is None:
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+        return text
     try:
         return type(default)(text)
     except ValueError:

@@ -2,7 +2,7 @@
 Download one file, whole or not at all.
     python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
 
-A transfer that breaks is begun again, with up to four attempts at each mirror.
+A transfer that breaks is begun again.
 """
 import contextlib
 import hashlib
@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from folio.configurator import UserError
 
+TRIES = 4  # at each mirror, with waits of 1, 2 and 4 seconds between them
+TIMEOUT = (10, 60)  # seconds to connect, and to wait for more bytes
 HEADERS = {
     'User-Agent': 'folio (a language-model code base)',
     'Accept-Encoding': 'identity',  # so that the bar knows how many bytes there are
 }
 
 
-def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
+def download(urls, path, sha256=None):
     """Fetch a file to path, unless it is there already, and return path.
 
     urls: mirrors of the file, tried in this order.
-    tries: attempts at each mirror, with waits of 1, 2, 4 … seconds between them.
-    timeout: (seconds to connect, seconds to wait for more bytes).
     sha256: the file's hash, in hexadecimal. A file with another hash, whether there already or just
     downloaded, is fetched again.
     Raises UserError if no mirror has the file, or if it cannot be written.
@@ -35,12 +35,12 @@ def download(urls, path, tries=4, timeout=(10, 60), sha256=None):
     part = f'{path}.{os.getpid()}.part'  # another process may want the same file
     reason = ''  # why the last attempt failed
     for url in urls:
-        for attempt in range(tries):
+        for attempt in range(TRIES):
             if attempt > 0:
                 time.sleep(2**(attempt - 1))
             try:
                 os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-                fetch(url, part, timeout)
+                fetch(url, part)
                 if sha256 in (None, sha256_of(part)):
                     os.replace(part, path)
                     return path
@@ -67,12 +67,12 @@ def sha256_of(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def fetch(url, path, timeout):
+def fetch(url, path):
     """Write what a server sends to a file, and show a bar.
 
     Raises requests.RequestException if the server refuses or the transfer breaks.
     """
-    with requests.get(url, headers=HEADERS, stream=True, timeout=timeout) as response:
+    with requests.get(url, headers=HEADERS, stream=True, timeout=TIMEOUT) as response:
         response.raise_for_status()
         total = int(response.headers.get('Content-Length', 0)) or None  # None: unknown
         with open(path, 'wb') as f, tqdm(desc=os.path.basename(url), total=total, unit='B',

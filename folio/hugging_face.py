@@ -8,13 +8,12 @@ JSON and safetensors are read, and code that comes with it is not run.
 import dataclasses
 import json
 import os
-import time
 
 import torch
 from safetensors.torch import load_file
 
 from folio.configurator import UserError, notice
-from folio.download import hub_errors, sha256_of
+from folio.download import hub_errors
 from folio.tokenizer import control_tokens, file_in, read_json, read_spec, token_named
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -117,11 +116,8 @@ def read_config(folder):
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             return dict(json.load(f))
     except (OSError, ValueError, TypeError) as e:
-        hint = ''
-        if os.path.exists(os.path.join(folder, 'best.pt')):  # the folder of a run
-            hint = f'; did you mean {folder}/best.pt?'
         raise UserError(f'{folder} is not a Hugging Face folder: config.json could not be read '
-                        f'({e}){hint}') from None
+                        f'({e})') from None
 
 
 def read_model_args(hf, kind):
@@ -162,16 +158,16 @@ def unsupported_settings(hf, kind, model_args):
 
 def load_weights(folder, kind):
     """Return {our name: tensor} of a folder's .safetensors, one or several, without a tied head."""
-    files = {'model.safetensors'}
     names = os.listdir(folder)
-    has_pickles = any(name.startswith('pytorch_model') for name in names)
-    if has_pickles and not any(name.startswith('model.safetensors') for name in names):
-        raise UserError(f'{folder} has its weights in pytorch_model.bin, which is not read. To get '
-                        'model.safetensors, load and save it with transformers: '
-                        'from_pretrained(…), then save_pretrained(…)')
-    if 'model.safetensors' not in names:
+    if 'model.safetensors' in names:
+        files = {'model.safetensors'}
+    elif 'model.safetensors.index.json' in names:
         with open(os.path.join(folder, 'model.safetensors.index.json'), encoding='utf-8') as f:
             files = set(json.load(f)['weight_map'].values())
+    else:
+        raise UserError(f'{folder} has no model.safetensors. To get it from a pytorch_model.bin, '
+                        'load and save the folder with transformers: from_pretrained(…), then '
+                        'save_pretrained(…)')
     tensors = {}
     for file in files:
         tensors |= load_file(os.path.join(folder, file))
@@ -278,40 +274,17 @@ def template_of(chat_template, config, control):
 def download_openai(name):
     """Return the folder of one of OpenAI's four models, which huggingface_hub downloads once.
 
-    Raises UserError if it cannot be downloaded, or if its SHA-256 is wrong.
+    Raises UserError if it cannot be downloaded.
     """
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # it would print a line for each of its own attempts
     repository = f'openai-community/{name}'
     remedy = 'check the network, or give --init_from=a folder that has its files'
     with hub_errors(f'could not download {name}', remedy):
-        was_cached = try_to_load_from_cache(repository, 'model.safetensors')
-        path = download_model(repository)
-    # The hub's cache keeps a file under its SHA-256, with a link to it under its name.
-    blob = os.path.realpath(path)
-    sha256 = os.path.basename(blob)
-    if not was_cached and len(sha256) == 64 and sha256_of(blob) != sha256:
-        os.remove(path)
-        os.remove(blob)
-        raise UserError(f'{name} came damaged (wrong SHA-256); run this again to download it again')
+        hf_hub_download(repository, 'config.json')
+        path = hf_hub_download(repository, 'model.safetensors')
     return os.path.dirname(path)
-
-
-def download_model(repository):
-    """Return the path of a downloaded model.safetensors, config.json next to it; try four times."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    for seconds in (1, 2, 4, None):  # to wait before the next attempt
-        try:
-            hf_hub_download(repository, 'config.json')
-            return hf_hub_download(repository, 'model.safetensors')
-        except LocalEntryNotFoundError:  # no connection: huggingface_hub has tried long enough
-            raise
-        except Exception:  # the hub's errors have no common class
-            if seconds is None:
-                raise
-            time.sleep(seconds)
 
 
 # ---- Writing -------------------------------------------------------------------------------------

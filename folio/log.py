@@ -15,6 +15,7 @@ import shutil
 import filelock
 
 from folio.configurator import UserError, notice
+from folio.data import write_jsonl
 
 FILES = ('ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'model_until_*.py')  # of a run
 
@@ -109,8 +110,8 @@ def set_aside(out_dir):
     found = []
     for pattern in FILES:
         found += glob.glob(pattern, root_dir=out_dir)
-    if all(name.startswith('model') for name in found):
-        return None
+    if not {'ckpt.pt', 'best.pt', 'log.jsonl'} & set(found):
+        return None  # at most a copy of some code
     number = 1
     while os.path.exists(os.path.join(out_dir, f'previous-{number}')):
         number += 1
@@ -131,10 +132,7 @@ def keep_code(code, path, resume_at):
 
 def cut(path, iter_num):
     """Drop the entries of a log from a step on."""
-    kept = [entry for entry in read(path) if entry.get('iter', -1) < iter_num]
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(entry) + '\n' for entry in kept)
-    os.replace(path + '.tmp', path)
+    write_jsonl(path, [entry for entry in read(path) if entry.get('iter', -1) < iter_num])
 
 
 def read(path):

@@ -73,11 +73,6 @@ def test_a_model_is_not_loaded_with_a_longer_context(small):
 
 
 # ---- What is refused -----------------------------------------------------------------------------
-def test_a_run_that_has_only_its_best_says_what_was_meant(small, tmp_path):
-    checkpoint.save(str(tmp_path / 'best.pt'), contents(small))
-    assert f'did you mean {tmp_path}/best.pt?' in refused(tmp_path)
-
-
 SPOILT = {  # what is wrong: (how a checkpoint gets so, what is said)
     'field': (lambda c: c['model_args'].update(n_kv_head=2, alibi=True),
               'settings that GPTConfig lacks: alibi, n_kv_head'),

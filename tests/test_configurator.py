@@ -168,6 +168,7 @@ class GPTConfig:
     vocab_size: int = 50257
     n_layer: int = 3
     n_kv_head: int = 2
+    n_experts: int | None = None
 
 
 class GPT:
@@ -187,9 +188,10 @@ def test_a_file_brings_another_model_and_its_fields(write):
     config = write('from a_model_of_mine import GPT, GPTConfig\nn_kv_head = 1')
     namespace = SETTINGS | {'GPT': None, 'GPTConfig': GPTConfig}
     got = configure(namespace, [config])
-    assert got == SETTINGS | {'n_layer': 3, 'n_kv_head': 1}
+    assert got == SETTINGS | {'n_layer': 3, 'n_kv_head': 1, 'n_experts': None}
     assert namespace['GPT'].__module__ == 'a_model_of_mine'
     assert configure(dict(namespace), [config, '--n_kv_head=4'])['n_kv_head'] == 4
+    assert configure(dict(namespace), [config, '--n_experts=8'])['n_experts'] == 8
     with pytest.raises(UserError, match='n_kv_head = .many. on the command line: it takes int'):
         configure(dict(namespace), [config, '--n_kv_head=many'])
 

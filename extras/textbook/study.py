@@ -26,6 +26,7 @@ import time
 sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from extras import confine
 from folio.configurator import UserError, configure
+from folio.data import write_jsonl
 from folio.log import read
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -123,9 +124,7 @@ def make(name, seed, path):
     """Train and score a model, and write its metrics to a file, whole or not at all."""
     train(name, seed)
     result = score(name, seed) | {'made_with': made_with()}
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(result, f)
-    os.replace(path + '.tmp', path)
+    write_jsonl(path, [result])
 
 
 def all_results():

@@ -14,8 +14,8 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
-from prepare.corpus import write_dataset
 from folio.download import hub_errors
+from prepare.corpus import write_dataset
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
 source = ''  # instead of the hub: a folder of train.txt, valid.txt, test.txt or wiki.train.tokens …

@@ -561,13 +561,12 @@ def test_an_export_is_never_written_over(trained):
     assert (trained / 'empty' / 'config.json').exists()
 
 
-@pytest.mark.parametrize('trouble', [[], [500, 'ok', 'cut', 429, 'ok'], ['ok', 'wrong']], ids=len)
-def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
+def test_openai_weights_come_from_the_hub_though_a_transfer_breaks(tmp_path):
     gpt2_of_transformers(n_layer=1).save_pretrained(tmp_path / 'theirs')
     files = {name: (tmp_path / 'theirs' / name).read_bytes()
              for name in ('config.json', 'model.safetensors')}
     hub = Hub({'openai-community/gpt2-medium': files})
-    hub.trouble = list(trouble)
+    hub.trouble = ['ok', 'cut']
     program = ('import sys\n'
                'from folio.configurator import report\n'
                'sys.excepthook = report\n'
@@ -576,15 +575,8 @@ def test_openai_weights_come_from_the_hub_checked(tmp_path, trouble):
                'model = GPT.from_pretrained(checkpoint.load("gpt2-medium"))\n'
                'print(sum(p.double().sum().item() for p in model.parameters()))\n')
     environment = os.environ | hub.environment(tmp_path / 'hub') | {'PYTHONPATH': str(ROOT)}
-
-    def load_gpt2_medium():
-        return subprocess.run([sys.executable, '-c', program], env=environment,
-                              capture_output=True, text=True, timeout=200)
-    done = load_gpt2_medium()
-    if 'wrong' in trouble:
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith('error: gpt2-medium came damaged')
-        done = load_gpt2_medium()
+    done = subprocess.run([sys.executable, '-c', program], env=environment, capture_output=True,
+                          text=True, timeout=200)
     hub.server.shutdown()
     model = GPT.from_pretrained(folio.checkpoint.load(str(tmp_path / 'theirs')))
     assert done.returncode == 0, done.stderr
