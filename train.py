@@ -265,13 +265,13 @@ def require_finite(what, value, step):
         raise UserError(f'the run diverged at step {step}: {what} is {value}; {remedy}')
 
 
-def save(iter_num, *paths):
+def save(iter_num, path, more_names=()):
     """Write a checkpoint of the run as it is before step iter_num, under one name or more."""
     # The largest weight of each parameter, in no extra memory: there may be none left.
     largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters()]
     require_finite('the largest weight', torch.stack(largest).max().item(), iter_num)
     if rank == 0:
-        folio.checkpoint.save(paths, {
+        folio.checkpoint.save(path, {
             'model': model.state_dict(),
             'model_args': asdict(model.config),
             'tokenizer': data.spec,
@@ -287,7 +287,7 @@ def save(iter_num, *paths):
             'best_val_loss': best_val_loss,
             'best_iter': best_iter,
             'train_seconds': train_seconds,
-        })
+        }, more_names)
 
 
 def save_first(kind, error, trace):
@@ -371,7 +371,7 @@ while True:
             best_val_loss = val_loss
             best_iter = iter_num
         if iter_num > 0 and improved:
-            save(iter_num, best_path, ckpt_path)
+            save(iter_num, best_path, more_names=[ckpt_path])
         elif iter_num > 0 and always_save_checkpoint:
             save(iter_num, ckpt_path)
         if patience > 0 and iter_num - best_iter >= patience * eval_interval:

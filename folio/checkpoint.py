@@ -262,24 +262,21 @@ def beginning_of(checkpoint, tokenizer):
 
 
 # ---- Saving --------------------------------------------------------------------------------------
-def save(paths, checkpoint):
-    """Write a dictionary of tensors and plain values to a path or to several, whole or not at all.
+def save(path, checkpoint, more_names=()):
+    """Write a dictionary of tensors and plain values to a file, whole or not at all.
 
-    It is written once, synced, and renamed; further names are links to the same file, or copies
-    where the file system has no links. Raises UserError if that fails.
+    It is synced, then renamed. more_names: further paths, which become links to the same file, or
+    copies where the file system has no links. Raises UserError if that fails.
     """
-    if isinstance(paths, str):
-        paths = [paths]
     try:
-        for path in paths:
-            with replacing(path) as temporary:
-                if path == paths[0]:
-                    with open(temporary, 'wb') as f:
-                        torch.save(checkpoint | {'format': FORMAT}, f)
-                        f.flush()
-                        os.fsync(f.fileno())
-                else:
-                    link_or_copy(paths[0], temporary)
+        with replacing(path) as temporary:
+            with open(temporary, 'wb') as f:
+                torch.save(checkpoint | {'format': FORMAT}, f)
+                f.flush()
+                os.fsync(f.fileno())
+        for name in more_names:
+            with replacing(name) as temporary:
+                link_or_copy(path, temporary)
     except (OSError, RuntimeError) as e:
         reason = e if isinstance(e, OSError) else e.__context__  # torch wraps a failed write
         if not isinstance(reason, OSError):
