@@ -18,7 +18,7 @@ import torch
 
 import folio.checkpoint
 from folio import engine
-from folio.configurator import UserError, configure, require_at_least
+from folio.configurator import UserError, configure, notice, require_at_least
 from folio.machine import Machine, default_device
 from model import GPT
 
@@ -58,8 +58,7 @@ if start.startswith('FILE:'):
         raise UserError(f'the prompt {path} cannot be read as UTF-8 text: {e}') from None
 ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, start)
 if len(ids) > model.config.block_size:
-    print(f'notice: the model sees only the end of the prompt, which has {len(ids)} tokens',
-          file=sys.stderr)
+    notice(f'the model sees only the end of the prompt, which has {len(ids)} tokens')
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def talk():
         try:
             turn = tokenizer.encode(template.replace('{}', question))
         except UserError as e:  # a character that a character model never saw
-            print(f'notice: {e}', file=sys.stderr)
+            notice(str(e))
             continue
         # A tuned model learned from documents of one question each. For any other model the whole
         # talk is one document.

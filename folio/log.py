@@ -15,7 +15,6 @@ import shutil
 import filelock
 
 from folio.configurator import UserError, notice
-from folio.data import write_jsonl
 
 FILES = ('ckpt.pt', 'best.pt', 'log.jsonl', 'model.py', 'model_until_*.py')  # of a run
 
@@ -132,7 +131,10 @@ def keep_code(code, path, resume_at):
 
 def cut(path, iter_num):
     """Drop the entries of a log from a step on."""
-    write_jsonl(path, [entry for entry in read(path) if entry.get('iter', -1) < iter_num])
+    kept = [entry for entry in read(path) if entry.get('iter', -1) < iter_num]
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(entry) + '\n' for entry in kept)
+    os.replace(path + '.tmp', path)
 
 
 def read(path):

@@ -144,8 +144,7 @@ def from_hub():
         raise UserError(f'{HUB["raw"][0]} has no rows in Python')
     n_chars = sum(len(text) for text in raw)
     if n_chars < raw_chars:
-        print(f'notice: {HUB["raw"][0]} has {n_chars:,} characters of Python, not {raw_chars:,}',
-              file=sys.stderr)
+        notice(f'{HUB["raw"][0]} has {n_chars:,} characters of Python, not {raw_chars:,}')
     return raw, textbook, pairs, {}
 
 
