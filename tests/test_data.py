@@ -62,7 +62,7 @@ def test_targets_are_the_next_tokens_but_masked_ones():
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
 @pytest.mark.parametrize('world_size', [1, 2])
-@pytest.mark.parametrize('n_tokens, n_windows, n_targets', [(99, 0, 98), (99, 5, 40), (98, 0, 97)])
+@pytest.mark.parametrize('n_tokens, n_windows, n_targets', [(99, 0, 98), (99, 1, 8), (98, 0, 97)])
 def test_evaluation_counts_each_token_once(batch_size, world_size, n_tokens, n_windows, n_targets):
     tokens = np.arange(n_tokens, dtype='<u2')
     found = []
