@@ -180,7 +180,8 @@ if resumes:
     if first_iter >= max_iters:
         print0('all its steps are done: for more, give a higher --max_iters')
 checkpoint = None  # to free its memory
-if machine.sum(first_iter)[0] != first_iter * world_size:
+mean_first_iter = machine.sum(first_iter)[0] / world_size
+if mean_first_iter != first_iter:
     raise UserError(f'the processes find different checkpoints in {out_dir}: it must be on a disk '
                     'that all of them see')
 n_parameters = sum(p.numel() for p in model.parameters())

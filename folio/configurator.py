@@ -55,7 +55,7 @@ def configure(namespace, argv=None, strict=True):
     files, texts = split_arguments([arg for arg in argv if arg not in ('--help', '-h')], defaults)
     takes_a_model = 'GPTConfig' in namespace
 
-    # A file sees the command line's values, to branch on what was asked for.
+    # 1. Run the files. They see the command line's values, to branch on what was asked for.
     for key in texts.keys() & defaults.keys():
         namespace[key] = from_command_line(key, texts[key], defaults)
     in_files = {}  # {name: (value, path of the last file that set it)}
@@ -63,9 +63,11 @@ def configure(namespace, argv=None, strict=True):
         for name, value in run_file(path, namespace).items():
             in_files[name] = (value, path)
 
+    # 2. Now that a file may have brought another model, its fields are settings too.
     if takes_a_model:
         for name, default in model_defaults(namespace['GPTConfig']).items():
             defaults.setdefault(name, default)
+    # 3. What the files say, and then what the command line says, which wins.
     settings = dict(defaults)
     for name, (value, path) in in_files.items():
         if name in defaults or strict:
