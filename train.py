@@ -122,10 +122,10 @@ print0(f'{machine}, compile {compile}')
 data = Dataset(dataset)
 train_tokens = data.tokens('train')
 train_mask = data.mask('train')  # None, or which tokens are targets (instruction tuning)
-if len(train_tokens) <= block_size:
+if len(train_tokens) < block_size:
     raise UserError(f'block_size ({block_size}) is longer than the data ({len(train_tokens)} '
                     'tokens of training text): use at most '
-                    f'--block_size={len(train_tokens) - 1}, or more text')
+                    f'--block_size={len(train_tokens)}, or more text')
 windows_per_step = gradient_accumulation_steps * batch_size
 tokens_per_step = windows_per_step * block_size
 eval_windows = eval_iters * batch_size  # 0: the whole split

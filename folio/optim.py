@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
     orthogonalised as one batch, whichever parameters they are in, and each process does a share.
     """
 
-    def __init__(self, params, n_matrices, lr, weight_decay=0.0, momentum=0.95):
+    def __init__(self, params, n_matrices, lr, weight_decay, momentum=0.95):
         """Take a list of 2-D params; n_matrices: how many matrices each holds, stacked by rows."""
         group = {'params': params, 'n_matrices': n_matrices}
         super().__init__([group], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

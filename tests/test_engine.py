@@ -159,6 +159,14 @@ def test_of_a_prompt_longer_than_the_context_the_end_counts(model):
                        tokens(model, [long[-16:]], 1, strategy='greedy'))
 
 
+def test_a_context_of_one_token_is_cut_to_the_newest():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=1, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
+    followers = [tokens(model, [[token]], 1, strategy='greedy').item() for token in range(9)]
+    told = tokens(model, [[0]], 4, strategy='greedy').flatten().tolist()
+    assert told == [followers[token] for token in [0, *told[:-1]]]
+
+
 def test_a_full_context_is_cut_to_its_newer_half(model):
     ids = [7] * 16
     for next_B in engine.generate(model, torch.tensor([ids]), 40, strategy='greedy'):

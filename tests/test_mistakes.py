@@ -2,6 +2,7 @@
 import pytest
 
 from conftest import TINY, largest_file, run, run_process
+from folio.data import Dataset
 
 
 def the_line(err):
@@ -67,6 +68,14 @@ def test_a_process_prints_one_line_and_ends_with_status_2(tmp_path, script):
 def test_a_training_setting_out_of_range_is_refused(book_once, arg, says):
     assert says in refused('train.py', *TINY, '--out_dir=none', arg, cwd=book_once)
     assert not (book_once / 'none').exists()
+
+
+def test_a_context_may_be_as_long_as_the_text(book_once):
+    n_tokens = len(Dataset(str(book_once / 'data' / 'book')).tokens('train'))
+    line = refused('train.py', *TINY, f'--block_size={n_tokens + 1}', cwd=book_once)
+    assert f'use at most --block_size={n_tokens}' in line
+    line = refused('train.py', *TINY, f'--block_size={n_tokens}', '--n_embd=33', cwd=book_once)
+    assert 'block_size' not in line
 
 
 def test_processes_must_divide_the_micro_steps(book_once, monkeypatch):
