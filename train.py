@@ -83,7 +83,7 @@ decay_lr = True  # False: a constant learning rate
 schedule = 'cosine'  # cosine or trapezoid
 warmup_iters = 2000  # steps over which the learning rate rises
 lr_decay_iters = 0  # the step at which it reaches min_lr; 0: max_iters
-cooldown = 0.7  # trapezoid: the share of the steps over which it falls
+cooldown = 0.7  # trapezoid: the share of the steps over which the learning rate falls
 min_lr = 6e-5  # where the learning rate ends
 # Machine
 backend = 'nccl'  # between GPUs; between CPUs it is always gloo
@@ -204,6 +204,8 @@ def shown(metrics, prefix=''):
 
 
 if eval_only:
+    if init_from == 'scratch':
+        print0('of untrained weights: --init_from=resume evaluates the run in out_dir')
     for split in data.splits():
         n_windows = eval_windows
         if n_windows == 0 and split == 'train':

@@ -190,7 +190,7 @@ with gr.Blocks(title='folio') as page:
         *models, prompt, max_new_tokens, strategy, temperature, top_k, top_p, seed])
     stop.click(None, cancels=writing)
 
-print(f'http://127.0.0.1:{port}, for this machine alone unless --share=True; Ctrl-C ends it',
+print(f'http://127.0.0.1:{port} for this machine alone, unless --share=True; Ctrl-C ends it',
       flush=True)
 try:
     page.launch(server_name='127.0.0.1', server_port=port, share=share, quiet=not share, css=STYLE)

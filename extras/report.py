@@ -20,6 +20,7 @@ import types
 
 sys.path.insert(0, os.path.abspath(__file__ + '/../..'))  # the root of the checkout
 import torch
+from tqdm import tqdm
 
 import folio.checkpoint
 import folio.tokenizer
@@ -165,7 +166,7 @@ def examine(run, columns):
             measure_splits(run, model, machine)
         if run is column[0] and num_samples > 0:
             torch.manual_seed(seed)  # once: each text draws random numbers of its own
-            for kind in kinds_of_text():
+            for kind in tqdm(kinds_of_text(), desc=f'{run.name}, texts', unit=' ways'):
                 run.texts[kind] = write_texts(model, checkpoint, machine, *kind)
     except UserError as e:
         # A prompt may have characters that the tokenizer does not know. Report the rest.

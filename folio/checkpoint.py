@@ -59,7 +59,7 @@ def load_file(path):
         if damaged is not None:
             raise ValueError(f'the checksum of {damaged} is wrong')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f'no checkpoint {path}; train one first, or name its folder with '
                         '--out_dir=…') from None
     except pickle.UnpicklingError as e:

@@ -63,9 +63,10 @@ class Dataset:
         self.meta = {}
         self.arrays = {}  # {file: its memmap}: a run keeps the files that it began with
         if not os.path.isfile(self.path('train.bin')):
-            raise UserError(f'no data set in {self.folder} (no train.bin): a prepare.py writes it; '
-                            'from your own text, python prepare/book/prepare.py --book=my.txt '
-                            f'--dataset={name}')
+            command = f'python prepare/{name}/prepare.py'
+            if not os.path.exists(f'prepare/{name}/prepare.py'):
+                command = f'python prepare/book/prepare.py --book=my.txt --dataset={name}'
+            raise UserError(f'no data set in {self.folder} (no train.bin); to make it: {command}')
         try:
             if os.path.isfile(self.path('meta.json')):
                 self.read_meta_json()

@@ -73,6 +73,12 @@ def test_a_model_is_not_loaded_with_a_longer_context(small):
 
 
 # ---- What is refused -----------------------------------------------------------------------------
+def test_a_file_given_as_the_folder_of_a_run_is_no_checkpoint_there(small, tmp_path):
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), contents(small))
+    with pytest.raises(UserError, match='no checkpoint .*ckpt.pt/ckpt.pt; .* name its folder'):
+        checkpoint.load('resume', out_dir=str(tmp_path / 'ckpt.pt'))
+
+
 SPOILT = {  # what is wrong: (how a checkpoint gets so, what is said)
     'field': (lambda c: c['model_args'].update(n_kv_head=2, alibi=True),
               'settings that GPTConfig lacks: alibi, n_kv_head'),

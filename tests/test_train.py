@@ -104,6 +104,11 @@ def test_the_final_evaluation_is_of_the_saved_weights(book):
     assert 'steps of' not in out  # it takes none
 
 
+def test_an_evaluation_of_untrained_weights_says_so(book_once):
+    out, _ = run('train.py', *TINY, '--eval_only=True', cwd=book_once)
+    assert 'of untrained weights: --init_from=resume evaluates the run in out_dir' in out
+
+
 def test_patience_stops_a_run_that_no_longer_improves(book):
     """A rate so small that no weight changes: two evaluations after the first are in vain."""
     out, _ = run('train.py', *TINY, '--patience=2', '--learning_rate=1e-30', '--min_lr=0',
