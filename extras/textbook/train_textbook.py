@@ -2,9 +2,9 @@
 # code that a classifier likes best.
 #     python extras/textbook/prepare.py
 #     python train.py extras/textbook/train_textbook.py
-# Loss 1.315 on its own validation split, and 11 % of the problems solved at the first try, in 112 s
-# (seed 1; two cores of an AMD EPYC, torch 2.13, Python 3.11, 2026-11-21). This is a part of the
-# study, all of which extras/textbook/study.py runs.
+# Loss 1.324 on its own validation split, and 11 % of the problems solved at the first try (seed 1;
+# an AMD EPYC, bfloat16, torch 2.13, Python 3.11, 2026-11-30). This is a part of the study, all of
+# which extras/textbook/study.py runs.
 out_dir = 'out/textbook'
 dataset = 'textbook_filtered'
 arch = 'modern'
