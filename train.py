@@ -290,7 +290,9 @@ def save(iter_num, path, more_names=()):
             'best_val_loss': best_val_loss,
             'best_iter': best_iter,
             'train_seconds': train_seconds,
-        }, more_names)
+        })
+        for name in more_names:
+            folio.checkpoint.save_again(path, name)
 
 
 def save_first(kind, error, trace):

@@ -262,44 +262,50 @@ def beginning_of(checkpoint, tokenizer):
 
 
 # ---- Saving --------------------------------------------------------------------------------------
-def save(path, checkpoint, more_names=()):
+def save(path, checkpoint):
     """Write a dictionary of tensors and plain values to a file, whole or not at all.
 
-    It is synced, then renamed. more_names: further paths, which become links to the same file, or
-    copies where the file system has no links. Raises UserError if that fails.
+    It is synced, then renamed. Raises UserError if that fails.
     """
-    try:
-        with replacing(path) as temporary:
-            with open(temporary, 'wb') as f:
-                torch.save(checkpoint | {'format': FORMAT}, f)
-                f.flush()
-                os.fsync(f.fileno())
-        for name in more_names:
-            with replacing(name) as temporary:
-                link_or_copy(path, temporary)
-    except (OSError, RuntimeError) as e:
-        reason = e if isinstance(e, OSError) else e.__context__  # torch wraps a failed write
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(f'could not write {path}: {reason.strerror}; what was there before is '
-                        'intact. Make room, then continue with --init_from=auto') from e
+    with replacing(path) as temporary:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint | {'format': FORMAT}, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def save_again(saved, path):
+    """Give a checkpoint that has been saved another name, whole or not at all.
+
+    It is a link to the same file, or a copy where the file system has no links. Raises UserError if
+    that fails.
+    """
+    with replacing(path) as temporary:
+        try:
+            os.link(saved, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(saved, temporary)
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yield the name path.tmp, to be written to; rename it to path at the end."""
     temporary = path + '.tmp'
-    # A killed run may have left path.tmp as a link to another checkpoint, and writing into it would
-    # destroy that one.
-    if os.path.lexists(temporary):
-        os.remove(temporary)
     try:
+        # A killed run may have left path.tmp as a link to another checkpoint, and writing into it
+        # would destroy that one.
+        if os.path.lexists(temporary):
+            os.remove(temporary)
         yield temporary
         rename(temporary, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
+        reason = e.__context__ if isinstance(e, RuntimeError) else e  # torch wraps a failed write
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f'could not write {path}: {reason.strerror}; what was there before is '
+                        'intact. Make room, then continue with --init_from=auto') from e
 
 
 def rename(path, other):
@@ -314,10 +320,3 @@ def rename(path, other):
         except PermissionError:
             time.sleep(0.25)
     os.replace(path, other)
-
-
-def link_or_copy(path, other):
-    try:
-        os.link(path, other)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, other)

@@ -208,7 +208,8 @@ def twice(small, tmp_path):
     """Where best.pt is, saved at step 2, and ckpt.pt, which was of step 1 and is now the same."""
     best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
     checkpoint.save(ckpt, contents(small, iter_num=1))
-    checkpoint.save(best, contents(small, iter_num=2), more_names=[ckpt])
+    checkpoint.save(best, contents(small, iter_num=2))
+    checkpoint.save_again(best, ckpt)
     return best, ckpt
 
 
@@ -231,7 +232,8 @@ def test_a_kill_between_the_two_names_leaves_the_first_intact(twice, small):
     checkpoint.save(ckpt, contents(small, iter_num=3))
     assert checkpoint.load(best)['iter_num'] == 2
     os.link(best, ckpt + '.tmp')
-    checkpoint.save(best, contents(small, iter_num=4), more_names=[ckpt])
+    checkpoint.save(best, contents(small, iter_num=4))
+    checkpoint.save_again(best, ckpt)
     assert checkpoint.load(ckpt)['iter_num'] == 4
 
 
@@ -241,7 +243,8 @@ def test_a_second_name_is_a_copy_on_file_systems_without_links(small, tmp_path, 
 
     monkeypatch.setattr(os, 'link', link)
     best, ckpt = str(tmp_path / 'best.pt'), str(tmp_path / 'ckpt.pt')
-    checkpoint.save(best, contents(small, iter_num=2), more_names=[ckpt])
+    checkpoint.save(best, contents(small, iter_num=2))
+    checkpoint.save_again(best, ckpt)
     assert checkpoint.load(ckpt)['iter_num'] == 2
     assert not os.path.samefile(best, ckpt)
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tqdm import tqdm
 
 from conftest import ROOT, largest_file, need_gpt2, run
@@ -222,6 +222,8 @@ def expected_of(line):
 @settings(deadline=None)
 @given(st.lists(HOSTILE, max_size=30))
 def test_documents_are_those_of_json_loads_or_the_line_is_named(tmp_path_factory, some):
+    # hypothesis also tries the constants of our code, and such a file is refused as a whole.
+    assume(not some or not some[0].startswith(b'version https://git-lfs'))
     path = tmp_path_factory.getbasetemp() / 'hostile.jsonl'
     path.write_bytes(b''.join(line + b'\n' for line in some))
     expected = [expected_of(line) for line in some]
