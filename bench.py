@@ -103,7 +103,8 @@ else:
 if init_from == 'scratch':
     torch.manual_seed(seed)
     with user_errors():
-        model = GPT(GPTConfig(**model_settings(config, GPTConfig), vocab_size=vocab_size))
+        model_config = GPTConfig(**model_settings(config, GPTConfig), vocab_size=vocab_size)
+    model = GPT(model_config)
 else:
     model = folio.checkpoint.build(GPT, folio.checkpoint.load(init_from, out_dir))
 block_size = min(config['block_size'], model.config.block_size)  # a loaded model may have less

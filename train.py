@@ -137,10 +137,11 @@ if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
 resumes = init_from == 'resume' and not eval_only  # --eval_only takes only the weights
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
+with user_errors():
+    model_config = GPTConfig(**model_args)
 torch.manual_seed(seed)  # so that every process draws the same weights
 if init_from == 'scratch':
-    with user_errors():
-        model = GPT(GPTConfig(**model_args))
+    model = GPT(model_config)
 else:
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     folio.checkpoint.require_same_tokenizer(checkpoint, data)
@@ -205,7 +206,7 @@ def shown(metrics, prefix=''):
 
 if eval_only:
     if init_from == 'scratch':
-        print0('of untrained weights: --init_from=resume evaluates the run in out_dir')
+        print0('these weights are untrained; to evaluate the run in out_dir: --init_from=resume')
     for split in data.splits():
         n_windows = eval_windows
         if n_windows == 0 and split == 'train':

@@ -129,12 +129,10 @@ def open_data(run, checkpoint):
         run.spec = checkpoint.get('tokenizer')
     try:
         data = Dataset(run.config['dataset'])
-        run.masked = data.mask('val') is not None
+        masked = data.mask('val') is not None
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
         return
-    if run.masked:
-        run.notes.append('its loss is of the answers alone, as its data have masks')
     if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
         run.spec = data.spec
     # The folder may have been prepared again from another text since.
@@ -142,6 +140,9 @@ def open_data(run, checkpoint):
         run.notes.append(f'no test and no n-grams: {data.folder} has another vocabulary now')
         return
     run.data = data
+    run.masked = masked
+    if masked:
+        run.notes.append('its loss is of the answers alone, as its data have masks')
 
 
 def examine(run, columns):
@@ -166,7 +167,7 @@ def examine(run, columns):
             measure_splits(run, model, machine)
         if run is column[0] and num_samples > 0:
             torch.manual_seed(seed)  # once: each text draws random numbers of its own
-            for kind in tqdm(kinds_of_text(), desc=f'{run.name}, texts', unit=' ways'):
+            for kind in tqdm(kinds_of_text(), desc=f'{run.name}, texts', unit=' strategies'):
                 run.texts[kind] = write_texts(model, checkpoint, machine, *kind)
     except UserError as e:
         # A prompt may have characters that the tokenizer does not know. Report the rest.

@@ -161,7 +161,7 @@ def refuse_other_code(checkpoint, model_class):
     For comparing runs: otherwise one model would be measured with the code of another.
     """
     if is_of_other_code(checkpoint, model_class):
-        raise UserError(f'not compared: {trained_with_other_code(checkpoint, model_class)}')
+        raise UserError(f'not measured: {trained_with_other_code(checkpoint, model_class)}')
 
 
 def is_of_other_code(checkpoint, model_class):
@@ -174,11 +174,12 @@ def is_of_other_code(checkpoint, model_class):
 
 
 def trained_with_other_code(checkpoint, model_class):
-    """Return a text that says so, where train.py has put a copy of that code, and what to do."""
+    """Return a line: the model was trained with other code, where its copy is, what to do."""
     source = checkpoint['source']
+    folder = os.path.dirname(source) or '.'
     return (f'{source} was trained with code other than {inspect.getsourcefile(model_class)}; a '
-            f'copy of its code is in {os.path.dirname(source)} (model.py or model_until_….py): '
-            'give the config file that imports that model')
+            f'copy of its code is in {folder} (model.py or model_until_….py): give the config '
+            'file that imports that model')
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------

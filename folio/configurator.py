@@ -184,14 +184,16 @@ def checked(key, value, defaults, where):
 def parse(text, default):
     """Convert a text to the type of a default; return it unchanged where that fails.
 
-    >>> parse('5', 1), parse('5', ''), parse('five', 1), parse('false', True), parse('5', None)
-    (5, '5', 'five', False, 5)
+    >>> parse('5', 1), parse('5', ''), parse('five', 1), parse('false', True)
+    (5, '5', 'five', False)
+    >>> parse('5', None), parse('false', None), parse('five', None)
+    (5, False, 'five')
     """
     if type(default) is bool or default == 'auto':
         return {'true': True, 'false': False}.get(text.lower(), text)
     if default is None:
         with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(text)
+            return ast.literal_eval(text.capitalize() if text.isalpha() else text)
         return text
     try:
         return type(default)(text)

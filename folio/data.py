@@ -63,10 +63,12 @@ class Dataset:
         self.meta = {}
         self.arrays = {}  # {file: its memmap}: a run keeps the files that it began with
         if not os.path.isfile(self.path('train.bin')):
-            command = f'python prepare/{name}/prepare.py'
+            name = name.removeprefix('data/')
+            remedy = f'python prepare/{name}/prepare.py writes it'
             if not os.path.exists(f'prepare/{name}/prepare.py'):
-                command = f'python prepare/book/prepare.py --book=my.txt --dataset={name}'
-            raise UserError(f'no data set in {self.folder} (no train.bin); to make it: {command}')
+                remedy = ('a prepare.py writes it; from your own text, python '
+                          f'prepare/book/prepare.py --book=my.txt --dataset={name}')
+            raise UserError(f'no data set in {self.folder} (no train.bin): {remedy}')
         try:
             if os.path.isfile(self.path('meta.json')):
                 self.read_meta_json()

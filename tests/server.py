@@ -5,7 +5,7 @@ import threading
 
 
 class FileServer:
-    """A server at `url`, until server.shutdown(), that answers any path with its content.
+    """A server at `url`, until server.server.shutdown(), that answers any path with its content.
 
     script: what happens to the next requests: 'ok', 'cut' (500 bytes of it come), 'wrong' (other
     bytes), 'gzip' or a status. When the list is used up, all is well.

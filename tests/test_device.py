@@ -25,7 +25,7 @@ LOSS_SCALES = {'float32': 1.0, 'bfloat16': 1.0, 'float16': 1024.0}
 in_each_format = pytest.mark.parametrize('dtype', TOLERANCES)
 of_each_arch = pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 on_a_gpu_only = pytest.mark.skipif("config.getoption('device') == 'cpu'",
-                                   reason='of a GPU: pytest --device=cuda')
+                                   reason='needs a GPU: pytest --device=cuda')
 
 
 # ---- Small models --------------------------------------------------------------------------------
@@ -205,7 +205,8 @@ def losses(folder, key, out_dir='out'):
     return [entry[key] for entry in log_of(folder, out_dir) if key in entry]
 
 
-@on_a_gpu_only  # as the rest is, of which other files test what a CPU does
+# From here on only for GPUs: other files test the same on a CPU.
+@on_a_gpu_only
 @of_each_arch
 @in_each_format
 def test_training_learns(book, arch, dtype, device):

@@ -301,5 +301,5 @@ def test_a_report_does_not_measure_a_run_of_other_code(book):
     run('train.py', *TINY, '--max_iters=4', '--out_dir=plain', cwd=book)
     run('extras/report.py', 'out', 'plain', '--device=cpu', '--num_samples=2', cwd=book)
     page = (book / 'out' / 'report' / 'report.md').read_text(encoding='utf-8')
-    assert 'out: its model is' in page and 'not compared: out/' in page
-    assert page.count('not compared: ') == 1
+    assert 'out: its model is' in page and 'not measured: out/' in page
+    assert page.count('not measured: ') == 1

@@ -2,7 +2,7 @@
 import pytest
 
 from conftest import TINY, largest_file, run, run_process
-from folio.data import Dataset
+from folio.data import Dataset, train_batch
 
 
 def the_line(err):
@@ -71,11 +71,12 @@ def test_a_training_setting_out_of_range_is_refused(book_once, arg, says):
 
 
 def test_a_context_may_be_as_long_as_the_text(book_once):
-    n_tokens = len(Dataset(str(book_once / 'data' / 'book')).tokens('train'))
+    tokens = Dataset(str(book_once / 'data' / 'book')).tokens('train')
+    n_tokens = len(tokens)
     line = refused('train.py', *TINY, f'--block_size={n_tokens + 1}', cwd=book_once)
     assert f'use at most --block_size={n_tokens}' in line
-    line = refused('train.py', *TINY, f'--block_size={n_tokens}', '--n_embd=33', cwd=book_once)
-    assert 'block_size' not in line
+    idx_BT, targets_BT = train_batch(tokens, None, n_tokens, batch_size=1, seed=0, first=3)
+    assert sorted(idx_BT[0].tolist()) == sorted(targets_BT[0].tolist()) == sorted(tokens.tolist())
 
 
 def test_processes_must_divide_the_micro_steps(book_once, monkeypatch):

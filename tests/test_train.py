@@ -106,7 +106,7 @@ def test_the_final_evaluation_is_of_the_saved_weights(book):
 
 def test_an_evaluation_of_untrained_weights_says_so(book_once):
     out, _ = run('train.py', *TINY, '--eval_only=True', cwd=book_once)
-    assert 'of untrained weights: --init_from=resume evaluates the run in out_dir' in out
+    assert 'these weights are untrained; to evaluate the run in out_dir: --init_from' in out
 
 
 def test_patience_stops_a_run_that_no_longer_improves(book):

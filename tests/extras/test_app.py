@@ -232,5 +232,5 @@ def test_a_run_of_other_model_code_is_refused_by_name(runs):
                           checkpoint | {'record': {'model': 'another'}})
     _, err = run('extras/app.py', '--device=cpu', '--out_dir=out/chars', '--other=out/edited',
                  cwd=runs, status=2)
-    assert err.startswith('error: not compared: out/edited/ckpt.pt was trained with code')
+    assert err.startswith('error: not measured: out/edited/ckpt.pt was trained with code')
     assert err.count('\n') == 1
