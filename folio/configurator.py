@@ -192,8 +192,11 @@ def parse(text, default):
     if type(default) is bool or default == 'auto':
         return {'true': True, 'false': False}.get(text.lower(), text)
     if default is None:
+        literal = text
+        if text.isalpha():  # false and none, as well as False and None
+            literal = text.capitalize()
         with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(text.capitalize() if text.isalpha() else text)
+            return ast.literal_eval(literal)
         return text
     try:
         return type(default)(text)
