@@ -99,10 +99,11 @@ def pytest_collection_modifyitems(items, config):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
         return
-    # The notebooks first: they take minutes, in which a second process does the rest. Then the
+    # First the files that take minutes, so that the other processes do the rest meanwhile. Then the
     # files with the most tests.
+    longest = ('test_notebooks.py', 'test_campaign.py')
     n_tests = collections.Counter(item.path for item in items)
-    items.sort(key=lambda item: ('from_start_to_end' not in item.name, -n_tests[item.path]))
+    items.sort(key=lambda item: (item.path.name not in longest, -n_tests[item.path]))
     if marks_asked_for(config):
         return
     named = paths_asked_for(config)
