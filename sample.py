@@ -8,6 +8,9 @@ A single sample appears as it is written; several are drawn together and appear 
 answers line after line until Ctrl-D. A tuned model sees each line in the prompt template of its
 training data (see prepare/dolly); any other model continues the text.
 
+A config file of train.py may be given too. What it says of init_from counts here as well:
+--init_from=resume reads its run.
+
 Needs model.py and folio/.
 """
 import os
@@ -109,14 +112,15 @@ def talk():
         # A tuned model learned from documents of one question each. For any other model the whole
         # talk is one document.
         if is_tuned or not turns:
-            turn = folio.checkpoint.encode_prompt(checkpoint, tokenizer, '') + turn
+            turn = folio.checkpoint.beginning_of(checkpoint, tokenizer) + turn
         turns.append(turn)
         # Forget the oldest turns, to leave room for the answer: at most half of the context.
         longest_prompt = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
         while len(turns) > 1 and sum(map(len, turns)) > longest_prompt:
             del turns[0]
         n_answers += 1
-        answer = show(continuations(sum(turns, []), 1, seed=seed + n_answers))
+        prompt = sum(turns, []) or [tokenizer.start]  # an empty line may be all that is left
+        answer = show(continuations(prompt, 1, seed=seed + n_answers))
         turns[-1] = turn + tokenizer.encode(answer)
 
 

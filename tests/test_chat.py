@@ -96,3 +96,13 @@ def test_a_model_without_a_template_continues_the_text(tuned):
                           input='Q: who?', text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('\nA: me')
+
+
+def test_an_empty_line_is_answered_by_a_character_model(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=2, n_layer=1, n_head=1, n_embd=16)
+    folio.checkpoint.save(str(tmp_path / 'ckpt.pt'), {
+        'model': GPT(config).state_dict(), 'model_args': vars(config),
+        'tokenizer': {'kind': 'char', 'chars': '\na'}})
+    done = subprocess.run(command('--out_dir=.', '--max_new_tokens=20'), cwd=tmp_path,
+                          input='a\n\n', text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
