@@ -22,7 +22,7 @@ import torch
 import folio.checkpoint
 from folio import engine
 from folio.configurator import (UserError, configure, model_settings, require_at_least,
-                                user_errors)
+                                require_choice, user_errors)
 from folio.data import Dataset, folder_of, train_batch
 from folio.machine import COMPILE_OPTIONS, Machine, default_device
 from folio.optim import make_optimizers
@@ -56,6 +56,7 @@ compile = 'auto'  # True, False; auto: on a GPU
 config = configure(globals(), strict=False)
 require_at_least(1, config, 'steps', 'prompt_tokens', 'new_tokens', 'decode_batch', 'batch_size',
                  'block_size', 'gradient_accumulation_steps')
+require_choice(config, 'compile', ('auto', True, False))
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -89,14 +90,19 @@ if machine.world_size > 1:
 if compile == 'auto':
     compile = machine.type == 'cuda'
 compile = compile and machine.can_compile()
+vocab_size = 50257  # GPT-2's
+if init_from != 'scratch':
+    checkpoint = folio.checkpoint.load(init_from, out_dir)
+    vocab_size = checkpoint['model_args']['vocab_size']
 if os.path.exists(os.path.join(folder_of(dataset), 'train.bin')):
     data = Dataset(dataset)
+    if init_from != 'scratch':
+        folio.checkpoint.require_same_tokenizer(checkpoint, data)
     tokens = data.tokens('train')
     vocab_size = data.vocab_size
     origin = data.folder
 else:
     # A step takes as long with random tokens. They are too many to stay in a cache.
-    vocab_size = 50257  # GPT-2's
     n_tokens = max(2**22, 2 * config['block_size'])
     tokens = np.random.RandomState(0).randint(vocab_size, size=n_tokens).astype('<u2')
     origin = 'random tokens'
@@ -106,7 +112,7 @@ if init_from == 'scratch':
         model_config = GPTConfig(**model_settings(config, GPTConfig), vocab_size=vocab_size)
     model = GPT(model_config)
 else:
-    model = folio.checkpoint.build(GPT, folio.checkpoint.load(init_from, out_dir))
+    model = folio.checkpoint.build(GPT, checkpoint)
 block_size = min(config['block_size'], model.config.block_size)  # a loaded model may have less
 n_parameters = sum(p.numel() for p in model.parameters())
 sizes = (gradient_accumulation_steps, batch_size, block_size)

@@ -4,8 +4,10 @@ import platform
 
 import pytest
 
+import folio.checkpoint
 from conftest import run
 from folio.machine import Machine
+from model import GPT, GPTConfig
 
 QUICK = ['--dataset=book', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32',
          '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1', '--steps=2',
@@ -82,6 +84,14 @@ def test_a_bench_takes_a_config_file_of_train(profiled):
     assert '3 x 8 tokens of prompt' in out
 
 
+def test_a_bench_of_a_run_needs_neither_its_config_nor_its_data(tmp_path):
+    config = GPTConfig(block_size=32, vocab_size=3, n_layer=1, n_head=1, n_embd=16)
+    folio.checkpoint.save(str(tmp_path / 'ckpt.pt'),
+                          {'model': GPT(config).state_dict(), 'model_args': vars(config)})
+    out, _ = run('bench.py', '--init_from=ckpt.pt', *QUICK, '--dataset=none', cwd=tmp_path)
+    assert '\ntraining ' in out
+
+
 def test_a_profile_is_shown_and_written(profiled):
     folder, out = profiled
     assert 'Self CPU' in out
@@ -92,6 +102,7 @@ def test_a_profile_is_shown_and_written(profiled):
 @pytest.mark.parametrize('arg, says', [
     ('--btach_size=3', 'unknown setting btach_size on the command line: did you mean batch_size?'),
     ('--steps=0', 'at least 1'),
+    ('--compile=no', "compile is 'no'; choose from auto, True, False"),
 ])
 def test_a_mistake_gets_one_line(book_once, arg, says):
     _, error = run('bench.py', *QUICK, arg, cwd=book_once, status=2)
