@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import folio.checkpoint
 from folio.configurator import UserError, configure, require_at_least
-from folio.data import write_jsonl
+from folio.data import read_jsonl, write_jsonl
 from folio.download import download
 from folio.engine import KVCache
 from folio.machine import Machine, default_device
@@ -65,24 +65,15 @@ def load(source, machine):
         if machine.rank == 0:
             download([URL], path, sha256=SHA256)
     machine.barrier()
-    items = []
-    try:
-        with open(path, 'rb') as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    items.append(read_item(line, f'{path}, line {number}'))
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); --source= takes a file like "
-                        "HellaSwag's") from None
-    if not items:
-        raise UserError(f"{path} is empty; --source= takes a file like HellaSwag's")
+    items = read_jsonl(path, ['ctx'], "--source= takes a file like HellaSwag's")
+    for number, item in enumerate(items, 1):
+        check(item, f'{path}, item {number}')
     return items
 
 
-def read_item(line, where):
-    """Return the item in a line, its label as an int. where: file and line, for the UserError."""
+def check(item, where):
+    """Make an item's label an int. Raises UserError, which says where, if a part is missing."""
     try:
-        item = json.loads(line)
         item['label'] = int(item['label'])
         if len(item['endings']) != 4 or not all([item['ctx'], *item['endings']]):
             raise ValueError('a text is missing')
@@ -91,7 +82,6 @@ def read_item(line, where):
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{where}: an item has ctx, four endings and a label, 0 to 3 '
                         f'({type(e).__name__}: {e})') from None
-    return item
 
 
 def render(items, tokenizer, block_size):
