@@ -54,6 +54,7 @@ def configure(namespace, argv=None, strict=True):
             defaults[key] = value
     files, texts = split_arguments([arg for arg in argv if arg not in ('--help', '-h')], defaults)
     takes_a_model = 'GPTConfig' in namespace
+    fields_before = model_defaults(namespace['GPTConfig']) if takes_a_model else {}
 
     # 1. Run the files. They see the command line's values, to branch on what was asked for.
     for key in texts.keys() & defaults.keys():
@@ -66,7 +67,9 @@ def configure(namespace, argv=None, strict=True):
     # 2. Now that a file may have brought another model, its fields are settings too.
     if takes_a_model:
         for name, default in model_defaults(namespace['GPTConfig']).items():
-            defaults.setdefault(name, default)
+            # A default that was edited in a copied model counts, also where the script has another.
+            if name not in defaults or default != fields_before.get(name):
+                defaults[name] = default
     # 3. What the files say, and then what the command line says, which wins.
     settings = dict(defaults)
     for name, (value, path) in in_files.items():
@@ -131,7 +134,7 @@ def run_file(path, namespace):
     for name, value in namespace.items():
         is_new = name not in before or value is not before[name]
         is_helper = callable(value) or isinstance(value, type(sys))  # a function, a class, a module
-        if is_new and not is_helper and not name.startswith('_'):
+        if is_new and not is_helper and name[0].islower():
             assigned[name] = value
     return assigned
 
@@ -243,10 +246,15 @@ def report(kind, error, trace):
         sys.exit(130)
     if kind.__name__ == 'OutOfMemoryError':  # torch's; this file does not import torch
         reason = '. '.join(str(error).split('. ')[:2])  # the first two of many sentences
-        error = UserError(f'{reason}: halve --batch_size and double --gradient_accumulation_steps, '
-                          'which leaves a step as it is, or give --activation_checkpointing=True')
+        error = UserError(f'{reason}: train.py takes less with half the --batch_size and twice the '
+                          '--gradient_accumulation_steps, which leaves a step as it is, or with '
+                          '--activation_checkpointing=True')
         kind = UserError
-    if issubclass(kind, (UserError, OSError)):
+    if issubclass(kind, OSError):  # the system's words, and where: it may be a bug after all
+        where = traceback.extract_tb(trace)[-1]
+        error = UserError(f'{error} ({where.filename}, line {where.lineno})')
+        kind = UserError
+    if kind is UserError:
         say_once('error: ' + ' '.join(str(error).splitlines()))
         sys.exit(2)
     sys.__excepthook__(kind, error, trace)

@@ -101,7 +101,8 @@ def test_a_config_file_may_branch_on_what_was_asked_for(write):
 
 
 def test_helpers_of_a_config_file_stay_its_own(write):
-    config = write('import time\nfrom math import pi as _pi\ndef f(): pass\n_n = 3\nseed = _n')
+    config = write('import time\nfrom math import pi as _pi\ndef f(): pass\n_n = 2\n'
+                   'EPOCHS = 1\nseed = _n + EPOCHS')
     assert settings(config) == SETTINGS | {'seed': 3}
 
 
@@ -194,6 +195,17 @@ def test_a_file_brings_another_model_and_its_fields(write):
     assert configure(dict(namespace), [config, '--n_experts=8'])['n_experts'] == 8
     with pytest.raises(UserError, match='n_kv_head = .many. on the command line: it takes int'):
         configure(dict(namespace), [config, '--n_kv_head=many'])
+
+
+def test_an_edited_default_of_a_copied_model_counts(write):
+    write(MODEL, name='a_model_of_mine.py')
+    config = write('from a_model_of_mine import GPT, GPTConfig')
+    # Like train.py, which has settings of its own for the fields of its model.
+    namespace = SETTINGS | {'n_layer': 12, 'bias': True, 'GPTConfig': GPTConfig}
+    got = configure(dict(namespace), [config])
+    assert got['n_layer'] == 3
+    assert got['bias'] is True
+    assert configure(dict(namespace), [config, '--n_layer=4'])['n_layer'] == 4
 
 
 # ---- Help ----------------------------------------------------------------------------------------
