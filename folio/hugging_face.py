@@ -18,11 +18,22 @@ from folio.tokenizer import control_tokens, file_in, read_json, read_spec, token
 
 OPENAI = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
-# What config.json calls our vocab_size, block_size, n_layer, n_head and n_embd, by its model_type.
+# What config.json calls the sizes of a model, by its model_type: {our name: its name}.
 SIZES = {
-    'gpt2': ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd'),
-    'nanochat': ('vocab_size', 'max_position_embeddings', 'num_hidden_layers',
-                 'num_attention_heads', 'hidden_size'),
+    'gpt2': {
+        'vocab_size': 'vocab_size',
+        'block_size': 'n_positions',
+        'n_layer': 'n_layer',
+        'n_head': 'n_head',
+        'n_embd': 'n_embd',
+    },
+    'nanochat': {
+        'vocab_size': 'vocab_size',
+        'block_size': 'max_position_embeddings',
+        'n_layer': 'num_hidden_layers',
+        'n_head': 'num_attention_heads',
+        'n_embd': 'hidden_size',
+    },
 }
 # What a config.json may choose there, and model.py has only one way to do.
 FIXED = {
@@ -122,8 +133,7 @@ def read_config(folder):
 
 def read_model_args(hf, kind):
     """Return the fields of GPTConfig that a config.json stands for."""
-    V, T, L, H, C = (int(hf[name]) for name in SIZES[kind])
-    model_args = {'vocab_size': V, 'block_size': T, 'n_layer': L, 'n_head': H, 'n_embd': C}
+    model_args = {ours: int(hf[theirs]) for ours, theirs in SIZES[kind].items()}
     if kind == 'nanochat':
         return model_args | {'arch': 'modern', 'bias': False}
     gelu_of = {theirs: ours for ours, theirs in GELU.items()} | {'gelu_pytorch_tanh': 'tanh'}
@@ -296,8 +306,8 @@ def to_hugging_face(config, weights, eot):
     UserError for a model that transformers does not have.
     """
     kind = 'gpt2' if config.arch == 'gpt2' else 'nanochat'
-    sizes = (config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    hf = {'model_type': kind, **dict(zip(SIZES[kind], sizes)), **FIXED[kind]}
+    sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES[kind].items()}
+    hf = {'model_type': kind} | sizes | FIXED[kind]
     hf |= {'bos_token_id': eot, 'eos_token_id': eot, 'pad_token_id': None}
     require_fields_that_fit(config)
     # The rows that pad our vocabulary are not exported.
