@@ -9,7 +9,7 @@ NanoChatForCausalLM.
 
 Letters at the end of a name are the dimensions of a tensor:
     B batch, T time, S time of the keys, C channels, H heads, D head size, V vocabulary,
-    K the k best, 1 a single one
+    K the k best, 1 a single one, N all tokens of a batch in one row, n some of them
 The residual stream is x, (B, T, C).
 
 Needs torch and nothing else.
@@ -379,8 +379,8 @@ class GPT(nn.Module):
                              f'{", ".join(sorted(unknown))}')
         config = GPTConfig(**(args | overrides))
         if config.block_size > args['block_size']:
-            raise ValueError(f'block_size {config.block_size} is longer than the weights allow, '
-                             f'{args["block_size"]}')
+            raise ValueError(f'block_size {config.block_size} is longer than the weights allow; '
+                             f'give --block_size={args["block_size"]}')
         model = cls(config)
         weights = dict(saved['model'])
         # A shorter context drops the later positions; rotary positions are not stored.

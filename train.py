@@ -67,7 +67,7 @@ n_embd = 768  # channels of the residual stream
 dropout = 0.0  # 0 to pre-train, 0.1 and more to fine-tune
 bias = False  # gpt2: biases in Linear and LayerNorm
 gelu = 'tanh'  # gpt2: tanh, the approximation that OpenAI used, or none, the exact GELU
-window = 0  # attend to this many tokens, itself included; 0: to all before it
+window = 0  # each token sees this many tokens, itself included; 0: all before it
 flash = True  # fused attention; False: the same written out
 activation_checkpointing = False  # less memory: compute activations twice, a third more work
 # Optimizer
@@ -135,6 +135,8 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 best_path = os.path.join(out_dir, 'best.pt')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+    if init_from == 'scratch':
+        print0(f'no {ckpt_path} yet: starting from scratch')
 resumes = init_from == 'resume' and not eval_only  # --eval_only takes only the weights
 model_args = model_settings(config, GPTConfig) | {'vocab_size': data.vocab_size}
 with user_errors():
@@ -147,7 +149,7 @@ else:
     folio.checkpoint.require_same_tokenizer(checkpoint, data)
     if resumes:
         folio.checkpoint.require_same_run(checkpoint, model_args, data, seed)
-    model = folio.checkpoint.build(GPT, checkpoint, None if eval_only else model_args)
+    model = folio.checkpoint.build(GPT, checkpoint, model_args)
 block_size = model.config.block_size
 model.to(device)
 with user_errors():
@@ -199,9 +201,8 @@ def evaluate_split(split, n_windows):
 
 
 def shown(metrics, prefix=''):
-    """Return the numeric metrics of an evaluation as text."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    return ', '.join(f'{prefix}{name} {value:.4f}' for name, value in numbers.items())
+    """Return the metrics of an evaluation as text."""
+    return ', '.join(f'{prefix}{name} {value:.4f}' for name, value in metrics.items())
 
 
 if eval_only:
@@ -224,11 +225,11 @@ print0(f'{n_steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,} tokens, '
        f'{n_tokens / len(train_tokens):.2f} epochs')
 if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
-if decay_lr and decay_iters < max_iters:
-    print0(f'from step {decay_iters} (lr_decay_iters) on, the learning rate is {min_lr:g} (min_lr)')
 if decay_lr and n_steps > 0 and decay_iters <= warmup_iters:
-    print0(f'the learning rate never reaches its peak: its warm-up takes {warmup_iters} '
-           f'steps (warmup_iters), its whole schedule {decay_iters}')
+    print0(f'the schedule of the learning rate ends at step {decay_iters}, within its warm-up of '
+           f'{warmup_iters} steps (warmup_iters)')
+elif decay_lr and decay_iters < max_iters:
+    print0(f'from step {decay_iters} (lr_decay_iters) on, the learning rate is {min_lr:g} (min_lr)')
 
 # Load now what later steps need, so that the run stops here if something is missing.
 if sample_interval > 0 or hellaswag_interval > 0:
@@ -269,8 +270,8 @@ def require_finite(what, value, step):
         raise UserError(f'the run diverged at step {step}: {what} is {value}; {remedy}')
 
 
-def save(iter_num, path, more_names=()):
-    """Write a checkpoint of the run as it is before step iter_num, under one name or more."""
+def save(iter_num, path):
+    """Write a checkpoint of the run as it is before step iter_num."""
     # The largest weight of each parameter, in no extra memory: there may be none left.
     largest = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters()]
     require_finite('the largest weight', torch.stack(largest).max().item(), iter_num)
@@ -292,8 +293,6 @@ def save(iter_num, path, more_names=()):
             'best_iter': best_iter,
             'train_seconds': train_seconds,
         })
-        for name in more_names:
-            folio.checkpoint.save_again(path, name)
 
 
 def save_first(kind, error, trace):
@@ -377,7 +376,9 @@ while True:
             best_val_loss = val_loss
             best_iter = iter_num
         if iter_num > 0 and improved:
-            save(iter_num, best_path, more_names=[ckpt_path])
+            save(iter_num, best_path)
+            if rank == 0:
+                folio.checkpoint.save_again(best_path, ckpt_path)
         elif iter_num > 0 and always_save_checkpoint:
             save(iter_num, ckpt_path)
         if patience > 0 and iter_num - best_iter >= patience * eval_interval:
@@ -480,6 +481,7 @@ if os.path.exists(ckpt_path):
     command = ['python', 'sample.py']
     if GPT.__module__ != 'model':  # a config file brought the model
         command += [arg for arg in sys.argv[1:] if arg.endswith('.py')]
+        command.append('--init_from=resume')  # a file may say what to start from
     advice = f'read it with: {shlex.join(command)} --out_dir={shlex.quote(out_dir)}'
 print0(f'done at step {iter_num}{reason}: best val loss {best_val_loss:.4f}, '
        f'{train_seconds:.0f} s of training; {advice}')

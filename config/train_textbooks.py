@@ -1,7 +1,7 @@
 # 10 M parameters on 2 M tokens of textbooks, or of your own documents, on a CPU.
 #     python prepare/fineweb/prepare.py --source='my/*.parquet' --dataset=textbooks \
 #         --tokenizer=bpe --vocab_size=4096
-#     python train.py config/train_textbooks.py
+#     python train.py config/train_textbooks.py --compile=True
 # With 30 MB of textbooks: loss 3.958 ± 0.004, 1.544 bits a byte (three seeds; one core of an AMD
 # EPYC, in bfloat16 and compiled, torch 2.13, 2026-11-30). The baseline is
 # config/train_textbooks_gpt2.py.

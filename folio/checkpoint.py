@@ -120,7 +120,7 @@ def build(model_class, checkpoint, settings=None):
     try:
         return model_class.from_pretrained(checkpoint, **free)
     except ValueError as e:
-        raise UserError(f'{checkpoint["source"]} does not fit the model code: {e}') from None
+        raise UserError(f'{checkpoint["source"]} does not fit: {e}') from None
 
 
 # ---- Which code ran ------------------------------------------------------------------------------
@@ -145,14 +145,10 @@ def git(*arguments, folder):
     return done.stdout.strip()
 
 
-def code_of(model_class):
-    """Return the text of the file that defines a model."""
-    with open(inspect.getsourcefile(model_class), encoding='utf-8') as f:
-        return f.read()
-
-
 def hash_of_code(model_class):
-    return hashlib.sha256(code_of(model_class).encode()).hexdigest()[:16]
+    """Return a hash of the file that defines a model."""
+    with open(inspect.getsourcefile(model_class), encoding='utf-8') as f:
+        return hashlib.sha256(f.read().encode()).hexdigest()[:16]
 
 
 def refuse_other_code(checkpoint, model_class):
@@ -177,9 +173,9 @@ def trained_with_other_code(checkpoint, model_class):
     """Return a line: the model was trained with other code, where its copy is, what to do."""
     source = checkpoint['source']
     folder = os.path.dirname(source) or '.'
-    return (f'{source} was trained with code other than {inspect.getsourcefile(model_class)}; a '
-            f'copy of its code is in {folder} (model.py or model_until_….py): give the config '
-            'file that imports that model')
+    return (f'{source} was trained with code other than {inspect.getsourcefile(model_class)}. That '
+            f'code is in {folder} (model.py or model_until_….py): copy it to old_model.py, and '
+            'give a config file with the line: from old_model import GPT, GPTConfig')
 
 
 # ---- Does it fit this run? -----------------------------------------------------------------------
@@ -201,7 +197,8 @@ def require_same_run(checkpoint, model_args, data, seed):
             raise UserError(f'{path} holds weights but no {name}, so no run can be resumed: start '
                             f'one with --init_from={path} and another --out_dir')
     saved = checkpoint['model_args'] | checkpoint.get('config', {})
-    may_change = ('dropout', 'flash', 'activation_checkpointing', 'gelu')  # weights decide gelu
+    # The checkpoint's gelu is kept: nanoGPT's is exact, our default is not.
+    may_change = ('dropout', 'flash', 'activation_checkpointing', 'gelu')
     different = []
     for name, value in (model_args | {'seed': seed}).items():
         if name not in may_change and saved.get(name, value) != value:
@@ -232,7 +229,7 @@ def tokenizer_of(checkpoint):
     if spec is None:
         if vocab_size != 50257:
             raise UserError(f'{source} has no tokenizer, and its {vocab_size} tokens are not '
-                            "GPT-2's 50257: run this where the data set is that it was trained on")
+                            "GPT-2's 50257: run this where its data set is")
         notice(f"{source} has no tokenizer: its tokens are taken for GPT-2's")
         spec = {'kind': 'gpt2'}
     tokenizer = folio.tokenizer.load(spec)

@@ -66,8 +66,8 @@ class Dataset:
             name = name.removeprefix('data/')
             remedy = f'python prepare/{name}/prepare.py writes it'
             if not os.path.exists(f'prepare/{name}/prepare.py'):
-                remedy = ('a prepare.py writes it; from your own text, python '
-                          f'prepare/book/prepare.py --book=my.txt --dataset={name}')
+                remedy = ('the config file that names it says how to prepare it; from your own '
+                          f'text: python prepare/book/prepare.py --book=my.txt --dataset={name}')
             raise UserError(f'no data set in {self.folder} (no train.bin): {remedy}')
         try:
             if os.path.isfile(self.path('meta.json')):
@@ -77,6 +77,7 @@ class Dataset:
             else:
                 self.vocab_size = 50257
                 self.spec = {'kind': 'gpt2'}
+            self.dtype = token_dtype(self.meta)
             n_tokens = folio.tokenizer.vocab_size_of(self.spec)
             if self.vocab_size != n_tokens:
                 raise ValueError(f'vocab_size is {self.vocab_size}, its tokenizer has {n_tokens}')
@@ -90,7 +91,6 @@ class Dataset:
     def read_meta_json(self):
         with open(self.path('meta.json'), encoding='utf-8') as f:
             self.meta = json.load(f)
-        token_dtype(self.meta)
         self.vocab_size = self.meta['vocab_size']
         self.spec = {'kind': 'gpt2'}
         if self.meta['tokenizer']['kind'] != 'gpt2':
@@ -117,12 +117,11 @@ class Dataset:
         path = self.path(f'{split}.bin')
         if path in self.arrays:
             return self.arrays[path]
-        dtype = token_dtype(self.meta)
         size = os.path.getsize(path) if os.path.isfile(path) else 0
-        n_tokens = self.counts(split).get('tokens', size // dtype.itemsize)
-        if size != n_tokens * dtype.itemsize or n_tokens < 2:
+        n_tokens = self.counts(split).get('tokens', size // self.dtype.itemsize)
+        if size != n_tokens * self.dtype.itemsize or n_tokens < 2:
             raise UserError(f'{path} is missing, damaged or empty; run its prepare.py again')
-        tokens = np.memmap(path, dtype=dtype, mode='r')
+        tokens = np.memmap(path, dtype=self.dtype, mode='r')
         highest = tokens[:2**16].max()  # of the beginning: reading all would take minutes
         if highest >= self.vocab_size:
             raise UserError(f'{path} holds the token {highest}, but its vocabulary has '
@@ -313,7 +312,8 @@ def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
     """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
 
     data: a Dataset. The loss is in nats per token; bits_per_byte and word_perplexity are left out
-    where meta.json has no count of bytes or words. Each process takes its share of the windows, and
+    where meta.json has no count of bytes or words; these are counts of the whole split, even where
+    n_windows covers only a part of it. Each process takes its share of the windows, and
     all return the same. Raises UserError if no window has a target.
     """
     was_training = model.training

@@ -87,7 +87,8 @@ def catch_signals():
         signals.append(number)
         if len(signals) == 1:
             on_signal.first = time.monotonic()
-            notice('stopping as soon as the run is saved; once more stops at once, without saving')
+            notice('stopping as soon as the run is saved; a second signal stops at once, '
+                   'without saving')
         elif time.monotonic() > on_signal.first + 2:
             notice('stopped; what came after the last checkpoint is lost')
             os._exit(128 + number)
@@ -163,8 +164,9 @@ class Machine:
     def __str__(self):
         processes = '1 process' if self.world_size == 1 else f'{self.world_size} processes'
         name = self.name
-        if self.type == 'cpu' and why_no_gpu():
-            name += f'; no GPU: {why_no_gpu()}'
+        if self.type == 'cpu':
+            reason = why_no_gpu()
+            name += f'; no GPU: {reason}' if reason else ''
         return (f'{processes} on {self.device} ({name}), dtype {self.dtype}, '
                 f'torch {torch.__version__}')
 

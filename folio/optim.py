@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
     def step_alike(self, params, height, width, group):
         """Step parameters whose matrices, stacked by rows, all have the shape (height, width)."""
         gradients = [p.grad for p in params]
-        averages = [self.momentum(p) for p in params]
+        averages = [self.average(p) for p in params]
         torch._foreach_lerp_(averages, gradients, 1 - group['momentum'])
         # Nesterov momentum: the average as it would be after the same gradient once more.
         updates = []
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, steps, alpha=-rate)
 
-    def momentum(self, p):
+    def average(self, p):
         """Return the running average of a parameter's gradients, in its shape; zeros at first."""
         state = self.state[p]
         if 'momentum' not in state:

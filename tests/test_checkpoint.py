@@ -93,7 +93,7 @@ SPOILT = {  # what is wrong: (how a checkpoint gets so, what is said)
 
 
 @pytest.mark.parametrize('what', SPOILT)
-def test_what_does_not_fit_the_model_code_is_named_in_one_line(small, tmp_path, what):
+def test_what_does_not_fit_is_named_in_one_line(small, tmp_path, what):
     spoil, says = SPOILT[what]
     saved = contents(small)
     spoil(saved)
@@ -101,7 +101,7 @@ def test_what_does_not_fit_the_model_code_is_named_in_one_line(small, tmp_path, 
     with pytest.raises(UserError) as error:
         checkpoint.build(GPT, checkpoint.load(str(tmp_path / 'a.pt')))
     line = str(error.value)
-    assert line.startswith(f'{tmp_path}/a.pt does not fit the model code: ')
+    assert line.startswith(f'{tmp_path}/a.pt does not fit: ')
     assert says in line
     assert '\n' not in line
 

@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -58,7 +59,8 @@ def experiment(book):
 def test_a_copied_model_trains_resumes_and_is_sampled(experiment):
     options = ['gqa.py', *TINY, '--arch=modern', '--optimizer=muon', '--lr_decay_iters=30']
     out, _ = run('train.py', *options, cwd=experiment)
-    assert out.endswith('read it with: python sample.py gqa.py --out_dir=out\n')
+    assert out.endswith('read it with: python sample.py gqa.py --init_from=resume '
+                        '--out_dir=out\n')
     run('train.py', *options, '--max_iters=13', '--out_dir=other', cwd=experiment)
     run('train.py', *options, '--init_from=resume', '--out_dir=other', cwd=experiment)
     alone = checkpoint.load(str(experiment / 'out'))
@@ -286,8 +288,11 @@ def test_a_checkpoint_of_other_code_says_so_and_names_the_copy(book):
     _, err = run('sample.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5', cwd=book)
     assert err.count('\n') == 1
     assert 'notice: out/ckpt.pt was trained with code other than' in err
-    assert 'a copy of its code is in out (model.py' in err
-    _, err = run('sample.py', 'mine.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',
+    assert 'That code is in out (model.py' in err
+    # As it says:
+    shutil.copy(book / 'out' / 'model.py', book / 'old_model.py')
+    (book / 'old.py').write_text('from old_model import GPT, GPTConfig')
+    _, err = run('sample.py', 'old.py', '--out_dir=out', '--device=cpu', '--max_new_tokens=5',
                  cwd=book)
     assert err == ''
 

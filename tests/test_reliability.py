@@ -299,7 +299,8 @@ def test_max_iters_alone_shortens_a_run(book):
 @pytest.mark.parametrize('args, says', [
     (['--learning_rate=3e-5', '--min_lr=6e-5'], 'min_lr (6e-05) is above learning_rate (3e-05)'),
     (['--max_iters=6', '--lr_decay_iters=4', '--min_lr=0'], 'from step 4 (lr_decay_iters) on'),
-    (['--max_iters=6', '--warmup_iters=2000'], 'never reaches its peak'),
+    (['--max_iters=6', '--warmup_iters=2000'], 'ends at step 6, within its warm-up of 2000 steps'),
+    (['--lr_decay_iters=3', '--warmup_iters=5'], 'ends at step 3, within its warm-up of 5 steps'),
 ])
 def test_an_odd_schedule_is_noticed(book, args, says):
     out, _ = run('train.py', *FAST, *args, cwd=book)

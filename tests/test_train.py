@@ -71,6 +71,7 @@ def test_muons_momentum_rises_over_the_first_fifth_of_a_run(book):
 
 def test_auto_begins_where_there_is_nothing_to_resume(book):
     out, _ = run('train.py', *TINY, '--init_from=auto', '--max_iters=1', cwd=book)
+    assert 'no out/ckpt.pt yet: starting from scratch' in out
     assert 'iter 0:' in out
 
 
@@ -102,6 +103,15 @@ def test_the_final_evaluation_is_of_the_saved_weights(book):
     assert (f'val: loss {last["val_loss"]:.4f}, perplexity {last["perplexity"]:.4f}, '
             f'bits_per_byte {last["bits_per_byte"]:.4f}') in out
     assert 'steps of' not in out  # it takes none
+
+
+def test_an_evaluation_takes_a_shorter_context(trained_once):
+    outputs = set()
+    for size in (2, 16):
+        out, _ = run('train.py', *TINY, '--init_from=resume', '--eval_only=True',
+                     f'--block_size={size}', cwd=trained_once)
+        outputs.add(out.splitlines()[-1])
+    assert len(outputs) == 2
 
 
 def test_an_evaluation_of_untrained_weights_says_so(book_once):
