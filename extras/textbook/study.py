@@ -77,21 +77,23 @@ def folder_of(name, seed):
 
 
 def made_with():
-    """Return what a result depends on: the settings, and a hash of the descriptions of the data.
+    """Return what a result depends on: the settings, and a hash of the recipes and of the data.
 
-    Raise UserError if the data is not there.
+    The data is known by its meta.json files. Raise UserError if the data is not there.
     """
-    described = b''
+    files = hashlib.sha256()
     for name in ('raw', 'filtered', 'exercises'):
         try:
             with open(f'data/textbook_{name}/meta.json', 'rb') as f:
-                described += f.read()
+                files.update(f.read())
         except FileNotFoundError:
             raise UserError(f'data/textbook_{name} is not there; '
                             'python extras/textbook/prepare.py writes it') from None
+    for recipe in CONFIGS.values():
+        with open(os.path.join(HERE, recipe), 'rb') as f:
+            files.update(f.read())
     return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature,
-            'settings': settings, 'max_new_tokens': max_new_tokens,
-            'data': hashlib.sha256(described).hexdigest()}
+            'settings': settings, 'max_new_tokens': max_new_tokens, 'files': files.hexdigest()}
 
 
 def train(name, seed):
@@ -130,7 +132,7 @@ def make(name, seed, path):
 def all_results():
     """Return {name: metrics of each seed}, after making those that are missing.
 
-    Raise UserError if one was made with other settings or data.
+    Raise UserError if one was made with other settings, recipes or data.
     """
     results = {name: [] for name in CONFIGS}
     n_runs = len(CONFIGS) * seeds
@@ -149,7 +151,7 @@ def all_results():
         with open(path, encoding='utf-8') as f:
             result = json.load(f)
         if result['made_with'] != made_with():
-            raise UserError(f'{path} was made with other settings or data; '
+            raise UserError(f'{path} was made with other settings, recipes or data; '
                             f'give another --out_dir, or remove {out_dir}')
         results[name].append(result)
     return results

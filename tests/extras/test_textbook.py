@@ -18,7 +18,7 @@ from endpoint import Endpoint
 from extras.textbook import generator, prepare, study
 from folio.log import read
 from folio.configurator import UserError
-from folio.data import Dataset
+from folio.data import Dataset, write_jsonl
 from hub import Hub
 
 needs_openai = pytest.mark.skipif(
@@ -331,6 +331,23 @@ def test_the_study_trains_four_models_and_continues_where_it_was(prepared_once, 
     assert re.findall('---- run (.*)', error) == ['4 of 4: textbook, exercises, seed 1']
     _, error = run(*command, '--temperature=1.0', cwd=tmp_path, status=2)
     assert 'was made with other settings' in error
+
+
+def test_results_of_a_recipe_that_was_edited_since_are_refused(prepared_once, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepared_once[0])
+    monkeypatch.setattr(study, 'out_dir', str(tmp_path / 'out'))
+    for recipe in set(study.CONFIGS.values()):
+        shutil.copy(os.path.join(study.HERE, recipe), tmp_path)
+    monkeypatch.setattr(study, 'HERE', str(tmp_path))
+    for name, seed in itertools.product(study.CONFIGS, range(1, study.seeds + 1)):
+        folder = study.folder_of(name, seed)
+        os.makedirs(folder)
+        write_jsonl(os.path.join(folder, 'result.json'), [{'made_with': study.made_with()}])
+    assert len(study.all_results()) == 4
+    with open(tmp_path / 'train_textbook.py', 'a', encoding='utf-8') as f:
+        f.write('max_iters = 900\n')
+    with pytest.raises(UserError, match='other settings, recipes or data'):
+        study.all_results()
 
 
 def test_the_larger_error_of_seeds_and_problems_is_shown():
