@@ -333,7 +333,7 @@ def test_the_study_trains_four_models_and_continues_where_it_was(prepared_once, 
     assert 'was made with other settings' in error
 
 
-def test_results_of_a_recipe_that_was_edited_since_are_refused(prepared_once, tmp_path, monkeypatch):
+def test_results_of_an_edited_recipe_are_refused(prepared_once, tmp_path, monkeypatch):
     monkeypatch.chdir(prepared_once[0])
     monkeypatch.setattr(study, 'out_dir', str(tmp_path / 'out'))
     for recipe in set(study.CONFIGS.values()):
