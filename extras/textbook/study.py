@@ -16,7 +16,6 @@ Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the
 import hashlib
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -46,11 +45,11 @@ ROOT = os.path.abspath(HERE + '/../..')
 CONFIGS = {
     'raw code': 'train_textbook_raw.py',
     'textbook': 'train_textbook.py',
-    'raw code, exercises': 'finetune_exercises.py',
-    'textbook, exercises': 'finetune_exercises.py'}
+    'raw code, then exercises': 'finetune_exercises.py',
+    'textbook, then exercises': 'finetune_exercises.py'}
 PRETRAINED = {
-    'raw code, exercises': 'raw code',
-    'textbook, exercises': 'textbook'}
+    'raw code, then exercises': 'raw code',
+    'textbook, then exercises': 'textbook'}
 
 
 # ---- One model -----------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def run(script, *arguments):
 
 
 def folder_of(name, seed):
-    """Return the folder of a run: out/textbook_study/raw_code_exercises_1, say."""
+    """Return the folder of a run: out/textbook_study/raw_code_then_exercises_1, say."""
     name = name.replace(', ', '_').replace(' ', '_')
     return os.path.join(out_dir, f'{name}_{seed}')
 
@@ -117,8 +116,7 @@ def score(name, seed):
                   '--strategy=sample',
                   f'--temperature={temperature}',
                   f'--seed={seed}',
-                  f'--max_new_tokens={max_new_tokens}',
-                  '--batch_size=500')
+                  f'--max_new_tokens={max_new_tokens}')
     return json.loads(printed[-1])
 
 
@@ -170,13 +168,11 @@ def loss_on_exercises(name, seed):
         return val_losses(name, seed)[-1]
     # A pretrained model's own log has its loss on other data. But its fine-tuning begins with an
     # evaluation, before the first step.
-    return val_losses(f'{name}, exercises', seed)[0]
+    return val_losses(f'{name}, then exercises', seed)[0]
 
 
 def standard_error(values):
-    """Return the standard error of the mean; of a single value it is unknown: NaN."""
-    if len(values) == 1:
-        return math.nan
+    """Return the standard error of the mean of at least two values."""
     return statistics.stdev(values) / len(values)**0.5
 
 
@@ -190,8 +186,9 @@ def loss_cell(losses):
 def percentage(results, metric):
     """Return 'mean ± standard error %' of one of the metrics over the results of all seeds."""
     values = [result[metric] for result in results]
-    over_problems = statistics.fmean(result[f'{metric}_stderr'] for result in results)
-    error = max(over_problems, standard_error(values))  # the first, where the other is NaN
+    error = statistics.fmean(result[f'{metric}_stderr'] for result in results)  # over the problems
+    if len(values) > 1:
+        error = max(error, standard_error(values))
     return f'{100 * statistics.fmean(values):.1f} ± {100 * error:.1f} %'
 
 
