@@ -128,7 +128,7 @@ def permit(allowed):
                         'python extras/confine.py says what such code can and cannot do; '
                         'to allow it, say --allow_code_execution=True')
     if os.name == 'nt':
-        raise UserError('programs can be run with limits on Linux and macOS only; on Windows use WSL')
+        raise UserError('programs are run with limits on Linux and macOS only; on Windows use WSL')
     sandbox()
 
 

@@ -1,5 +1,5 @@
 """
-Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
+Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in miniature.
     python extras/textbook/prepare.py
     python extras/textbook/study.py --allow_code_execution=True
 
