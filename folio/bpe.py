@@ -3,6 +3,7 @@ Learn a byte-level BPE, in plain Python: count the pieces of a text, then make m
     python -c "from folio import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2}, n_merges=3))"
 
 learn_merges_slowly is the algorithm to read, learn_merges the one to use: its merges are the same.
+
 `regex` counts the pieces and knows newer letters of Unicode than tiktoken, which encodes them: some
 merges are never used, because tiktoken cuts words with such letters at more places.
 """
