@@ -122,16 +122,18 @@ def score(name, seed):
 
 def make(name, seed, path):
     """Train and score a model, and write its metrics to a file, whole or not at all."""
+    made = made_with()  # now: a recipe may be edited while a model trains
     train(name, seed)
-    result = score(name, seed) | {'made_with': made_with()}
-    write_jsonl(path, [result])
+    write_jsonl(path, [score(name, seed) | {'made_with': made}])
 
 
 def all_results():
     """Return {name: metrics of each seed}, after making those that are missing.
 
-    Raise UserError if one was made with other settings, recipes or data.
+    Raise UserError if the data is not there, or a result was made with other settings, recipes or
+    data.
     """
+    expected = made_with()
     results = {name: [] for name in CONFIGS}
     n_runs = len(CONFIGS) * seeds
     taken = []  # seconds of each run that was made now
@@ -148,7 +150,7 @@ def all_results():
             taken.append(time.monotonic() - start)
         with open(path, encoding='utf-8') as f:
             result = json.load(f)
-        if result['made_with'] != made_with():
+        if result['made_with'] != expected:
             raise UserError(f'{path} was made with other settings, recipes or data; '
                             f'give another --out_dir, or remove {out_dir}')
         results[name].append(result)
@@ -196,7 +198,6 @@ def main():
     confine.permit(allow_code_execution)
     if seeds < 1 or num_samples < 10:
         raise UserError('seeds must be at least 1, and num_samples at least 10, for pass@10')
-    made_with()  # before minutes of work: is the data there?
     results = all_results()
     print('| trained on | val loss | pass@1 | pass@10 |\n| --- | --- | --- | --- |')
     for name in CONFIGS:
