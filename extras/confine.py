@@ -79,12 +79,12 @@ def sandbox():
     Then a notice says why, once.
     """
     bwrap = shutil.which('bwrap')
-    command = [bwrap, '--unshare-all', '--die-with-parent', '--new-session', '--cap-drop', 'ALL',
-               '--dev', '/dev', '--tmpfs', '/tmp', '--chdir', '/tmp']
-    for folder in ('/usr', '/lib', '/lib64', os.path.realpath(sys.base_prefix)):
-        command += ['--ro-bind-try', folder, folder]
     reason = 'it is not installed'
     if bwrap is not None:
+        command = [bwrap, '--unshare-all', '--die-with-parent', '--new-session', '--cap-drop',
+                   'ALL', '--dev', '/dev', '--tmpfs', '/tmp', '--chdir', '/tmp']
+        for folder in ('/usr', '/lib', '/lib64', os.path.realpath(sys.base_prefix)):
+            command += ['--ro-bind-try', folder, folder]
         # If this works, Python's library can be read, its parts in C too
         trial = subprocess.run([*command, PYTHON, '-I', '-S', '-c', 'import ctypes, typing'],
                                capture_output=True, text=True, env={})
@@ -122,13 +122,13 @@ def execute(program, timeout=3.0, memory=512):
 
 
 def permit(allowed):
-    """Raise UserError unless the user allows code to be run, and this system can run it apart."""
+    """Raise UserError unless the user allows code to be run, and this system can limit it."""
     if not allowed:
         raise UserError('this runs code that a model wrote, on this machine; '
                         'python extras/confine.py says what such code can and cannot do; '
                         'to allow it, say --allow_code_execution=True')
     if os.name == 'nt':
-        raise UserError('programs can be run apart on Linux and macOS only; on Windows use WSL')
+        raise UserError('programs are run with limits on Linux and macOS only; on Windows use WSL')
     sandbox()
 
 

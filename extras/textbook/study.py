@@ -1,5 +1,5 @@
 """
-Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in small.
+Run the study of "Textbooks Are All You Need" (Gunasekar et al. 2023) in miniature.
     python extras/textbook/prepare.py
     python extras/textbook/study.py --allow_code_execution=True
 
@@ -16,7 +16,6 @@ Needs train.py, model.py, folio/, extras/humaneval.py, extras/confine.py and the
 import hashlib
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -46,11 +45,11 @@ ROOT = os.path.abspath(HERE + '/../..')
 CONFIGS = {
     'raw code': 'train_textbook_raw.py',
     'textbook': 'train_textbook.py',
-    'raw code, exercises': 'finetune_exercises.py',
-    'textbook, exercises': 'finetune_exercises.py'}
+    'raw code, then exercises': 'finetune_exercises.py',
+    'textbook, then exercises': 'finetune_exercises.py'}
 PRETRAINED = {
-    'raw code, exercises': 'raw code',
-    'textbook, exercises': 'textbook'}
+    'raw code, then exercises': 'raw code',
+    'textbook, then exercises': 'textbook'}
 
 
 # ---- One model -----------------------------------------------------------------------------------
@@ -71,27 +70,29 @@ def run(script, *arguments):
 
 
 def folder_of(name, seed):
-    """Return the folder of a run: out/textbook_study/raw_code_exercises_1, say."""
+    """Return the folder of a run: out/textbook_study/raw_code_then_exercises_1, say."""
     name = name.replace(', ', '_').replace(' ', '_')
     return os.path.join(out_dir, f'{name}_{seed}')
 
 
 def made_with():
-    """Return what a result depends on: the settings, and a hash of the descriptions of the data.
+    """Return what a result depends on: the settings, and a hash of the recipes and of the data.
 
-    Raise UserError if the data is not there.
+    The data is known by its meta.json files. Raise UserError if the data is not there.
     """
-    described = b''
+    files = hashlib.sha256()
     for name in ('raw', 'filtered', 'exercises'):
         try:
             with open(f'data/textbook_{name}/meta.json', 'rb') as f:
-                described += f.read()
+                files.update(f.read())
         except FileNotFoundError:
             raise UserError(f'data/textbook_{name} is not there; '
                             'python extras/textbook/prepare.py writes it') from None
+    for recipe in CONFIGS.values():
+        with open(os.path.join(HERE, recipe), 'rb') as f:
+            files.update(f.read())
     return {'problems': problems, 'num_samples': num_samples, 'temperature': temperature,
-            'settings': settings, 'max_new_tokens': max_new_tokens,
-            'data': hashlib.sha256(described).hexdigest()}
+            'settings': settings, 'max_new_tokens': max_new_tokens, 'files': files.hexdigest()}
 
 
 def train(name, seed):
@@ -115,23 +116,24 @@ def score(name, seed):
                   '--strategy=sample',
                   f'--temperature={temperature}',
                   f'--seed={seed}',
-                  f'--max_new_tokens={max_new_tokens}',
-                  '--batch_size=500')
+                  f'--max_new_tokens={max_new_tokens}')
     return json.loads(printed[-1])
 
 
 def make(name, seed, path):
     """Train and score a model, and write its metrics to a file, whole or not at all."""
+    made = made_with()  # now: a recipe may be edited while a model trains
     train(name, seed)
-    result = score(name, seed) | {'made_with': made_with()}
-    write_jsonl(path, [result])
+    write_jsonl(path, [score(name, seed) | {'made_with': made}])
 
 
 def all_results():
     """Return {name: metrics of each seed}, after making those that are missing.
 
-    Raise UserError if one was made with other settings or data.
+    Raise UserError if the data is not there, or a result was made with other settings, recipes or
+    data.
     """
+    expected = made_with()
     results = {name: [] for name in CONFIGS}
     n_runs = len(CONFIGS) * seeds
     taken = []  # seconds of each run that was made now
@@ -148,8 +150,8 @@ def all_results():
             taken.append(time.monotonic() - start)
         with open(path, encoding='utf-8') as f:
             result = json.load(f)
-        if result['made_with'] != made_with():
-            raise UserError(f'{path} was made with other settings or data; '
+        if result['made_with'] != expected:
+            raise UserError(f'{path} was made with other settings, recipes or data; '
                             f'give another --out_dir, or remove {out_dir}')
         results[name].append(result)
     return results
@@ -168,13 +170,11 @@ def loss_on_exercises(name, seed):
         return val_losses(name, seed)[-1]
     # A pretrained model's own log has its loss on other data. But its fine-tuning begins with an
     # evaluation, before the first step.
-    return val_losses(f'{name}, exercises', seed)[0]
+    return val_losses(f'{name}, then exercises', seed)[0]
 
 
 def standard_error(values):
-    """Return the standard error of the mean; of a single value it is unknown: NaN."""
-    if len(values) == 1:
-        return math.nan
+    """Return the standard error of the mean of at least two values."""
     return statistics.stdev(values) / len(values)**0.5
 
 
@@ -188,8 +188,9 @@ def loss_cell(losses):
 def percentage(results, metric):
     """Return 'mean ± standard error %' of one of the metrics over the results of all seeds."""
     values = [result[metric] for result in results]
-    over_problems = statistics.fmean(result[f'{metric}_stderr'] for result in results)
-    error = max(over_problems, standard_error(values))  # the first, where the other is NaN
+    error = statistics.fmean(result[f'{metric}_stderr'] for result in results)  # over the problems
+    if len(values) > 1:
+        error = max(error, standard_error(values))
     return f'{100 * statistics.fmean(values):.1f} ± {100 * error:.1f} %'
 
 
@@ -197,7 +198,6 @@ def main():
     confine.permit(allow_code_execution)
     if seeds < 1 or num_samples < 10:
         raise UserError('seeds must be at least 1, and num_samples at least 10, for pass@10')
-    made_with()  # before minutes of work: is the data there?
     results = all_results()
     print('| trained on | val loss | pass@1 | pass@10 |\n| --- | --- | --- | --- |')
     for name in CONFIGS:

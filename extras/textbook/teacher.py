@@ -19,8 +19,6 @@ import threading
 
 from tqdm import tqdm
 
-if __name__ == '__main__':
-    sys.path.insert(0, os.path.abspath(__file__ + '/../../..'))  # the root of the checkout
 from folio.configurator import UserError, notice
 from folio.log import only_one, read
 
@@ -43,7 +41,7 @@ class Teacher:
     """One model, its answers, and what they have cost."""
 
     def __init__(self, model, folder, budget, price_in, price_out, max_tokens=1024, concurrency=8):
-        """Take in the answers of earlier runs. Raises UserError if another run uses the folder.
+        """Read the answers of earlier runs. Raises UserError if another run uses the folder.
 
         budget: US dollars for this model, earlier runs included. Only the answers that are under
         way when it is spent can exceed it. price_in, price_out: dollars for a million
@@ -224,7 +222,3 @@ def without_thoughts(answer):
     '[1]'
     """
     return re.sub(r'.*</think>|<think>.*', '', answer, flags=re.DOTALL).strip()
-
-
-if __name__ == '__main__':
-    print(__doc__.strip())

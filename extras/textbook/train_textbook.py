@@ -1,5 +1,5 @@
-# "Textbooks Are All You Need" in small: 1.3 M parameters, on a CPU, on the textbook and on the raw
-# code that a classifier likes best.
+# "Textbooks Are All You Need" in miniature: 1.3 M parameters, on a CPU, on the textbook and on the
+# raw code that a classifier likes best.
 #     python extras/textbook/prepare.py
 #     python train.py extras/textbook/train_textbook.py
 # Loss 1.324 on its own validation split, and 11 % of the problems solved at the first try (seed 1;

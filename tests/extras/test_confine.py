@@ -1,4 +1,4 @@
-"""Programs that run apart: in bubblewrap, where that works here, and under plain limits."""
+"""Programs in their own processes: in bubblewrap, where that works, and under plain limits."""
 import os
 import socket
 import subprocess

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from conftest import run
+from conftest import run, shared
 
 
 def test_a_line_tells_how_finely_a_tokenizer_cuts_a_text(book_once):
@@ -18,6 +18,16 @@ def test_a_script_without_spaces_is_measured_by_the_character(book):
         '--vocab_size=257', cwd=book)
     out, _ = run('extras/fertility.py', 'ja.txt', 'data/bytes', cwd=book)
     assert '48 tokens' in out and '3.00 a character, 1.00 bytes a token' in out
+
+
+def test_a_tokenizer_that_lacks_a_character_does_not_end_the_comparison(book_once, tmp_path):
+    shared('tiktoken')  # GPT-2's files
+    (tmp_path / 'ja.txt').write_text('猫', encoding='utf-8')
+    shutil.copytree(book_once / 'data', tmp_path / 'data')
+    out, _ = run('extras/fertility.py', 'ja.txt', 'data/book', 'gpt2', cwd=tmp_path)
+    characters, gpt2 = out.splitlines()
+    assert characters.startswith('data/book: ') and '猫' in characters
+    assert '3 tokens' in gpt2
 
 
 def test_all_tokenizers_in_a_folder_are_compared(book):

@@ -173,8 +173,8 @@ BYTES = folio.tokenizer.train_bpe([], 257)  # no merges: its tokens are bytes, a
 
 def complete(model, prompt, **options):
     """Return a completion of the prompt by each row of a Writer."""
-    options = {'max_new_tokens': 40, 'seed': 0, 'begin': [256]} | options
-    return humaneval.complete(model, BYTES, prompt, len(model.rows), **options)
+    options = {'max_new_tokens': 40, 'seed': 0} | options
+    return humaneval.complete(model, {'begin': [256]}, BYTES, prompt, len(model.rows), **options)
 
 
 def test_a_prompt_begins_a_document_and_lacks_its_last_line_end():
@@ -207,8 +207,8 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len(tasks['0']['prompt']) < context < len(tasks['9']['prompt'])
 
     def draw(batch_size):
-        return humaneval.draw_samples(model, BYTES, tasks, num_samples=2, seed=1337,
-                                      batch_size=batch_size, begin=[256], strategy='greedy',
+        return humaneval.draw_samples(model, {'begin': [256]}, BYTES, tasks, num_samples=2,
+                                      seed=1337, batch_size=batch_size, strategy='greedy',
                                       max_new_tokens=30)
     one_by_one = draw(1)
     assert one_by_one == draw(3) == draw(100)
@@ -294,7 +294,7 @@ def test_humaneval_is_kept_and_checked(tmp_path, monkeypatch):
     source = shared('HumanEval.jsonl.gz')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)
-    monkeypatch.setattr(humaneval, 'url', 'http://127.0.0.1:9/HumanEval.jsonl.gz')
+    monkeypatch.setattr(humaneval, 'URL', 'http://127.0.0.1:9/HumanEval.jsonl.gz')
     kept = tmp_path / 'data' / 'downloads' / 'HumanEval.jsonl.gz'
     kept.parent.mkdir(parents=True)
     kept.write_bytes(source.read_bytes())

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT
 from endpoint import TOKENS_IN, TOKENS_OUT, Endpoint
 
 pytest.importorskip('openai', reason='needs openai: pip install -r extras/requirements.txt')
@@ -273,9 +273,3 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(endpoint, monkeypatch
     with pytest.raises(UserError, match=says) as error:
         ask(QUESTIONS)
     assert '\n' not in str(error.value) and 'secret' not in str(error.value)
-
-
-@pytest.mark.parametrize('script', ['teacher.py', 'lessons.py'])
-def test_help_is_printed(script, tmp_path):
-    out, _ = run(f'extras/textbook/{script}', '--help', cwd=tmp_path)
-    assert 'extras/textbook/prepare.py --source=api' in out

@@ -18,7 +18,7 @@ from endpoint import Endpoint
 from extras.textbook import generator, prepare, study
 from folio.log import read
 from folio.configurator import UserError
-from folio.data import Dataset
+from folio.data import Dataset, write_jsonl
 from hub import Hub
 
 needs_openai = pytest.mark.skipif(
@@ -311,26 +311,44 @@ def test_the_study_trains_four_models_and_continues_where_it_was(prepared_once, 
     out, error = run(*command, cwd=tmp_path)
     progress = re.findall('---- run (.*)', error)
     assert progress[0] == '1 of 4: raw code, seed 1'
-    assert re.fullmatch(r'4 of 4: textbook, exercises, seed 1; about \d+ min to go', progress[-1])
+    last = r'4 of 4: textbook, then exercises, seed 1; about \d+ min to go'
+    assert re.fullmatch(last, progress[-1])
     assert error.count('step 2: val loss') == 4  # what train.py says is passed on
     none_solved = r'0\.0 ± 0\.0 %'
     row = rf'^\| ([a-z, ]+) \| ([\d.]+) \| {none_solved} \| {none_solved} \|$'  # a loss alone
     rows = re.findall(row, out, re.MULTILINE)
     names = [name for name, _ in rows]
-    assert names == ['raw code', 'textbook', 'raw code, exercises', 'textbook, exercises']
+    assert names == ['raw code', 'textbook', 'raw code, then exercises', 'textbook, then exercises']
     results = tmp_path / 'out/textbook_study'
     assert len(list(results.glob('*/result.json'))) == 4
-    log = read(results / 'textbook_exercises_1/log.jsonl')
+    log = read(results / 'textbook_then_exercises_1/log.jsonl')
     losses = [entry['val_loss'] for entry in log if 'val_loss' in entry]
     assert rows[1][1] == f'{losses[0]:.3f}' and rows[3][1] == f'{losses[-1]:.3f}'
 
     # Of four results one is missing: only that one is made again
-    (results / 'textbook_exercises_1/result.json').unlink()
+    (results / 'textbook_then_exercises_1/result.json').unlink()
     again, error = run(*command, cwd=tmp_path)
     assert again == out
-    assert re.findall('---- run (.*)', error) == ['4 of 4: textbook, exercises, seed 1']
+    assert re.findall('---- run (.*)', error) == ['4 of 4: textbook, then exercises, seed 1']
     _, error = run(*command, '--temperature=1.0', cwd=tmp_path, status=2)
     assert 'was made with other settings' in error
+
+
+def test_results_of_an_edited_recipe_are_refused(prepared_once, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepared_once[0])
+    monkeypatch.setattr(study, 'out_dir', str(tmp_path / 'out'))
+    for recipe in set(study.CONFIGS.values()):
+        shutil.copy(os.path.join(study.HERE, recipe), tmp_path)
+    monkeypatch.setattr(study, 'HERE', str(tmp_path))
+    for name, seed in itertools.product(study.CONFIGS, range(1, study.seeds + 1)):
+        folder = study.folder_of(name, seed)
+        os.makedirs(folder)
+        write_jsonl(os.path.join(folder, 'result.json'), [{'made_with': study.made_with()}])
+    assert len(study.all_results()) == 4
+    with open(tmp_path / 'train_textbook.py', 'a', encoding='utf-8') as f:
+        f.write('max_iters = 900\n')
+    with pytest.raises(UserError, match='other settings, recipes or data'):
+        study.all_results()
 
 
 def test_the_larger_error_of_seeds_and_problems_is_shown():
