@@ -229,7 +229,7 @@ class Form(NamedTuple):
     """How documents lie in files."""
     column: str = 'text'  # of a .parquet, or the key of a .jsonl
     separator: str = ''  # the line between the documents of a .txt; '': it is one document
-    skip_bad: bool = False  # leave out rows that hold no text, and count them
+    skip_bad: bool = False  # leave out rows that hold no text, and count them; a .txt has no rows
 
 
 def find_sources(pattern, folder, form):
@@ -470,11 +470,8 @@ def read_text(stream, form):
     pieces = in_stretches(text)
     if form.separator:
         pieces = between_lines(text, form.separator)
-    try:
-        for piece, is_new in pieces:
-            yield 'text', functools.partial(str, piece), is_new
-    except UnicodeDecodeError as e:
-        yield 'text', functools.partial(str, e.object, 'utf-8'), True  # the same error again
+    for piece, is_new in pieces:
+        yield 'text', functools.partial(str, piece), is_new
 
 
 def between_lines(text, separator):

@@ -143,7 +143,7 @@ def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
     ('z.jsonl.bz2', b'torn', 'z.jsonl.bz2 could not be read'),
     ('z.parquet', b'PAR1', 'z.parquet could not be read'),
     ('z.txt', b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'git lfs pull'),
-    ('z.txt', 'd\xe9j\xe0 vu'.encode('latin-1'), "z.txt, text: 'utf-8' codec can't decode"),
+    ('z.txt', 'd\xe9j\xe0 vu'.encode('latin-1'), "z.txt could not be read (UnicodeDecodeError: 'utf-8'"),
     ('z.txt', '\ufeffd\xe9j\xe0 vu'.encode('utf-16'), "'utf-8' codec can't decode"),
 ])
 def test_an_unreadable_file_is_named_before_the_first_token(prepare, name, content, says):
@@ -296,6 +296,16 @@ def test_a_line_may_separate_the_documents_of_a_text(prepare, separator):
     pathlib.Path('a.txt').write_text(f'{separator}\n\n{separator}\n{text}')
     prepare('--source=a.txt', f'--separator={separator}', '--val_tokens=9')
     assert documents() == texts
+
+
+@pytest.mark.parametrize('args', [[], ['--separator=%']], ids=['one', 'many'])
+def test_a_byte_that_is_not_utf_8_never_costs_the_rest_of_a_text(prepare, args):
+    document = b'a few words of English\n%\n'
+    before = document * 60_000  # more than is looked at before the first token is made
+    pathlib.Path('a.txt').write_bytes(before + b'\xff\n%\n' + document * 1000)
+    said = prepare('--source=a.txt', '--skip_bad=True', *args, status=2)
+    assert "a.txt could not be read (UnicodeDecodeError: 'utf-8' codec can't decode" in said
+    assert not parts()
 
 
 @pytest.mark.parametrize('text, is_said', [

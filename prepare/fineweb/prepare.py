@@ -8,7 +8,7 @@ Turn FineWeb-Edu, FineWeb or your own documents into val.bin, the first 100 M to
 The text is tokenized by all cores as it streams in, each source file into a part. If the run is
 killed, the same command continues with the files that have no part, at the same commit of the hub.
 A row without text ends the run, until the row is fixed or --skip_bad=True leaves such rows out;
-finished parts stay.
+finished parts stay. A .txt has no rows: all of it has to be UTF-8.
 
 Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
 the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
@@ -32,7 +32,7 @@ sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, w
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
 separator = ''  # the line between documents in a .txt, <|endoftext|> say; empty: one document
-skip_bad = False  # leave out rows that hold no text, and count them
+skip_bad = False  # leave out rows that hold no text, and count them; a .txt has no rows
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
