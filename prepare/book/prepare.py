@@ -14,6 +14,7 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure, notice
+from folio.data import folder_of
 from folio.download import download
 from prepare.corpus import without_blank_ends, write_dataset
 
@@ -122,7 +123,7 @@ def main():
     splits = {'train': text[:train_end], 'val': text[train_end:val_end], 'test': text[val_end:]}
 
     tok = make_tokenizer(text, splits['train'])
-    folder = os.path.join('data', dataset)
+    folder = folder_of(dataset)
     documents = {name: [part] for name, part in splits.items()}  # each split is one document
     meta = write_dataset(folder, tok, documents, source=book)
 

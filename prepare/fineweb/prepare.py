@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
+from folio.data import folder_of
 from folio.download import download, hub_errors
 from prepare import corpus
 
@@ -149,7 +150,7 @@ def check_settings():
 
 def main():
     check_settings()
-    folder = os.path.join('data', dataset)
+    folder = folder_of(dataset)
     form = corpus.Form(column, separator, skip_bad)
     if pretokenized:
         tok = folio.tokenizer.load('gpt2')

@@ -13,6 +13,7 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import configure
+from folio.data import folder_of
 from prepare import corpus
 
 source = (  # the hub's files, or a pattern of your own
@@ -24,7 +25,7 @@ val_tokens = 5_000_000  # tokens of val.bin
 max_tokens = 0  # stop after this many tokens, val.bin included; 0: take all
 
 configure(globals())
-folder = os.path.join('data', dataset)
+folder = folder_of(dataset)
 form = corpus.Form(column, skip_bad=skip_bad)
 tok = folio.tokenizer.load('gpt2')
 files, revision = corpus.find_sources(source, folder, form)

@@ -14,6 +14,7 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
+from folio.data import folder_of
 from folio.download import hub_errors
 from prepare.corpus import write_dataset
 
@@ -79,9 +80,10 @@ def main():
     documents = {name: [text] for name, text in texts.items()}
     words = {name: count_words(text) for name, text in texts.items()}
     origin = source or f'Salesforce/wikitext, wikitext-2, {variant}'
-    meta = write_dataset(os.path.join('data', dataset), tok, documents, source=origin, words=words)
+    folder = folder_of(dataset)
+    meta = write_dataset(folder, tok, documents, source=origin, words=words)
     for name, counts in meta['splits'].items():
-        print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
+        print(f'{folder}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
               f'{counts["words"]:,} words, '
               + folio.tokenizer.fertility(texts[name], counts['tokens']))
 
