@@ -143,7 +143,7 @@ def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
     ('z.jsonl.bz2', b'torn', 'z.jsonl.bz2 could not be read'),
     ('z.parquet', b'PAR1', 'z.parquet could not be read'),
     ('z.txt', b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'git lfs pull'),
-    ('z.txt', 'd\xe9j\xe0 vu'.encode('latin-1'), "z.txt could not be read (UnicodeDecodeError: 'utf-8'"),
+    ('z.txt', 'd\xe9j\xe0 vu'.encode('latin-1'), 'z.txt could not be read (UnicodeDecodeError'),
     ('z.txt', '\ufeffd\xe9j\xe0 vu'.encode('utf-16'), "'utf-8' codec can't decode"),
 ])
 def test_an_unreadable_file_is_named_before_the_first_token(prepare, name, content, says):
