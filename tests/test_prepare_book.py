@@ -153,6 +153,17 @@ def test_gpt2_tokens_and_other_encodings(tmp_path):
     assert data.vocab_size == 50257
 
 
+def test_a_tokenizer_of_ones_own_serves_another_text(tmp_path):
+    for name in ('one', 'two'):
+        (tmp_path / f'{name}.txt').write_text(f'plain words of text {name}\n' * 50)
+    run(BOOK, '--book=one.txt', '--dataset=one', '--tokenizer=bpe', '--vocab_size=280',
+        cwd=tmp_path)
+    for origin in ('data/one', 'data/one/tokenizer.json'):
+        run(BOOK, '--book=two.txt', '--dataset=two', f'--tokenizer={origin}', cwd=tmp_path)
+        assert Dataset(str(tmp_path / 'data/two')).spec == Dataset(str(tmp_path / 'data/one')).spec
+        assert 'text two' in text_of(tmp_path, 'two')
+
+
 def test_default_book_says_nothing_twice(tmp_path):
     """No paragraph of the test and validation parts was in the training part."""
     run(BOOK, cwd=tmp_path)

@@ -21,7 +21,7 @@ from prepare.corpus import without_blank_ends, write_dataset
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file
 dataset = 'book'  # the folder under data/ to write
 encoding = 'utf-8'  # of the text
-tokenizer = 'char'  # char, bpe (trained on the training part) or gpt2
+tokenizer = 'char'  # char, bpe (of the training part), gpt2, or your data folder or tokenizer.json
 vocab_size = 1024  # bpe only
 mirrors = (  # Gutenberg's, in the order in which they are asked
     'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org')
@@ -106,9 +106,7 @@ def make_tokenizer(text, train_text):
         return folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
     if tokenizer == 'bpe':
         return folio.tokenizer.train_bpe([train_text], vocab_size)
-    if tokenizer == 'gpt2':
-        return folio.tokenizer.load('gpt2')
-    raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
+    return folio.tokenizer.load(tokenizer)
 
 
 def main():

@@ -21,7 +21,7 @@ from prepare.corpus import write_dataset
 variant = 'raw'  # raw, or v1: rare words are <unk>
 source = ''  # instead of the hub: a folder of train.txt, valid.txt, test.txt or wiki.train.tokens …
 dataset = 'wikitext2'  # the folder under data/ to write
-tokenizer = 'bpe'  # bpe (trained on the training split) or gpt2
+tokenizer = 'bpe'  # bpe (of the training split), gpt2, or your data folder or tokenizer.json
 vocab_size = 32000  # bpe only
 
 
@@ -65,17 +65,16 @@ def count_words(text):
 
 
 def main():
-    if variant not in ('raw', 'v1') or tokenizer not in ('bpe', 'gpt2'):
-        raise UserError(f'variant is {variant!r}, tokenizer {tokenizer!r}; '
-                        'choose from raw, v1 and from bpe, gpt2')
+    if variant not in ('raw', 'v1'):
+        raise UserError(f'variant is {variant!r}; choose from raw, v1')
     texts = {}
     for name, split in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
         texts[name] = from_folder(split) if source else from_hub(split)
 
-    if tokenizer == 'gpt2':
-        tok = folio.tokenizer.load('gpt2')
-    else:
+    if tokenizer == 'bpe':
         tok = folio.tokenizer.train_bpe([texts['train']], vocab_size)
+    else:
+        tok = folio.tokenizer.load(tokenizer)
 
     documents = {name: [text] for name, text in texts.items()}
     words = {name: count_words(text) for name, text in texts.items()}
