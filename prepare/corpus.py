@@ -7,9 +7,9 @@ Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 A source file of a corpus is .parquet, .jsonl or .ndjson (an object on each line), .json (the same,
 or one list of objects) or .txt, and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
 parts/<hash>.bin, whole or not at all. So a run that was killed continues with the files that have
-no part, and several machines can share the files. The hash covers a file's name, size and date and
-all else that decides its tokens: a part stays valid when other files come, go or are repaired. The
-last run joins the parts; for a while, they and the result take twice the space.
+no part, and several machines can share the files. The hash covers a file's name and size, a local
+file's date, and all else that decides its tokens: a part stays valid when other files come, go or
+are repaired. The last run joins the parts; for a while, they and the result take twice the space.
 """
 import codecs
 import collections
@@ -560,7 +560,7 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on '
                         f'next to val_tokens ({val_tokens:,})')
     share = share_of(worker, list(files))
-    meta = new_meta(tokenizer, source | {'files': [stamp(file) for file in files],
+    meta = new_meta(tokenizer, source | {'files': [stamp(*item) for item in files.items()],
                                          'val_tokens': val_tokens, 'max_tokens': max_tokens})
     parts = os.path.join(folder, 'parts')
     require_ours(folder)
@@ -600,11 +600,11 @@ def share_of(worker, files):
     return files[int(i)::int(n)]
 
 
-def stamp(file):
-    """Return [name, bytes, time of last change] of a local file, the name of a remote one."""
-    if not os.path.exists(file):
-        return file
-    return [file, os.path.getsize(file), os.path.getmtime(file)]
+def stamp(file, n_bytes):
+    """Return [name, bytes] of a source file, and of a local one the time of its last change."""
+    if os.path.exists(file):
+        return [file, n_bytes, os.path.getmtime(file)]
+    return [file, n_bytes]
 
 
 def find_finished(folder, fresh):
@@ -640,9 +640,9 @@ def make_parts(parts, files, tokenize, meta):
     """
     source = meta['source']
     paths = {}
-    for file in files:
-        decides = [stamp(file), source['column'], source.get('separator'), source['max_tokens'],
-                   meta['tokenizer']['hash']]
+    for file, size in files.items():
+        decides = [stamp(file, size), source['column'], source.get('separator'),
+                   source['max_tokens'], meta['tokenizer']['hash']]
         paths[file] = os.path.join(parts, f'{folio.tokenizer.spec_hash(decides)}.bin')
     missing = {file: size for file, size in files.items() if not os.path.exists(paths[file])}
     n_bytes = sum(files.values())

@@ -537,6 +537,16 @@ def test_a_finished_set_is_made_again_only_if_it_is_broken(prepare, tmp_path):
         assert hashes_of(tmp_path) == first
 
 
+def test_a_remote_file_of_another_size_is_another_file(prepare, tmp_path):
+    args = [f'--source=file://{tmp_path}/*.jsonl', '--tokenizer=bpe', '--vocab_size=270']
+    for texts, args_of_run in ((TEXTS, ['--worker=0/1']), ([*TEXTS, 'more'], [])):
+        pathlib.Path('a.jsonl').write_text(lines(texts))
+        assert 'training a BPE' in prepare(*args, *args_of_run)
+    assert documents() == [*TEXTS, 'more']
+    pathlib.Path('a.jsonl').write_text(lines(TEXTS))
+    assert 'with other settings or files' in prepare(*args, status=2)
+
+
 def test_a_second_run_on_one_set_is_refused(prepare):
     pathlib.Path('a.jsonl').write_text(lines(texts_of('a')))
     os.makedirs('data/fineweb/parts')

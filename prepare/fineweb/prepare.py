@@ -122,7 +122,7 @@ def first_texts(files, form):
 def trained_bpe(files, form):
     """Return a BPE of the documents of these files, trained here or by an earlier run."""
     # The name of the file says what the BPE depends on, so no other BPE is taken for it.
-    stamps = [corpus.stamp(file) for file in files]
+    stamps = [corpus.stamp(*item) for item in files.items()]
     request = [stamps, form.column, form.separator, vocab_size, tokenizer_chars]
     path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash(request)}.json'
     if not os.path.exists(path):
