@@ -260,9 +260,9 @@ def find_sources(pattern, folder, form):
     # A hub answers slowly. Local files go one by one: a list of JSON is in memory whole.
     n_threads = 16 if '://' in pattern else 1
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        first_texts = list(pool.map(lambda file: first_text(file, form), files))
-    for file, text in zip(files, first_texts):
-        if '.txt' in os.path.basename(file).lower() and EOT in text and not form.separator:
+        has_eot = list(pool.map(lambda file: EOT in first_text(file, form), files))
+    for file, found in zip(files, has_eot):
+        if '.txt' in os.path.basename(file).lower() and found and not form.separator:
             notice(f'{file} contains {EOT}, but stays one document; if lines of it separate '
                    f"documents, give --separator='{EOT}'")
             break

@@ -102,7 +102,7 @@ def shard_tokens(urls, bar, hashes, folder):
 
 
 # ---- A BPE of the documents ----------------------------------------------------------------------
-def first_texts(files, form):
+def texts_to_learn(files, form):
     """Yield the texts of the files until they have tokenizer_chars; the last one may be cut."""
     limit = tokenizer_chars or sys.maxsize
     n_left = limit
@@ -127,7 +127,7 @@ def trained_bpe(files, form):
     path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash(request)}.json'
     if not os.path.exists(path):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
-        tok = folio.tokenizer.train_bpe(first_texts(files, form), vocab_size)
+        tok = folio.tokenizer.train_bpe(texts_to_learn(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
         corpus.write_json(path, tok.spec)
     return folio.tokenizer.load(path)
