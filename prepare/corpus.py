@@ -173,7 +173,7 @@ def write_split(path, documents, tokenizer, dtype, learn_end):
     tokens.astype(dtype).tofile(path)
     counts = {'tokens': len(tokens), 'documents': len(documents), 'bytes': int(n_bytes.sum())}
     if not mask.all():
-        mask.tofile(path.replace('.bin', '.mask.bin'))
+        mask.tofile(path.removesuffix('.bin') + '.mask.bin')
         counts['targets'] = int(mask[1:].sum())  # nothing predicts the first token
         counts['target_bytes'] = int(n_bytes[mask == 1].sum())
     return counts

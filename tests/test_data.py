@@ -234,6 +234,12 @@ def test_only_an_answer_and_its_end_are_targets(masked):
     assert tokenizer.decode(tokens[mask == 1].tolist()) == ''.join(EOT + b for _, b in PAIRS)
 
 
+def test_a_folder_may_have_a_name_like_a_file(tmp_path):
+    folder = tmp_path / 'my.bin.set'
+    write_dataset(folder, train_bpe([], 257), {'train': PAIRS, 'val': PAIRS}, source='here')
+    assert Dataset(str(folder)).mask('val').sum() > 0
+
+
 def test_a_document_may_say_of_each_piece_whether_it_is_a_target(tmp_path):
     tokenizer = train_bpe([], 257)
     document = [('2 + 2 = ', False), ('4', True), (', of course', False)]
