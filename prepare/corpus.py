@@ -132,17 +132,15 @@ def publish(folder, tokenizer, meta):
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source, words=None, template=None, learn_end=True):
+def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
-    splits: {'train': [document, ...], ...}. A document is a str, a pair (prompt, answer), where
-    only the answer is a target, or a list of pairs (text, whether it is a target). <split>.mask.bin
-    marks the targets. Each document starts with the end-of-text token, if the tokenizer has one.
+    splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer), where
+    only the answer is a target, which <split>.mask.bin marks. Each document starts with the
+    end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, if a perplexity per word is wanted.
     template: the prompt around a user's question, which replaces its {}; for sample.py --chat.
-    learn_end: whether the end-of-text token is a target. If answers are one token long, half of
-    the loss would be for the end, which is easy.
     Raises UserError if the folder is someone else's, or cannot be written.
     """
     require_ours(folder)
@@ -153,7 +151,7 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None, 
         new = empty_folder(folder)
         for split, documents in splits.items():
             path = os.path.join(new, f'{split}.bin')
-            counts = write_split(path, documents, tokenizer, meta['dtype'], learn_end)
+            counts = write_split(path, documents, tokenizer, meta['dtype'])
             if words:
                 counts['words'] = words[split]
             meta['splits'][split] = counts
@@ -165,10 +163,11 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None, 
     return meta
 
 
-def write_split(path, documents, tokenizer, dtype, learn_end):
+def write_split(path, documents, tokenizer, dtype):
     """Write <split>.bin and, if not all tokens are targets, its mask; return the counts."""
-    encoded = [encode_document(tokenizer, document, learn_end) for document in documents]
-    tokens, mask = map(np.concatenate, zip(*encoded))
+    encoded = [encode_document(tokenizer, document) for document in documents]
+    tokens = np.concatenate([ids for ids, _ in encoded])
+    mask = np.concatenate([is_target for _, is_target in encoded])
     n_bytes = bytes_of_tokens(tokenizer)[tokens]
     tokens.astype(dtype).tofile(path)
     counts = {'tokens': len(tokens), 'documents': len(documents), 'bytes': int(n_bytes.sum())}
@@ -187,32 +186,20 @@ def bytes_of_tokens(tokenizer):
     return np.array(n_bytes)
 
 
-def encode_document(tokenizer, document, learn_end=True):
+def encode_document(tokenizer, document):
     """Return (tokens, mask) of a document, arrays of the same length; the mask is 1 for targets."""
-    tokens = []
-    mask = []
-    if tokenizer.eot is not None:
-        tokens.append(tokenizer.eot)
-        mask.append(learn_end)  # it ends the document before this one
-    for text, is_target in pieces_of(document):
-        ids = tokenizer.encode(text)
-        tokens += ids
-        mask += [is_target] * len(ids)
-    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
-
-
-def pieces_of(document):
-    """Return a document as a list of (text, whether it is a target).
-
-    >>> pieces_of(('What is one?', 'One.'))
-    [('What is one?', False), ('One.', True)]
-    """
-    if isinstance(document, str):
-        return [(document, True)]
+    prompt = ''
+    answer = document
     if isinstance(document, tuple):
         prompt, answer = document
-        return [(prompt, False), (answer, True)]
-    return document
+    start = []
+    if tokenizer.eot is not None:
+        start.append(tokenizer.eot)  # a target: it ends the document before this one
+    prompt_ids = tokenizer.encode(prompt)
+    answer_ids = tokenizer.encode(answer)
+    tokens = start + prompt_ids + answer_ids
+    mask = [1] * len(start) + [0] * len(prompt_ids) + [1] * len(answer_ids)
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
 
 def without_blank_ends(text):
