@@ -23,8 +23,8 @@ dataset = 'book'  # the folder under data/ to write
 encoding = 'utf-8'  # of the text
 tokenizer = 'char'  # char, bpe (of the training part), gpt2, or your data folder or tokenizer.json
 vocab_size = 1024  # bpe only
-mirrors = (  # Gutenberg's, in the order in which they are asked
-    'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org')
+
+GUTENBERG = 'https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt'
 
 
 # ---- The text ------------------------------------------------------------------------------------
@@ -37,12 +37,11 @@ def read_book():
         number = book.removeprefix('gutenberg:')
         if not number.isdecimal():
             raise UserError(f'{book}: a number is needed, for example --book=gutenberg:1342')
-        urls = [f'{mirror.rstrip("/")}/cache/epub/{number}/pg{number}.txt'
-                for mirror in mirrors.split()]
-        path = download(urls, f'data/downloads/gutenberg-{number}.txt')
+        url = GUTENBERG.format(number=number)
+        path = download(url, f'data/downloads/gutenberg-{number}.txt')
     elif book.startswith(('https://', 'http://')):
         file_name = re.sub(r'[^\w.-]+', '_', book.split('://')[1])
-        path = download([book], f'data/downloads/{file_name}')
+        path = download(book, f'data/downloads/{file_name}')
     text = read_text(path)
     if f'\n{folio.tokenizer.EOT}\n' in text:
         notice(f'{book} has the line {folio.tokenizer.EOT}, but stays one text; '

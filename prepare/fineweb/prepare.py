@@ -87,8 +87,8 @@ def shard_tokens(urls, bar, hashes, folder):
     tokens, and then the tokens, of uint16. Raises UserError for any other file.
     """
     for url in urls:
-        path = download([url], os.path.join(folder, 'parts', os.path.basename(url)),
-                        sha256=hashes[url])
+        path = os.path.join(folder, 'parts', os.path.basename(url))
+        download(url, path, sha256=hashes[url])
         n_bytes = os.path.getsize(path)
         n_tokens = (n_bytes - 4 * SHARD_HEADER) // 2
         header = np.fromfile(path, '<i4', SHARD_HEADER)[:3].tolist()
