@@ -261,31 +261,13 @@ def local_files(pattern):
     pattern = os.path.expanduser(pattern).replace(os.sep, '/')
     found = [pattern]
     if not os.path.lexists(pattern):  # 'a[1].txt' is a name, and also a pattern that matches a1.txt
-        found = expand(re.sub(r'\*\*$', '**/*', pattern))
+        found = glob.glob(pattern, recursive=True)
     files = {}
     for path in sorted(found):
         if not os.path.isdir(path):
             facts = os.stat(path)  # an error for a broken link
             files.setdefault((facts.st_dev, facts.st_ino), path)
     return list(files.values())
-
-
-def expand(pattern):
-    """Return the paths that match a pattern; ** stands for any folders, also behind links."""
-    # Not by glob's own **, which goes in circles where a link leads back.
-    before, stars, after = pattern.partition('**/')
-    if not stars:
-        return glob.glob(pattern)
-    found = []
-    seen = set()
-    for top in glob.glob(before or '.'):
-        for folder, subfolders, _ in os.walk(top, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-            if os.path.realpath(folder) in seen:
-                subfolders.clear()
-            seen.add(os.path.realpath(folder))
-            found += expand(os.path.join(glob.escape(folder), after))
-    return found
 
 
 def at_commit(pattern, folder):
@@ -342,7 +324,7 @@ def read(file, form, bar):
                 if not isinstance(text, str | None):
                     raise ValueError(f'{form.column} is {type(text).__name__}, not text; name '
                                      'another with --column=')
-            except (ValueError, RecursionError) as e:
+            except ValueError as e:
                 if not form.skip_bad:
                     raise UserError(f'{file}, {place}: {e}; or leave such rows out and count them: '
                                     '--skip_bad=True') from None
@@ -364,10 +346,7 @@ def read(file, form, bar):
 @contextlib.contextmanager
 def opened(file):
     """Open a file as bytes, local or remote; whatever goes wrong with it becomes a UserError."""
-    remedy = 'fetch it again, or leave it out'
-    if file.lower().endswith('.zst'):
-        remedy += '; if it needs too much memory, unpack it yourself: zstd -d --long=31'
-    with hub_errors(f'{file} could not be read', remedy):
+    with hub_errors(f'{file} could not be read', 'fetch it again, or leave it out'):
         if '://' in file:
             store, path = fsspec.core.url_to_fs(file)
             raw = store.open(path, 'rb')
