@@ -4,14 +4,13 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
-A source file of a corpus is .parquet, .jsonl or .ndjson (an object on each line), .json (the same,
-or one list of objects) or .txt, and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
-parts/<hash>.bin, whole or not at all. So a run that was killed continues with the files that have
-no part, and several machines can share the files. The hash covers a file's name and size, a local
-file's date, and all else that decides its tokens: a part stays valid when other files come, go or
-are repaired. The last run joins the parts; for a while, they and the result take twice the space.
+A source file of a corpus is .parquet, .jsonl, .ndjson or .json (an object on each line) or .txt,
+and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part, parts/<hash>.bin, whole or not at
+all. So a run that was killed continues with the files that have no part, and several machines can
+share the files. The hash covers a file's name and size, a local file's date, and all else that
+decides its tokens: a part stays valid when other files come, go or are repaired. The last run joins
+the parts; for a while, they and the result take twice the space.
 """
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -244,9 +243,7 @@ def find_sources(pattern, folder, form):
         raise UserError(f'no file is called {pattern}; --source takes a pattern, such as '
                         "'my/*.parquet', where [[] stands for [")
 
-    # A hub answers slowly. Local files go one by one: a list of JSON is in memory whole.
-    n_threads = 16 if '://' in pattern else 1
-    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # because a hub answers slowly
         has_eot = list(pool.map(lambda file: EOT in first_text(file, form), files))
     for file, found in zip(files, has_eot):
         if '.txt' in os.path.basename(file).lower() and found and not form.separator:
@@ -405,20 +402,15 @@ def read_parquet(stream, form, file):
             yield f'row {number}', value.as_py, True
 
 
-def read_lines(lines, form, what='line'):
+def read_lines(lines, form):
     for number, line in enumerate(lines, 1):
         if not line.isspace():
-            yield f'{what} {number}', functools.partial(text_in, line, form.column), True
-
-
-def read_json(stream, form):
-    # Look past a byte order mark and white space: is it one list, or an object on each line?
-    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return read_lines(map(json.dumps, json.load(stream)), form, what='object')
-    return read_lines(stream, form)
+            yield f'line {number}', functools.partial(text_in, line, form.column), True
 
 
 def text_in(line, column):
+    if line.lstrip().startswith(b'['):  # a file may be one list, on one line or on many
+        raise ValueError('it is a list; the file needs one object a line')
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f'it is {type(row).__name__}, not an object')
@@ -466,7 +458,7 @@ def in_stretches(text):
 
 
 READERS = {'.parquet': read_parquet, '.jsonl': read_lines, '.ndjson': read_lines,
-           '.json': read_json, '.txt': read_text}
+           '.json': read_lines, '.txt': read_text}
 
 
 # ---- Tokens --------------------------------------------------------------------------------------

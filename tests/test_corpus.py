@@ -137,6 +137,7 @@ def test_names_are_taken_as_they_are(prepare, tmp_path, monkeypatch):
     ('z.csv.gz', gzip.compress(b'a', mtime=0), 'none of .parquet'),
     ('z.jsonl.zip', b'PK', 'none of .parquet'),
     ('z.jsonl', b'{"content": "a"}\n', 'z.jsonl, line 1: it has no text; with --column=, name one'),
+    ('z.json', b'[\n{"text": "a"}\n]', 'z.json, line 1: it is a list; the file needs one object'),
     ('z.jsonl.gz', b'', 'z.jsonl.gz could not be read (ValueError: it has 0 bytes'),
     ('z.jsonl.zst', b'', 'it has 0 bytes'),
     ('z.jsonl.bz2', b'torn', 'z.jsonl.bz2 could not be read'),
@@ -174,11 +175,12 @@ def test_a_corrected_column_just_works(prepare):
     ('{"text": "a\x01b"}', 'Invalid control character'),
     ('{"text": "torn', 'Invalid control character'),
     ('{"txt": "a", "id": 1}', 'it has no text; with --column=, name one of txt, id'),
-    ('["text"]', 'it is list, not an object'),
+    ('["text"]', 'it is a list; the file needs one object a line'),
+    ('"text"', 'it is str, not an object'),
     ('{"text": ["a"]}', 'text is list, not text; name another with --column='),
     ('{"text": false}', 'text is bool, not text'),
     (b'{"text": "\xff"}', "can't decode byte 0xff"),
-], ids=['control', 'torn', 'column', 'row', 'list', 'bool', 'bytes'])
+], ids=['control', 'torn', 'column', 'rows', 'row', 'list', 'bool', 'bytes'])
 def test_a_broken_line_is_named_by_its_number(tmp_path, line, says):
     line = line if isinstance(line, bytes) else line.encode()
     path = tmp_path / 'a.jsonl'
@@ -248,8 +250,7 @@ def test_text_may_be_null_and_look_like_anything(tmp_path):
     expected = ['2024-01-01', '5', 'null', 'true', 'a\ufffd', '🙂']
     (tmp_path / 'a.jsonl').write_text(lines(texts))
     (tmp_path / 'a.json').write_text(lines(texts))
-    (tmp_path / 'b.json').write_text(json.dumps([{'text': text} for text in texts], indent=2))
-    for name in ('a.jsonl', 'a.json', 'b.json'):
+    for name in ('a.jsonl', 'a.json'):
         assert read(tmp_path / name) == (expected, 0)
 
 
@@ -402,7 +403,7 @@ PACKINGS = {
     'a.jsonl.zst': lambda texts: b''.join(
         pyarrow.Codec('zstd').compress(lines(half).encode(), asbytes=True)
         for half in (texts[:70], texts[70:])),
-    'a.json': lambda texts: json.dumps([{'text': text} for text in texts], indent=1).encode(),
+    'a.json': lambda texts: lines(texts).encode(),
 }
 
 
