@@ -609,7 +609,7 @@ def make_parts(parts, files, tokenize, meta):
     n_tokens = 0
     with tqdm(desc=os.path.basename(os.path.dirname(parts)), unit='B', unit_scale=True,
               total=n_bytes, initial=n_bytes - sum(missing.values())) as bar:
-        stream = with_count(tokenize(missing, bar), bar, source['max_tokens'])
+        stream = with_count(tokenize(missing, bar), bar)
         by_file = itertools.groupby(stream, key=lambda item: item[0])
         for file, path in paths.items():
             if n_tokens >= limit:
@@ -622,16 +622,13 @@ def make_parts(parts, files, tokenize, meta):
     return needed
 
 
-def with_count(stream, bar, max_tokens):
+def with_count(stream, bar):
     """Yield what `tokenize` yields, and show on its bar how many tokens there are."""
-    n_bytes = bar.total
     n_tokens = 0
     for file, tokens, n_bad in stream:
         yield file, tokens, n_bad
         n_tokens += len(tokens)
         bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
-        if max_tokens and n_tokens:  # they may need only a share of the bytes
-            bar.total = max(bar.n, min(n_bytes, bar.n * max_tokens / n_tokens))
 
 
 def write_part(path, stream, dtype, limit):

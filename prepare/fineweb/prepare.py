@@ -104,10 +104,8 @@ def shard_tokens(urls, bar, hashes, folder):
 # ---- A BPE of the documents ----------------------------------------------------------------------
 def texts_to_learn(files, form):
     """Yield the texts of the files until they have tokenizer_chars; the last one may be cut."""
-    limit = tokenizer_chars or sys.maxsize
-    n_left = limit
-    n_bytes = sum(files.values())
-    with tqdm(desc='counting', total=n_bytes, unit='B', unit_scale=True) as bar:
+    n_left = tokenizer_chars or sys.maxsize
+    with tqdm(desc='counting', total=sum(files.values()), unit='B', unit_scale=True) as bar:
         for file in files:
             for texts, _ in corpus.read(file, form, bar):
                 for text, _ in texts:
@@ -115,8 +113,6 @@ def texts_to_learn(files, form):
                     n_left -= len(text)
                     if n_left <= 0:
                         return
-                n_used = max(1, limit - n_left)  # perhaps not all bytes are needed
-                bar.total = min(n_bytes, bar.n * limit // n_used)
 
 
 def trained_bpe(files, form):
