@@ -40,7 +40,6 @@ from folio.tokenizer import EOT
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
 BUFFER = 2**20  # bytes read at a time
 PACKINGS = ('gzip', 'bz2', 'xz', 'zstd')  # fsspec's names for .gz, .bz2, .xz, .zst
-HEADER = 8  # bytes in front of the tokens of a part: how many broken rows were left out
 
 
 # ---- A folder of token files ---------------------------------------------------------------------
@@ -215,7 +214,7 @@ class Form(NamedTuple):
     """How documents lie in files."""
     column: str = 'text'  # of a .parquet, or the key of a .jsonl
     separator: str = ''  # the line between the documents of a .txt; '': it is one document
-    skip_bad: bool = False  # leave out rows that hold no text, and count them; a .txt has no rows
+    skip_bad: bool = False  # leave out rows that hold no text; a .txt has no rows
 
 
 def find_sources(pattern, folder, form):
@@ -323,7 +322,7 @@ def read(file, form, bar):
                                      'another with --column=')
             except ValueError as e:
                 if not form.skip_bad:
-                    raise UserError(f'{file}, {place}: {e}; or leave such rows out and count them: '
+                    raise UserError(f'{file}, {place}: {e}; or leave such rows out: '
                                     '--skip_bad=True') from None
                 n_bad += 1
                 continue
@@ -463,18 +462,18 @@ READERS = {'.parquet': read_parquet, '.jsonl': read_lines, '.ndjson': read_lines
 
 # ---- Tokens --------------------------------------------------------------------------------------
 def tokenize(files, bar, tokenizer, form):
-    """Yield (file, tokens as an array of uint32, broken rows left out) of all files, in order.
+    """Yield (file, tokens as an array of uint32) of all files, in order, at least once for each.
 
     All cores share the work, in pieces of about a million characters. An end-of-text token stands
     in front of every document. Raises what `read` raises, after the tokens of what came before.
     """
-    def encode(file, texts, n_bad):
+    def encode(file, texts):
         ids = []
         for text, is_new in texts:
             if is_new:
                 ids.append(tokenizer.eot)
             ids += tokenizer.encode(text)
-        return file, np.array(ids, np.uint32), n_bad
+        return file, np.array(ids, np.uint32)
 
     n_cores = os.cpu_count()
     if hasattr(os, 'sched_getaffinity'):  # Linux may have given us only some of its cores
@@ -484,11 +483,16 @@ def tokenize(files, bar, tokenizer, form):
     with concurrent.futures.ThreadPoolExecutor(n_cores) as pool:
         try:
             for file in files:
-                for texts, n_bad in read(file, form, bar):
-                    pending.append(pool.submit(encode, file, texts, n_bad))
+                n_bad = 0
+                for texts, n_bad_here in read(file, form, bar):
+                    n_bad += n_bad_here
+                    pending.append(pool.submit(encode, file, texts))
                     # Two for each core, one at work and one waiting, so that no core runs dry.
                     if len(pending) > 2 * n_cores:
                         yield pending.popleft().result()
+                if n_bad:
+                    bar.clear()  # the notice gets a line of its own
+                    notice(f'{file}: {n_bad:,} of its rows hold no text and are left out')
         except UserError:
             while pending:
                 yield pending.popleft().result()
@@ -625,32 +629,27 @@ def make_parts(parts, files, tokenize, meta):
 def with_count(stream, bar):
     """Yield what `tokenize` yields, and show on its bar how many tokens there are."""
     n_tokens = 0
-    for file, tokens, n_bad in stream:
-        yield file, tokens, n_bad
+    for file, tokens in stream:
+        yield file, tokens
         n_tokens += len(tokens)
         bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
 
 
 def write_part(path, stream, dtype, limit):
     """Write the tokens of a file, but at most `limit`, whole or not at all."""
-    n_bad = 0
     n_tokens = 0
     with whole(path) as f:
-        f.write(bytes(HEADER))
-        for _, tokens, n_bad_here in stream:
+        for _, tokens in stream:
             tokens = tokens[:limit - n_tokens]
             f.write(tokens.astype(dtype).tobytes())
             n_tokens += len(tokens)
-            n_bad += n_bad_here
             if n_tokens >= limit:
                 break
-        f.seek(0)
-        f.write(n_bad.to_bytes(HEADER, 'little'))
 
 
 def tokens_in(path, meta):
     """Return how many tokens a part has."""
-    return (os.path.getsize(path) - HEADER) // np.dtype(meta['dtype']).itemsize
+    return os.path.getsize(path) // np.dtype(meta['dtype']).itemsize
 
 
 def join(folder, paths, tokenizer, meta):
@@ -665,7 +664,6 @@ def join(folder, paths, tokenizer, meta):
         raise UserError(f'{total:,} tokens in all are too few for two splits, if val_tokens is '
                         f'{n_val:,}: {remedy}')
     meta['source']['val_tokens'] = n_val
-    meta['bad_rows'] = sum(int(np.fromfile(path, '<u8', count=1)[0]) for path in paths)
     new = empty_folder(folder)
     blocks = blocks_of(paths, meta['dtype'])
     rest = np.array([], meta['dtype'])  # of a block that ends in the next split
@@ -691,15 +689,12 @@ def blocks_of(paths, dtype):
     """Yield the tokens of all parts, in arrays of some millions."""
     for path in tqdm(paths, desc='joining', unit=' parts', delay=2):
         with open(path, 'rb') as f:
-            f.seek(HEADER)
             while block := f.read(8 * BUFFER):
                 yield np.frombuffer(block, dtype)
 
 
 def report(folder, meta):
     """Print what a data set contains."""
-    if meta.get('bad_rows'):
-        print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens '
               f'in {counts["documents"]:,} documents, '

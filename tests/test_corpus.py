@@ -327,7 +327,7 @@ def test_a_long_text_in_stretches_has_the_tokens_of_the_whole(tmp_path_factory, 
         patch.setattr(bpe, 'CHUNK_CHARS', 7)
         stream = list(corpus.tokenize([str(path)], tqdm(disable=True), tok, corpus.Form()))
     expected = [tok.eot, *tok.encode(text)] if text else []
-    assert np.concatenate([tokens for _, tokens, _ in stream]).tolist() == expected
+    assert np.concatenate([tokens for _, tokens in stream]).tolist() == expected
 
 
 def test_a_million_white_characters_in_a_row_are_tokens_too():
@@ -486,13 +486,15 @@ def test_a_broken_row_is_fixed_and_what_was_done_stays_done(prepare):
     assert documents() == texts_of('d') + texts_of('a') + TEXTS + texts_of('c')
 
 
-def test_broken_rows_are_counted_through_workers_too(prepare):
-    for name in 'abc':
-        pathlib.Path(f'{name}.jsonl').write_text(lines([*texts_of(name), 5]))
-    for i in range(2):
-        prepare('--source=*.jsonl', '--skip_bad=True', f'--worker={i}/2')
-    said = prepare('--source=*.jsonl', '--skip_bad=True')
-    assert '3 rows that hold no text were left out' in said
+def test_broken_rows_are_counted_by_the_run_that_reads_them(prepare):
+    for name, n_bad in (('a', 1), ('b', 2), ('c', 0)):
+        pathlib.Path(f'{name}.jsonl').write_text(lines([*texts_of(name), *[5] * n_bad]))
+    args = ['--source=*.jsonl', '--skip_bad=True']
+    for i, says in enumerate(['a.jsonl: 1 of its rows', 'b.jsonl: 2 of its rows', '']):
+        said = prepare(*args, f'--worker={i}/3')
+        assert says in said
+        assert said.count('hold no text and are left out') == bool(says)
+    prepare(*args)
     assert documents() == texts_of('a') + texts_of('b') + texts_of('c')
 
 

@@ -33,7 +33,7 @@ sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, w
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
 separator = ''  # the line between documents in a .txt, <|endoftext|> say; empty: one document
-skip_bad = False  # leave out rows that hold no text, and count them; a .txt has no rows
+skip_bad = False  # leave out rows that hold no text and count them; a .txt has no rows
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
@@ -81,7 +81,7 @@ def list_shards(repository, revision):
 
 
 def shard_tokens(urls, bar, hashes, folder):
-    """Yield (address, tokens, 0) of each shard.
+    """Yield (address, tokens) of each shard.
 
     A shard is a header of 256 int32, of which the first three are 20240520, 1 and the number of
     tokens, and then the tokens, of uint16. Raises UserError for any other file.
@@ -98,7 +98,7 @@ def shard_tokens(urls, bar, hashes, folder):
             raise UserError(f'{url} holds no GPT-2 tokens: its header says {header}, '
                             f'its size {n_tokens:,}')
         bar.update(n_bytes)
-        yield url, tokens, 0
+        yield url, tokens
 
 
 # ---- A BPE of the documents ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from prepare import corpus
 source = (  # the hub's files, or a pattern of your own
     'hf://datasets/Skylion007/openwebtext/plain_text/train-*.parquet')
 column = 'text'  # the column that holds the documents
-skip_bad = False  # leave out rows that hold no text, and count them
+skip_bad = False  # leave out rows that hold no text and count them
 dataset = 'openwebtext'  # the folder under data/ to write
 val_tokens = 5_000_000  # tokens of val.bin
 max_tokens = 0  # stop after this many tokens, val.bin included; 0: take all
