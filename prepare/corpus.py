@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -72,16 +71,18 @@ def read_meta(folder):
         raise UserError(f'{path} is damaged ({e}): remove {folder} to make it again') from None
 
 
-def write_json(path, value):
-    with whole(path) as f:
+def write_json(path, value, run):
+    with whole(path, run) as f:
         f.write(json.dumps(value, indent=2).encode())
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Open a binary file that gets its name when it is complete, even if others write it too."""
-    # A name of this process only, even among machines that share a file system.
-    temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
+def whole(path, run):
+    """Open a binary file that gets its name when it is complete.
+
+    run: a name that this run has and no other that may write the same file; see `name_of_run`.
+    """
+    temporary = f'{path}.{run}.tmp'  # if the run is killed, the next of this name overwrites it
     try:
         with open(temporary, 'wb') as f:
             yield f
@@ -118,7 +119,7 @@ def publish(folder, tokenizer, meta):
     """Move the token files of a data set from <folder>/new to the folder."""
     new = os.path.join(folder, 'new')
     folio.tokenizer.save(tokenizer, os.path.join(new, 'tokenizer.json'))
-    write_json(os.path.join(new, 'meta.json'), meta)
+    write_json(os.path.join(new, 'meta.json'), meta, run='join')
     # meta.json goes first: if we die half-way, its token counts will not match the files.
     names = sorted(os.listdir(new), key=lambda name: name != 'meta.json')
     for name in os.listdir(folder):
@@ -502,11 +503,12 @@ def tokenize(files, bar, tokenizer, form):
 
 
 # ---- A corpus ------------------------------------------------------------------------------------
-def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_tokens=0, worker=''):
+def write_corpus(folder, tokenizer, files, tokens_of, source, val_tokens=0, max_tokens=0,
+                 worker=''):
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
     files: {source file: its bytes}, in the order of the stream.
-    tokenize(files, bar): yields what `tokenize` above does, for some of the files.
+    tokens_of(files, bar): yields what `tokenize` above does, for some of the files.
     source: for meta.json: the 'pattern' of the files, their 'revision', and the form's fields.
     val_tokens: 0: a tenth of all, at most 100 M.
     max_tokens: where to cut the stream, counting val.bin too; 0: at its end.
@@ -521,7 +523,7 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
     if 0 < max_tokens <= val_tokens:
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on '
                         f'next to val_tokens ({val_tokens:,})')
-    share = share_of(worker, list(files))
+    share = {file: files[file] for file in share_of(worker, list(files))}
     meta = new_meta(tokenizer, source | {'files': [stamp(*item) for item in files.items()],
                                          'val_tokens': val_tokens, 'max_tokens': max_tokens})
     parts = os.path.join(folder, 'parts')
@@ -534,9 +536,10 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
         return done
     try:
         os.makedirs(parts, exist_ok=True)
-        with only_one(os.path.join(parts, f'{worker.replace("/", "of") or "join"}.lock')):
-            write_json(os.path.join(parts, 'meta.json'), meta)  # for pinned_commit
-            paths = make_parts(parts, {file: files[file] for file in share}, tokenize, meta)
+        run = name_of_run(worker)
+        with only_one(os.path.join(parts, f'{run}.lock')):
+            write_json(os.path.join(parts, 'meta.json'), meta, run)  # for pinned_commit
+            paths = make_parts(parts, share, tokens_of, meta=meta, run=run)
             if worker:
                 return None
             join(folder, paths, tokenizer, meta)
@@ -560,6 +563,13 @@ def share_of(worker, files):
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise UserError(f'worker is {worker!r}; for the first of four machines, give --worker=0/4')
     return files[int(i)::int(n)]
+
+
+def name_of_run(worker):
+    """Return a name that no other run into a folder has at the same time: 0of4 for worker 0/4."""
+    if worker:
+        return worker.replace('/', 'of')
+    return 'join'
 
 
 def stamp(file, n_bytes):
@@ -595,7 +605,7 @@ def a_tenth(n_tokens):
 
 
 # ---- Parts ---------------------------------------------------------------------------------------
-def make_parts(parts, files, tokenize, meta):
+def make_parts(parts, files, tokens_of, meta, run):
     """Write the missing parts of these files; return the paths of the parts that are needed.
 
     files: {file: its bytes}. Parts are needed in this order until there are max_tokens.
@@ -613,14 +623,14 @@ def make_parts(parts, files, tokenize, meta):
     n_tokens = 0
     with tqdm(desc=os.path.basename(os.path.dirname(parts)), unit='B', unit_scale=True,
               total=n_bytes, initial=n_bytes - sum(missing.values())) as bar:
-        stream = with_count(tokenize(missing, bar), bar)
+        stream = with_count(tokens_of(missing, bar), bar)
         by_file = itertools.groupby(stream, key=lambda item: item[0])
         for file, path in paths.items():
             if n_tokens >= limit:
                 break
             if file in missing:
                 _, of_file = next(by_file)
-                write_part(path, of_file, meta['dtype'], limit)
+                write_part(path, of_file, meta['dtype'], limit=limit, run=run)
             needed.append(path)
             n_tokens += tokens_in(path, meta)
     return needed
@@ -635,10 +645,10 @@ def with_count(stream, bar):
         bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
 
 
-def write_part(path, stream, dtype, limit):
+def write_part(path, stream, dtype, limit, run):
     """Write the tokens of a file, but at most `limit`, whole or not at all."""
     n_tokens = 0
-    with whole(path) as f:
+    with whole(path, run) as f:
         for _, tokens in stream:
             tokens = tokens[:limit - n_tokens]
             f.write(tokens.astype(dtype).tobytes())

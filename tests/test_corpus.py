@@ -504,7 +504,7 @@ def test_parts_of_other_settings_and_files_are_never_joined(prepare, alphabet):
     prepare('--source=*.jsonl', '--worker=0/1', '--column=other')
     prepare('--source=*.jsonl', '--worker=0/1', '--max_tokens=0')
     pathlib.Path('b.jsonl').write_text(lines(texts_of('c'), other='x' * 9))
-    (pathlib.Path('data/fineweb/parts') / 'torn.bin.host.1.tmp').write_bytes(b'torn')
+    (pathlib.Path('data/fineweb/parts') / 'torn.bin.0of1.tmp').write_bytes(b'torn')
     prepare('--source=*.jsonl')
     assert documents() == texts_of('a') + texts_of('c')
 
@@ -554,6 +554,17 @@ def test_a_second_run_on_one_set_is_refused(prepare):
     with only_one('data/fineweb/parts/join.lock'):
         assert 'another run is at work' in prepare('--source=a.jsonl', status=2)
     prepare('--source=a.jsonl')
+
+
+def test_a_run_that_is_killed_often_leaves_one_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'remove', lambda path: None)  # a kill leaves no time for it
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt), corpus.whole(tmp_path / 'part', run='join'):
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ['part.join.tmp']
+    with corpus.whole(tmp_path / 'part', run='join') as f:
+        f.write(b'tokens')
+    assert os.listdir(tmp_path) == ['part']
 
 
 @pytest.mark.parametrize('room', [100, 1000, 2000])

@@ -125,7 +125,7 @@ def trained_bpe(files, form):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
         tok = folio.tokenizer.train_bpe(texts_to_learn(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
-        corpus.write_json(path, tok.spec)
+        corpus.write_json(path, tok.spec, corpus.name_of_run(worker))
     return folio.tokenizer.load(path)
 
 
@@ -153,18 +153,18 @@ def main():
         pattern = SHARDS[edition, sample]
         # The shard of the validation split comes first, so val.bin is made of it.
         files, hashes, revision = list_shards(pattern, corpus.pinned_commit(pattern, folder))
-        tokenize = functools.partial(shard_tokens, hashes=hashes, folder=folder)
+        tokens_of = functools.partial(shard_tokens, hashes=hashes, folder=folder)
     else:
         on_hub = f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet'
         pattern = source or on_hub
         files, revision = corpus.find_sources(pattern, folder, form)
         tok = trained_bpe(files, form) if tokenizer == 'bpe' else folio.tokenizer.load(tokenizer)
-        tokenize = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
+        tokens_of = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
 
     origin = {'pattern': pattern, 'revision': revision, 'column': column}
     if separator:
         origin['separator'] = separator
-    meta = corpus.write_corpus(folder, tok, files, tokenize, source=origin, val_tokens=val_tokens,
+    meta = corpus.write_corpus(folder, tok, files, tokens_of, source=origin, val_tokens=val_tokens,
                                max_tokens=max_tokens, worker=worker)
     if meta is None:
         print(f'worker {worker} has done its share; '

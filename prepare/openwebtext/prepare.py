@@ -29,8 +29,8 @@ folder = folder_of(dataset)
 form = corpus.Form(column, skip_bad=skip_bad)
 tok = folio.tokenizer.load('gpt2')
 files, revision = corpus.find_sources(source, folder, form)
-tokenize = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
+tokens_of = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
 origin = {'pattern': source, 'revision': revision, 'column': column}
-meta = corpus.write_corpus(folder, tok, files, tokenize, source=origin, val_tokens=val_tokens,
+meta = corpus.write_corpus(folder, tok, files, tokens_of, source=origin, val_tokens=val_tokens,
                            max_tokens=max_tokens)
 corpus.report(folder, meta)
