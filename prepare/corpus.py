@@ -212,7 +212,7 @@ def without_blank_ends(text):
 
 # ---- The source files of a corpus ----------------------------------------------------------------
 class Form(NamedTuple):
-    """How documents lie in files."""
+    """How files hold their documents."""
     column: str = 'text'  # of a .parquet, or the key of a .jsonl
     separator: str = ''  # the line between the documents of a .txt; '': it is one document
     skip_bad: bool = False  # leave out rows that hold no text; a .txt has no rows

@@ -6,6 +6,8 @@ Turn one book into train.bin, val.bin and test.bin: its first 90 %, the next 5 %
 
 The default book comes with every Python, so it needs no network. Prints what it wrote: characters,
 tokens, tokens per word (fertility) and bytes per token.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import re
@@ -85,7 +87,8 @@ def without_gutenberg_licence(text):
     line = r'^\s*\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.{0,500}?\*\*\*'
     found = list(re.finditer(line, text, re.MULTILINE | re.DOTALL | re.IGNORECASE))
     books = list(zip(found[::2], found[1::2]))
-    if [match[1].upper() for match in found] != ['START', 'END'] * len(books):
+    words = [match[1].upper() for match in found]
+    if words != ['START', 'END'] * len(books):
         notice(f"the START and END lines of Project Gutenberg in {book} do not make pairs: nothing "
                'is left out')
         books = []

@@ -16,6 +16,8 @@ checkpoint, from which sample.py --chat takes it.
 
     Response:
     It was opened on 19 March 1932.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import random

@@ -13,6 +13,8 @@ finished parts stay. A .txt has no rows: all of it has to be UTF-8.
 Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
 the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
 data/tokenizers/: let the first machine do that alone.
+
+Needs folio/ and prepare/corpus.py.
 """
 import functools
 import os
@@ -76,7 +78,8 @@ def list_shards(repository, revision):
     for file in shards:
         url = hf_hub_url(repository, file.rfilename, repo_type='dataset', revision=info.sha)
         sizes[url] = file.size
-        hashes[url] = file.lfs and file.lfs.sha256
+        if file.lfs:  # a small file has no hash
+            hashes[url] = file.lfs.sha256
     return sizes, hashes, info.sha
 
 
@@ -88,7 +91,7 @@ def shard_tokens(urls, bar, hashes, folder):
     """
     for url in urls:
         path = os.path.join(folder, 'parts', os.path.basename(url))
-        download(url, path, sha256=hashes[url])
+        download(url, path, sha256=hashes.get(url))
         n_bytes = os.path.getsize(path)
         n_tokens = (n_bytes - 4 * SHARD_HEADER) // 2
         header = np.fromfile(path, '<i4', SHARD_HEADER)[:3].tolist()

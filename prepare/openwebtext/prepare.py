@@ -5,6 +5,8 @@ Turn OpenWebText, the open copy of GPT-2's training data, into val.bin and train
 The first 5 M tokens are val.bin, the rest train.bin. The text is tokenized by all cores as it
 streams in from the hub: about 9 B tokens by nanoGPT's count, so 18 GB (not measured here). If it is
 killed, the same command continues with the file it was at.
+
+Needs folio/ and prepare/corpus.py.
 """
 import functools
 import os

@@ -6,6 +6,8 @@ Turn WikiText-2 into train.bin, val.bin and test.bin, with a BPE trained on its 
 Each split is one document and its words are counted as in the benchmark, so that a perplexity per
 word can be compared: whatever white space separates is a word, and so is each line end. In v1 that
 makes 217,646 words in the validation split and 245,569 in the test split.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import re
