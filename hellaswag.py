@@ -63,7 +63,7 @@ def load(source, machine):
     if not source:
         path = os.path.join('data', 'downloads', 'hellaswag_val.jsonl')
         if machine.rank == 0:
-            download([URL], path, sha256=SHA256)
+            download(URL, path, sha256=SHA256)
     machine.barrier()
     items = read_jsonl(path, ['ctx'], "--source= takes a file like HellaSwag's")
     for number, item in enumerate(items, 1):

@@ -76,7 +76,7 @@ def load(source='humaneval'):
     path = source
     hint = "--problems= takes humaneval, builtin, or a file like HumanEval's"
     if source == 'humaneval':
-        path = download([URL], 'data/downloads/HumanEval.jsonl.gz', sha256=SHA256)
+        path = download(URL, 'data/downloads/HumanEval.jsonl.gz', sha256=SHA256)
     elif source == 'builtin':
         path = 'data/textbook_exercises/problems.jsonl'
         hint = 'python extras/textbook/prepare.py writes it'

@@ -1,6 +1,6 @@
 """
 Download one file, whole or not at all.
-    python -c "from folio.download import *; download(['https://example.org/a'], 'data/a.txt')"
+    python -c "from folio.download import *; download('https://example.org/a', 'data/a.txt')"
 
 A transfer that breaks is begun again.
 """
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from folio.configurator import UserError
 
-TRIES = 4  # at each mirror, with waits of 1, 2 and 4 seconds between them
+TRIES = 4  # with waits of 1, 2 and 4 seconds between them
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for more bytes
 HEADERS = {
     'User-Agent': 'folio (a language-model code base)',
@@ -22,43 +22,40 @@ HEADERS = {
 }
 
 
-def download(urls, path, sha256=None):
+def download(url, path, sha256=None):
     """Fetch a file to path, unless it is there already, and return path.
 
-    urls: mirrors of the file, tried in this order.
     sha256: the file's hash, in hexadecimal. A file with another hash, whether there already or just
     downloaded, is fetched again.
-    Raises UserError if no mirror has the file, or if it cannot be written.
+    Raises UserError if the file cannot be had, or if it cannot be written.
     """
     if os.path.exists(path) and sha256 in (None, sha256_of(path)):
         return path
     part = f'{path}.{os.getpid()}.part'  # another process may want the same file
     reason = ''  # why the last attempt failed
-    for url in urls:
-        for attempt in range(TRIES):
-            if attempt > 0:
-                time.sleep(2**(attempt - 1))
-            try:
-                os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-                fetch(url, part)
-                if sha256 in (None, sha256_of(part)):
-                    os.replace(part, path)
-                    return path
-                reason = f'{url}: the file that came has another SHA-256'
-            except requests.RequestException as e:
-                status = getattr(e.response, 'status_code', None)
-                answer = type(e).__name__ if status is None else f'HTTP {status}'
-                reason = f'{url}: {answer}'
-                # Another attempt would get the same answer; 408 and 429 ask us to wait.
-                if status and 400 <= status < 500 and status not in (408, 429):
-                    break
-            except OSError as e:
-                raise UserError(f'could not write {part}: {e.strerror}') from e
-            finally:
-                with contextlib.suppress(OSError):
-                    os.remove(part)  # of an attempt that failed
-    raise UserError(f'could not download {os.path.basename(path)} ({reason}); check the address '
-                    f'and the network, or save the file yourself as {path}')
+    for attempt in range(TRIES):
+        if attempt > 0:
+            time.sleep(2**(attempt - 1))
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            fetch(url, part)
+            if sha256 in (None, sha256_of(part)):
+                os.replace(part, path)
+                return path
+            reason = 'the file that came has another SHA-256'
+        except requests.RequestException as e:
+            status = getattr(e.response, 'status_code', None)
+            reason = type(e).__name__ if status is None else f'HTTP {status}'
+            # Another attempt would get the same answer; 408 and 429 ask us to wait.
+            if status and 400 <= status < 500 and status not in (408, 429):
+                break
+        except OSError as e:
+            raise UserError(f'could not write {part}: {e.strerror}') from e
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(part)  # of an attempt that failed
+    raise UserError(f'could not download {os.path.basename(path)} ({url}: {reason}); check the '
+                    f'address and the network, or save the file yourself as {path}')
 
 
 def sha256_of(path):

@@ -4,14 +4,13 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
-A source file of a corpus is .parquet, .jsonl or .ndjson (an object on each line), .json (the same,
-or one list of objects) or .txt, and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part,
-parts/<hash>.bin, whole or not at all. So a run that was killed continues with the files that have
-no part, and several machines can share the files. The hash covers a file's name, size and date and
-all else that decides its tokens: a part stays valid when other files come, go or are repaired. The
-last run joins the parts; for a while, they and the result take twice the space.
+A source file of a corpus is .parquet, .jsonl, .ndjson or .json (an object on each line) or .txt,
+and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part, parts/<hash>.bin, whole or not at
+all. So a run that was killed continues with the files that have no part, and several machines can
+share the files. The hash covers a file's name and size, a local file's date, and all else that
+decides its tokens: a part stays valid when other files come, go or are repaired. The last run joins
+the parts; for a while, they and the result take twice the space.
 """
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -21,7 +20,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -41,7 +39,6 @@ from folio.tokenizer import EOT
 TOKEN_FILE = re.compile(r'(train|val|test)(\.mask)?\.bin')
 BUFFER = 2**20  # bytes read at a time
 PACKINGS = ('gzip', 'bz2', 'xz', 'zstd')  # fsspec's names for .gz, .bz2, .xz, .zst
-HEADER = 8  # bytes in front of the tokens of a part: how many broken rows were left out
 
 
 # ---- A folder of token files ---------------------------------------------------------------------
@@ -74,16 +71,18 @@ def read_meta(folder):
         raise UserError(f'{path} is damaged ({e}): remove {folder} to make it again') from None
 
 
-def write_json(path, value):
-    with whole(path) as f:
+def write_json(path, value, run):
+    with whole(path, run) as f:
         f.write(json.dumps(value, indent=2).encode())
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Open a binary file that gets its name when it is complete, even if others write it too."""
-    # A name of this process only, even among machines that share a file system.
-    temporary = f'{path}.{platform.node()}.{os.getpid()}.tmp'
+def whole(path, run):
+    """Open a binary file that gets its name when it is complete.
+
+    run: a name that this run has and no other that may write the same file; see `name_of_run`.
+    """
+    temporary = f'{path}.{run}.tmp'  # if the run is killed, the next of this name overwrites it
     try:
         with open(temporary, 'wb') as f:
             yield f
@@ -120,7 +119,7 @@ def publish(folder, tokenizer, meta):
     """Move the token files of a data set from <folder>/new to the folder."""
     new = os.path.join(folder, 'new')
     folio.tokenizer.save(tokenizer, os.path.join(new, 'tokenizer.json'))
-    write_json(os.path.join(new, 'meta.json'), meta)
+    write_json(os.path.join(new, 'meta.json'), meta, run='join')
     # meta.json goes first: if we die half-way, its token counts will not match the files.
     names = sorted(os.listdir(new), key=lambda name: name != 'meta.json')
     for name in os.listdir(folder):
@@ -132,17 +131,15 @@ def publish(folder, tokenizer, meta):
 
 
 # ---- Documents in memory -------------------------------------------------------------------------
-def write_dataset(folder, tokenizer, splits, source, words=None, template=None, learn_end=True):
+def write_dataset(folder, tokenizer, splits, source, words=None, template=None):
     """Tokenize documents and write them as a data set, whole or not at all; return its meta.
 
-    splits: {'train': [document, ...], ...}. A document is a str, a pair (prompt, answer), where
-    only the answer is a target, or a list of pairs (text, whether it is a target). <split>.mask.bin
-    marks the targets. Each document starts with the end-of-text token, if the tokenizer has one.
+    splits: {'train': [document, ...], ...}. A document is a str, or a pair (prompt, answer), where
+    only the answer is a target, which <split>.mask.bin marks. Each document starts with the
+    end-of-text token, if the tokenizer has one.
     source: where the documents came from, for meta.json.
     words: {'train': number of words, ...}, if a perplexity per word is wanted.
     template: the prompt around a user's question, which replaces its {}; for sample.py --chat.
-    learn_end: whether the end-of-text token is a target. If answers are one token long, half of
-    the loss would be for the end, which is easy.
     Raises UserError if the folder is someone else's, or cannot be written.
     """
     require_ours(folder)
@@ -153,7 +150,7 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None, 
         new = empty_folder(folder)
         for split, documents in splits.items():
             path = os.path.join(new, f'{split}.bin')
-            counts = write_split(path, documents, tokenizer, meta['dtype'], learn_end)
+            counts = write_split(path, documents, tokenizer, meta['dtype'])
             if words:
                 counts['words'] = words[split]
             meta['splits'][split] = counts
@@ -165,15 +162,16 @@ def write_dataset(folder, tokenizer, splits, source, words=None, template=None, 
     return meta
 
 
-def write_split(path, documents, tokenizer, dtype, learn_end):
+def write_split(path, documents, tokenizer, dtype):
     """Write <split>.bin and, if not all tokens are targets, its mask; return the counts."""
-    encoded = [encode_document(tokenizer, document, learn_end) for document in documents]
-    tokens, mask = map(np.concatenate, zip(*encoded))
+    encoded = [encode_document(tokenizer, document) for document in documents]
+    tokens = np.concatenate([ids for ids, _ in encoded])
+    mask = np.concatenate([is_target for _, is_target in encoded])
     n_bytes = bytes_of_tokens(tokenizer)[tokens]
     tokens.astype(dtype).tofile(path)
     counts = {'tokens': len(tokens), 'documents': len(documents), 'bytes': int(n_bytes.sum())}
     if not mask.all():
-        mask.tofile(path.replace('.bin', '.mask.bin'))
+        mask.tofile(path.removesuffix('.bin') + '.mask.bin')
         counts['targets'] = int(mask[1:].sum())  # nothing predicts the first token
         counts['target_bytes'] = int(n_bytes[mask == 1].sum())
     return counts
@@ -187,32 +185,20 @@ def bytes_of_tokens(tokenizer):
     return np.array(n_bytes)
 
 
-def encode_document(tokenizer, document, learn_end=True):
+def encode_document(tokenizer, document):
     """Return (tokens, mask) of a document, arrays of the same length; the mask is 1 for targets."""
-    tokens = []
-    mask = []
-    if tokenizer.eot is not None:
-        tokens.append(tokenizer.eot)
-        mask.append(learn_end)  # it ends the document before this one
-    for text, is_target in pieces_of(document):
-        ids = tokenizer.encode(text)
-        tokens += ids
-        mask += [is_target] * len(ids)
-    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
-
-
-def pieces_of(document):
-    """Return a document as a list of (text, whether it is a target).
-
-    >>> pieces_of(('What is one?', 'One.'))
-    [('What is one?', False), ('One.', True)]
-    """
-    if isinstance(document, str):
-        return [(document, True)]
+    prompt = ''
+    answer = document
     if isinstance(document, tuple):
         prompt, answer = document
-        return [(prompt, False), (answer, True)]
-    return document
+    start = []
+    if tokenizer.eot is not None:
+        start.append(tokenizer.eot)  # a target: it ends the document before this one
+    prompt_ids = tokenizer.encode(prompt)
+    answer_ids = tokenizer.encode(answer)
+    tokens = start + prompt_ids + answer_ids
+    mask = [1] * len(start) + [0] * len(prompt_ids) + [1] * len(answer_ids)
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
 
 def without_blank_ends(text):
@@ -226,10 +212,10 @@ def without_blank_ends(text):
 
 # ---- The source files of a corpus ----------------------------------------------------------------
 class Form(NamedTuple):
-    """How documents lie in files."""
+    """How files hold their documents."""
     column: str = 'text'  # of a .parquet, or the key of a .jsonl
     separator: str = ''  # the line between the documents of a .txt; '': it is one document
-    skip_bad: bool = False  # leave out rows that hold no text, and count them
+    skip_bad: bool = False  # leave out rows that hold no text; a .txt has no rows
 
 
 def find_sources(pattern, folder, form):
@@ -257,12 +243,10 @@ def find_sources(pattern, folder, form):
         raise UserError(f'no file is called {pattern}; --source takes a pattern, such as '
                         "'my/*.parquet', where [[] stands for [")
 
-    # A hub answers slowly. Local files go one by one: a list of JSON is in memory whole.
-    n_threads = 16 if '://' in pattern else 1
-    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        first_texts = list(pool.map(lambda file: first_text(file, form), files))
-    for file, text in zip(files, first_texts):
-        if '.txt' in os.path.basename(file).lower() and EOT in text and not form.separator:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # because a hub answers slowly
+        has_eot = list(pool.map(lambda file: EOT in first_text(file, form), files))
+    for file, found in zip(files, has_eot):
+        if '.txt' in os.path.basename(file).lower() and found and not form.separator:
             notice(f'{file} contains {EOT}, but stays one document; if lines of it separate '
                    f"documents, give --separator='{EOT}'")
             break
@@ -274,31 +258,13 @@ def local_files(pattern):
     pattern = os.path.expanduser(pattern).replace(os.sep, '/')
     found = [pattern]
     if not os.path.lexists(pattern):  # 'a[1].txt' is a name, and also a pattern that matches a1.txt
-        found = expand(re.sub(r'\*\*$', '**/*', pattern))
+        found = glob.glob(pattern, recursive=True)
     files = {}
     for path in sorted(found):
         if not os.path.isdir(path):
             facts = os.stat(path)  # an error for a broken link
             files.setdefault((facts.st_dev, facts.st_ino), path)
     return list(files.values())
-
-
-def expand(pattern):
-    """Return the paths that match a pattern; ** stands for any folders, also behind links."""
-    # Not by glob's own **, which goes in circles where a link leads back.
-    before, stars, after = pattern.partition('**/')
-    if not stars:
-        return glob.glob(pattern)
-    found = []
-    seen = set()
-    for top in glob.glob(before or '.'):
-        for folder, subfolders, _ in os.walk(top, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-            if os.path.realpath(folder) in seen:
-                subfolders.clear()
-            seen.add(os.path.realpath(folder))
-            found += expand(os.path.join(glob.escape(folder), after))
-    return found
 
 
 def at_commit(pattern, folder):
@@ -355,9 +321,9 @@ def read(file, form, bar):
                 if not isinstance(text, str | None):
                     raise ValueError(f'{form.column} is {type(text).__name__}, not text; name '
                                      'another with --column=')
-            except (ValueError, RecursionError) as e:
+            except ValueError as e:
                 if not form.skip_bad:
-                    raise UserError(f'{file}, {place}: {e}; or leave such rows out and count them: '
+                    raise UserError(f'{file}, {place}: {e}; or leave such rows out: '
                                     '--skip_bad=True') from None
                 n_bad += 1
                 continue
@@ -377,10 +343,7 @@ def read(file, form, bar):
 @contextlib.contextmanager
 def opened(file):
     """Open a file as bytes, local or remote; whatever goes wrong with it becomes a UserError."""
-    remedy = 'fetch it again, or leave it out'
-    if file.lower().endswith('.zst'):
-        remedy += '; if it needs too much memory, unpack it yourself: zstd -d --long=31'
-    with hub_errors(f'{file} could not be read', remedy):
+    with hub_errors(f'{file} could not be read', 'fetch it again, or leave it out'):
         if '://' in file:
             store, path = fsspec.core.url_to_fs(file)
             raw = store.open(path, 'rb')
@@ -439,20 +402,15 @@ def read_parquet(stream, form, file):
             yield f'row {number}', value.as_py, True
 
 
-def read_lines(lines, form, what='line'):
+def read_lines(lines, form):
     for number, line in enumerate(lines, 1):
         if not line.isspace():
-            yield f'{what} {number}', functools.partial(text_in, line, form.column), True
-
-
-def read_json(stream, form):
-    # Look past a byte order mark and white space: is it one list, or an object on each line?
-    if stream.peek(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'['):
-        return read_lines(map(json.dumps, json.load(stream)), form, what='object')
-    return read_lines(stream, form)
+            yield f'line {number}', functools.partial(text_in, line, form.column), True
 
 
 def text_in(line, column):
+    if line.lstrip().startswith(b'['):  # a file may be one list, on one line or on many
+        raise ValueError('it is a list; the file needs one object a line')
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f'it is {type(row).__name__}, not an object')
@@ -470,11 +428,8 @@ def read_text(stream, form):
     pieces = in_stretches(text)
     if form.separator:
         pieces = between_lines(text, form.separator)
-    try:
-        for piece, is_new in pieces:
-            yield 'text', functools.partial(str, piece), is_new
-    except UnicodeDecodeError as e:
-        yield 'text', functools.partial(str, e.object, 'utf-8'), True  # the same error again
+    for piece, is_new in pieces:
+        yield 'text', functools.partial(str, piece), is_new
 
 
 def between_lines(text, separator):
@@ -503,23 +458,23 @@ def in_stretches(text):
 
 
 READERS = {'.parquet': read_parquet, '.jsonl': read_lines, '.ndjson': read_lines,
-           '.json': read_json, '.txt': read_text}
+           '.json': read_lines, '.txt': read_text}
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
 def tokenize(files, bar, tokenizer, form):
-    """Yield (file, tokens as an array of uint32, broken rows left out) of all files, in order.
+    """Yield (file, tokens as an array of uint32) of all files, in order, at least once for each.
 
     All cores share the work, in pieces of about a million characters. An end-of-text token stands
     in front of every document. Raises what `read` raises, after the tokens of what came before.
     """
-    def encode(file, texts, n_bad):
+    def encode(file, texts):
         ids = []
         for text, is_new in texts:
             if is_new:
                 ids.append(tokenizer.eot)
             ids += tokenizer.encode(text)
-        return file, np.array(ids, np.uint32), n_bad
+        return file, np.array(ids, np.uint32)
 
     n_cores = os.cpu_count()
     if hasattr(os, 'sched_getaffinity'):  # Linux may have given us only some of its cores
@@ -529,11 +484,16 @@ def tokenize(files, bar, tokenizer, form):
     with concurrent.futures.ThreadPoolExecutor(n_cores) as pool:
         try:
             for file in files:
-                for texts, n_bad in read(file, form, bar):
-                    pending.append(pool.submit(encode, file, texts, n_bad))
+                n_bad = 0
+                for texts, n_bad_here in read(file, form, bar):
+                    n_bad += n_bad_here
+                    pending.append(pool.submit(encode, file, texts))
                     # Two for each core, one at work and one waiting, so that no core runs dry.
                     if len(pending) > 2 * n_cores:
                         yield pending.popleft().result()
+                if n_bad:
+                    bar.clear()  # the notice gets a line of its own
+                    notice(f'{file}: {n_bad:,} of its rows hold no text and are left out')
         except UserError:
             while pending:
                 yield pending.popleft().result()
@@ -543,11 +503,12 @@ def tokenize(files, bar, tokenizer, form):
 
 
 # ---- A corpus ------------------------------------------------------------------------------------
-def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_tokens=0, worker=''):
+def write_corpus(folder, tokenizer, files, tokens_of, source, val_tokens=0, max_tokens=0,
+                 worker=''):
     """Write val.bin, the first val_tokens of a stream, and train.bin, the rest; return the meta.
 
     files: {source file: its bytes}, in the order of the stream.
-    tokenize(files, bar): yields what `tokenize` above does, for some of the files.
+    tokens_of(files, bar): yields what `tokenize` above does, for some of the files.
     source: for meta.json: the 'pattern' of the files, their 'revision', and the form's fields.
     val_tokens: 0: a tenth of all, at most 100 M.
     max_tokens: where to cut the stream, counting val.bin too; 0: at its end.
@@ -562,8 +523,8 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
     if 0 < max_tokens <= val_tokens:
         raise UserError(f'max_tokens ({max_tokens:,}) leaves nothing to train on '
                         f'next to val_tokens ({val_tokens:,})')
-    share = share_of(worker, list(files))
-    meta = new_meta(tokenizer, source | {'files': [stamp(file) for file in files],
+    share = {file: files[file] for file in share_of(worker, list(files))}
+    meta = new_meta(tokenizer, source | {'files': [stamp(*item) for item in files.items()],
                                          'val_tokens': val_tokens, 'max_tokens': max_tokens})
     parts = os.path.join(folder, 'parts')
     require_ours(folder)
@@ -575,9 +536,10 @@ def write_corpus(folder, tokenizer, files, tokenize, source, val_tokens=0, max_t
         return done
     try:
         os.makedirs(parts, exist_ok=True)
-        with only_one(os.path.join(parts, f'{worker.replace("/", "of") or "join"}.lock')):
-            write_json(os.path.join(parts, 'meta.json'), meta)  # for pinned_commit
-            paths = make_parts(parts, {file: files[file] for file in share}, tokenize, meta)
+        run = name_of_run(worker)
+        with only_one(os.path.join(parts, f'{run}.lock')):
+            write_json(os.path.join(parts, 'meta.json'), meta, run)  # for pinned_commit
+            paths = make_parts(parts, share, tokens_of, meta=meta, run=run)
             if worker:
                 return None
             join(folder, paths, tokenizer, meta)
@@ -603,11 +565,18 @@ def share_of(worker, files):
     return files[int(i)::int(n)]
 
 
-def stamp(file):
-    """Return [name, bytes, time of last change] of a local file, the name of a remote one."""
-    if not os.path.exists(file):
-        return file
-    return [file, os.path.getsize(file), os.path.getmtime(file)]
+def name_of_run(worker):
+    """Return a name that no other run into a folder has at the same time: 0of4 for worker 0/4."""
+    if worker:
+        return worker.replace('/', 'of')
+    return 'join'
+
+
+def stamp(file, n_bytes):
+    """Return [name, bytes] of a source file, and of a local one the time of its last change."""
+    if os.path.exists(file):
+        return [file, n_bytes, os.path.getmtime(file)]
+    return [file, n_bytes]
 
 
 def find_finished(folder, fresh):
@@ -636,16 +605,16 @@ def a_tenth(n_tokens):
 
 
 # ---- Parts ---------------------------------------------------------------------------------------
-def make_parts(parts, files, tokenize, meta):
+def make_parts(parts, files, tokens_of, meta, run):
     """Write the missing parts of these files; return the paths of the parts that are needed.
 
     files: {file: its bytes}. Parts are needed in this order until there are max_tokens.
     """
     source = meta['source']
     paths = {}
-    for file in files:
-        decides = [stamp(file), source['column'], source.get('separator'), source['max_tokens'],
-                   meta['tokenizer']['hash']]
+    for file, size in files.items():
+        decides = [stamp(file, size), source['column'], source.get('separator'),
+                   source['max_tokens'], meta['tokenizer']['hash']]
         paths[file] = os.path.join(parts, f'{folio.tokenizer.spec_hash(decides)}.bin')
     missing = {file: size for file, size in files.items() if not os.path.exists(paths[file])}
     n_bytes = sum(files.values())
@@ -654,51 +623,43 @@ def make_parts(parts, files, tokenize, meta):
     n_tokens = 0
     with tqdm(desc=os.path.basename(os.path.dirname(parts)), unit='B', unit_scale=True,
               total=n_bytes, initial=n_bytes - sum(missing.values())) as bar:
-        stream = with_count(tokenize(missing, bar), bar, source['max_tokens'])
+        stream = with_count(tokens_of(missing, bar), bar)
         by_file = itertools.groupby(stream, key=lambda item: item[0])
         for file, path in paths.items():
             if n_tokens >= limit:
                 break
             if file in missing:
                 _, of_file = next(by_file)
-                write_part(path, of_file, meta['dtype'], limit)
+                write_part(path, of_file, meta['dtype'], limit=limit, run=run)
             needed.append(path)
             n_tokens += tokens_in(path, meta)
     return needed
 
 
-def with_count(stream, bar, max_tokens):
+def with_count(stream, bar):
     """Yield what `tokenize` yields, and show on its bar how many tokens there are."""
-    n_bytes = bar.total
     n_tokens = 0
-    for file, tokens, n_bad in stream:
-        yield file, tokens, n_bad
+    for file, tokens in stream:
+        yield file, tokens
         n_tokens += len(tokens)
         bar.set_postfix_str(f'{n_tokens / 1e6:,.1f} M tokens', refresh=False)
-        if max_tokens and n_tokens:  # they may need only a share of the bytes
-            bar.total = max(bar.n, min(n_bytes, bar.n * max_tokens / n_tokens))
 
 
-def write_part(path, stream, dtype, limit):
+def write_part(path, stream, dtype, limit, run):
     """Write the tokens of a file, but at most `limit`, whole or not at all."""
-    n_bad = 0
     n_tokens = 0
-    with whole(path) as f:
-        f.write(bytes(HEADER))
-        for _, tokens, n_bad_here in stream:
+    with whole(path, run) as f:
+        for _, tokens in stream:
             tokens = tokens[:limit - n_tokens]
             f.write(tokens.astype(dtype).tobytes())
             n_tokens += len(tokens)
-            n_bad += n_bad_here
             if n_tokens >= limit:
                 break
-        f.seek(0)
-        f.write(n_bad.to_bytes(HEADER, 'little'))
 
 
 def tokens_in(path, meta):
     """Return how many tokens a part has."""
-    return (os.path.getsize(path) - HEADER) // np.dtype(meta['dtype']).itemsize
+    return os.path.getsize(path) // np.dtype(meta['dtype']).itemsize
 
 
 def join(folder, paths, tokenizer, meta):
@@ -713,7 +674,6 @@ def join(folder, paths, tokenizer, meta):
         raise UserError(f'{total:,} tokens in all are too few for two splits, if val_tokens is '
                         f'{n_val:,}: {remedy}')
     meta['source']['val_tokens'] = n_val
-    meta['bad_rows'] = sum(int(np.fromfile(path, '<u8', count=1)[0]) for path in paths)
     new = empty_folder(folder)
     blocks = blocks_of(paths, meta['dtype'])
     rest = np.array([], meta['dtype'])  # of a block that ends in the next split
@@ -739,15 +699,12 @@ def blocks_of(paths, dtype):
     """Yield the tokens of all parts, in arrays of some millions."""
     for path in tqdm(paths, desc='joining', unit=' parts', delay=2):
         with open(path, 'rb') as f:
-            f.seek(HEADER)
             while block := f.read(8 * BUFFER):
                 yield np.frombuffer(block, dtype)
 
 
 def report(folder, meta):
     """Print what a data set contains."""
-    if meta.get('bad_rows'):
-        print(f'{meta["bad_rows"]:,} rows that hold no text were left out')
     for split, counts in meta['splits'].items():
         print(f'{folder}/{split}.bin: {counts["tokens"]:,} tokens '
               f'in {counts["documents"]:,} documents, '

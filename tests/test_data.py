@@ -234,24 +234,10 @@ def test_only_an_answer_and_its_end_are_targets(masked):
     assert tokenizer.decode(tokens[mask == 1].tolist()) == ''.join(EOT + b for _, b in PAIRS)
 
 
-def test_a_document_may_say_of_each_piece_whether_it_is_a_target(tmp_path):
-    tokenizer = train_bpe([], 257)
-    document = [('2 + 2 = ', False), ('4', True), (', of course', False)]
-    write_dataset(tmp_path, tokenizer, {'train': [document, 'all of it']}, source='here')
-    data = Dataset(str(tmp_path))
-    targets = data.tokens('train')[data.mask('train') == 1].tolist()
-    assert tokenizer.decode(targets) == f'{EOT}4{EOT}all of it'
-    assert data.counts('train')['target_bytes'] == len('4all of it')
-
-
-def test_the_end_of_a_text_need_not_be_a_target(tmp_path):
-    tokenizer = train_bpe([], 257)
-    write_dataset(tmp_path, tokenizer, {'train': [('2 + 2 = ', '4')] * 3}, source='here',
-                  learn_end=False)
-    data = Dataset(str(tmp_path))
-    targets = data.tokens('train')[data.mask('train') == 1].tolist()
-    assert tokenizer.decode(targets) == '444'
-    assert data.counts('train')['targets'] == 3
+def test_a_folder_may_have_a_name_like_a_file(tmp_path):
+    folder = tmp_path / 'my.bin.set'
+    write_dataset(folder, train_bpe([], 257), {'train': PAIRS, 'val': PAIRS}, source='here')
+    assert Dataset(str(folder)).mask('val').sum() > 0
 
 
 def test_bytes_a_token_are_those_of_the_targets(masked):

@@ -164,7 +164,7 @@ def test_no_space_left_for_a_data_set_keeps_the_previous_one(book):
     (b'One line is not a book.\n', [], 'at least 200'),
     (b'caf\xe9 ' * 100, [], '--encoding=latin-1'),
     (b'words ' * 100, ['--encoding=utf-99'], '--encoding='),
-    (b'words ' * 100, ['--tokenizer=word'], 'char, bpe, gpt2'),
+    (b'words ' * 100, ['--tokenizer=word'], 'no tokenizer in word'),
     (b'words ' * 100, ['--tokenizer=bpe', '--vocab_size=100'], '257'),
     (None, [], 'cannot be read'),
 ], ids=['empty', 'short', 'latin-1', 'encoding', 'tokenizer', 'vocab_size', 'missing'])

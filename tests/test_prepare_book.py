@@ -19,9 +19,12 @@ GUTENBERG = ('\ufeffThe Project Gutenberg eBook of X\r\n\r\n' + START + '\r\n\r\
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that has GUTENBERG. Nobody waits between two attempts."""
+    """A server that stands in for gutenberg.org. Nobody waits between two attempts."""
     monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)
     server = FileServer(GUTENBERG)
+    get = download.requests.get
+    monkeypatch.setattr(download.requests, 'get', lambda url, **options: get(
+        url.replace('https://www.gutenberg.org', server.url), **options))
     yield server
     server.server.shutdown()
 
@@ -36,32 +39,20 @@ def text_of(folder, name='book'):
     return ''.join(texts)
 
 
-def gutenberg(server, folder, status=0, mirrors=None):
-    return run(BOOK, '--book=gutenberg:99', f'--mirrors={mirrors or server.url}', cwd=folder,
-               status=status)
-
-
 @pytest.mark.parametrize('script', [['ok'], [503, 429, 'ok'], ['cut', 'cut', 'ok'], ['gzip']],
                          ids=str)
 def test_a_gutenberg_book_arrives_whole_without_its_licence(server, tmp_path, script):
     server.script = list(script)
-    gutenberg(server, tmp_path)
+    run(BOOK, '--book=gutenberg:99', cwd=tmp_path)
     assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
-    gutenberg(server, tmp_path)  # from the copy that is here
+    run(BOOK, '--book=gutenberg:99', cwd=tmp_path)  # from the copy that is here
     assert server.asked == ['/cache/epub/99/pg99.txt'] * len(script)
     assert os.listdir(tmp_path / 'data/downloads') == ['gutenberg-99.txt']
 
 
-def test_a_mirror_stands_in_for_a_server_that_lacks_the_book(server, tmp_path):
-    server.script = [404]
-    gutenberg(server, tmp_path, mirrors=f'{server.url}/one {server.url}/two')
-    assert [path.split('/')[1] for path in server.asked] == ['one', 'two']
-    assert text_of(tmp_path) == BODY.replace('\r\n', '\n')
-
-
 def test_a_book_that_cannot_be_had_is_one_line(server, tmp_path):
     server.script = [404]
-    _, err = gutenberg(server, tmp_path, status=2)
+    _, err = run(BOOK, '--book=gutenberg:99', cwd=tmp_path, status=2)
     assert err.startswith('error: could not download')
     assert 'HTTP 404' in err
     assert 'Traceback' not in err
@@ -151,6 +142,17 @@ def test_gpt2_tokens_and_other_encodings(tmp_path):
     assert text_of(tmp_path) == text
     assert data.tokens('train')[0] == 50256
     assert data.vocab_size == 50257
+
+
+def test_a_tokenizer_of_ones_own_serves_another_text(tmp_path):
+    for name in ('one', 'two'):
+        (tmp_path / f'{name}.txt').write_text(f'plain words of text {name}\n' * 50)
+    run(BOOK, '--book=one.txt', '--dataset=one', '--tokenizer=bpe', '--vocab_size=280',
+        cwd=tmp_path)
+    for origin in ('data/one', 'data/one/tokenizer.json'):
+        run(BOOK, '--book=two.txt', '--dataset=two', f'--tokenizer={origin}', cwd=tmp_path)
+        assert Dataset(str(tmp_path / 'data/two')).spec == Dataset(str(tmp_path / 'data/one')).spec
+        assert 'text two' in text_of(tmp_path, 'two')
 
 
 def test_default_book_says_nothing_twice(tmp_path):

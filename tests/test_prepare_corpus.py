@@ -207,6 +207,22 @@ def test_openwebtext_is_the_sets_own_parquet_files(hub, tmp_path):
 
 
 # ---- Settings ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name, args', [
+    ('book', ['--book=train.txt']), ('dolly', ['--source=a.jsonl']),
+    ('fineweb', ['--source=a.jsonl']), ('openwebtext', ['--source=a.jsonl', '--val_tokens=50']),
+    ('wikitext2', ['--source=.', '--vocab_size=260'])])
+def test_a_data_set_may_be_named_with_its_folder(tmp_path, name, args):
+    need_gpt2()
+    row = {'text': 'some text', 'instruction': 'Go.', 'response': 'Yes.'}
+    (tmp_path / 'a.jsonl').write_text((json.dumps(row) + '\n') * 50)
+    for split in ('train', 'valid', 'test'):
+        (tmp_path / f'{split}.txt').write_text('some text ' * 50)
+    out, _ = run(f'prepare/{name}/prepare.py', '--dataset=data/mine', *args, cwd=tmp_path)
+    assert 'data/mine' in out
+    assert 'data/data' not in out
+    assert (tmp_path / 'data/mine/train.bin').exists()
+
+
 @pytest.mark.parametrize('args, says', [
     (['--source=none/*.parquet'], 'no file is called none/*.parquet'),
     (['--source=.'], "such as 'my/*.parquet'"),

@@ -137,7 +137,6 @@ def test_a_split_is_the_one_file_that_has_its_name_as_a_word(tmp_path):
 @pytest.mark.parametrize('args, says', [
     (['--source=nowhere'], 'no file in nowhere is called train.txt'),
     (['--variant=v2'], 'choose from raw, v1'),
-    (['--tokenizer=char'], 'bpe, gpt2'),
 ])
 def test_mistakes_get_one_line(tmp_path, args, says):
     _, error = run(WIKITEXT2, *args, cwd=tmp_path, status=2)

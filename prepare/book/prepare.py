@@ -6,6 +6,8 @@ Turn one book into train.bin, val.bin and test.bin: its first 90 %, the next 5 %
 
 The default book comes with every Python, so it needs no network. Prints what it wrote: characters,
 tokens, tokens per word (fertility) and bytes per token.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import re
@@ -14,16 +16,17 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure, notice
+from folio.data import folder_of
 from folio.download import download
 from prepare.corpus import without_blank_ends, write_dataset
 
 book = 'python'  # python, gutenberg:NUMBER, https://…, or a file
 dataset = 'book'  # the folder under data/ to write
 encoding = 'utf-8'  # of the text
-tokenizer = 'char'  # char, bpe (trained on the training part) or gpt2
+tokenizer = 'char'  # char, bpe (of the training part), gpt2, or your data folder or tokenizer.json
 vocab_size = 1024  # bpe only
-mirrors = (  # Gutenberg's, in the order in which they are asked
-    'https://www.gutenberg.org https://gutenberg.pglaf.org https://aleph.pglaf.org')
+
+GUTENBERG = 'https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt'
 
 
 # ---- The text ------------------------------------------------------------------------------------
@@ -36,12 +39,11 @@ def read_book():
         number = book.removeprefix('gutenberg:')
         if not number.isdecimal():
             raise UserError(f'{book}: a number is needed, for example --book=gutenberg:1342')
-        urls = [f'{mirror.rstrip("/")}/cache/epub/{number}/pg{number}.txt'
-                for mirror in mirrors.split()]
-        path = download(urls, f'data/downloads/gutenberg-{number}.txt')
+        url = GUTENBERG.format(number=number)
+        path = download(url, f'data/downloads/gutenberg-{number}.txt')
     elif book.startswith(('https://', 'http://')):
         file_name = re.sub(r'[^\w.-]+', '_', book.split('://')[1])
-        path = download([book], f'data/downloads/{file_name}')
+        path = download(book, f'data/downloads/{file_name}')
     text = read_text(path)
     if f'\n{folio.tokenizer.EOT}\n' in text:
         notice(f'{book} has the line {folio.tokenizer.EOT}, but stays one text; '
@@ -85,7 +87,8 @@ def without_gutenberg_licence(text):
     line = r'^\s*\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.{0,500}?\*\*\*'
     found = list(re.finditer(line, text, re.MULTILINE | re.DOTALL | re.IGNORECASE))
     books = list(zip(found[::2], found[1::2]))
-    if [match[1].upper() for match in found] != ['START', 'END'] * len(books):
+    words = [match[1].upper() for match in found]
+    if words != ['START', 'END'] * len(books):
         notice(f"the START and END lines of Project Gutenberg in {book} do not make pairs: nothing "
                'is left out')
         books = []
@@ -105,9 +108,7 @@ def make_tokenizer(text, train_text):
         return folio.tokenizer.CharTokenizer(''.join(sorted(set(text))))
     if tokenizer == 'bpe':
         return folio.tokenizer.train_bpe([train_text], vocab_size)
-    if tokenizer == 'gpt2':
-        return folio.tokenizer.load('gpt2')
-    raise UserError(f'tokenizer is {tokenizer!r}; choose from char, bpe, gpt2')
+    return folio.tokenizer.load(tokenizer)
 
 
 def main():
@@ -122,7 +123,7 @@ def main():
     splits = {'train': text[:train_end], 'val': text[train_end:val_end], 'test': text[val_end:]}
 
     tok = make_tokenizer(text, splits['train'])
-    folder = os.path.join('data', dataset)
+    folder = folder_of(dataset)
     documents = {name: [part] for name, part in splits.items()}  # each split is one document
     meta = write_dataset(folder, tok, documents, source=book)
 

@@ -16,6 +16,8 @@ checkpoint, from which sample.py --chat takes it.
 
     Response:
     It was opened on 19 March 1932.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import random
@@ -24,7 +26,7 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
-from folio.data import read_jsonl
+from folio.data import folder_of, read_jsonl
 from folio.download import hub_errors
 from prepare.corpus import encode_document, without_blank_ends, write_dataset
 
@@ -114,7 +116,7 @@ def main():
     n_val = round(val_share * len(kept))
     n_val = min(max(n_val, 1), len(kept) - 1)  # at least one document on each side
     splits = {'train': kept[n_val:], 'val': kept[:n_val]}
-    folder = os.path.join('data', dataset)
+    folder = folder_of(dataset)
     meta = write_dataset(folder, tok, splits, source=origin, template=TEMPLATE)
 
     print(f'{len(kept):,} of {len(rows):,} documents; '

@@ -8,11 +8,13 @@ Turn FineWeb-Edu, FineWeb or your own documents into val.bin, the first 100 M to
 The text is tokenized by all cores as it streams in, each source file into a part. If the run is
 killed, the same command continues with the files that have no part, at the same commit of the hub.
 A row without text ends the run, until the row is fixed or --skip_bad=True leaves such rows out;
-finished parts stay.
+finished parts stay. A .txt has no rows: all of it has to be UTF-8.
 
 Several machines on one file system can share the files: --worker=0/4 on the first … --worker=3/4 on
 the fourth, and then once without --worker, to join their parts. A BPE is trained once and kept in
 data/tokenizers/: let the first machine do that alone.
+
+Needs folio/ and prepare/corpus.py.
 """
 import functools
 import os
@@ -24,6 +26,7 @@ from tqdm import tqdm
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
+from folio.data import folder_of
 from folio.download import download, hub_errors
 from prepare import corpus
 
@@ -32,7 +35,7 @@ sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, w
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
 separator = ''  # the line between documents in a .txt, <|endoftext|> say; empty: one document
-skip_bad = False  # leave out rows that hold no text, and count them
+skip_bad = False  # leave out rows that hold no text and count them; a .txt has no rows
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
@@ -75,19 +78,20 @@ def list_shards(repository, revision):
     for file in shards:
         url = hf_hub_url(repository, file.rfilename, repo_type='dataset', revision=info.sha)
         sizes[url] = file.size
-        hashes[url] = file.lfs and file.lfs.sha256
+        if file.lfs:  # a small file has no hash
+            hashes[url] = file.lfs.sha256
     return sizes, hashes, info.sha
 
 
 def shard_tokens(urls, bar, hashes, folder):
-    """Yield (address, tokens, 0) of each shard.
+    """Yield (address, tokens) of each shard.
 
     A shard is a header of 256 int32, of which the first three are 20240520, 1 and the number of
     tokens, and then the tokens, of uint16. Raises UserError for any other file.
     """
     for url in urls:
-        path = download([url], os.path.join(folder, 'parts', os.path.basename(url)),
-                        sha256=hashes[url])
+        path = os.path.join(folder, 'parts', os.path.basename(url))
+        download(url, path, sha256=hashes.get(url))
         n_bytes = os.path.getsize(path)
         n_tokens = (n_bytes - 4 * SHARD_HEADER) // 2
         header = np.fromfile(path, '<i4', SHARD_HEADER)[:3].tolist()
@@ -97,16 +101,14 @@ def shard_tokens(urls, bar, hashes, folder):
             raise UserError(f'{url} holds no GPT-2 tokens: its header says {header}, '
                             f'its size {n_tokens:,}')
         bar.update(n_bytes)
-        yield url, tokens, 0
+        yield url, tokens
 
 
 # ---- A BPE of the documents ----------------------------------------------------------------------
-def first_texts(files, form):
+def texts_to_learn(files, form):
     """Yield the texts of the files until they have tokenizer_chars; the last one may be cut."""
-    limit = tokenizer_chars or sys.maxsize
-    n_left = limit
-    n_bytes = sum(files.values())
-    with tqdm(desc='counting', total=n_bytes, unit='B', unit_scale=True) as bar:
+    n_left = tokenizer_chars or sys.maxsize
+    with tqdm(desc='counting', total=sum(files.values()), unit='B', unit_scale=True) as bar:
         for file in files:
             for texts, _ in corpus.read(file, form, bar):
                 for text, _ in texts:
@@ -114,21 +116,19 @@ def first_texts(files, form):
                     n_left -= len(text)
                     if n_left <= 0:
                         return
-                n_used = max(1, limit - n_left)  # perhaps not all bytes are needed
-                bar.total = min(n_bytes, bar.n * limit // n_used)
 
 
 def trained_bpe(files, form):
     """Return a BPE of the documents of these files, trained here or by an earlier run."""
     # The name of the file says what the BPE depends on, so no other BPE is taken for it.
-    stamps = [corpus.stamp(file) for file in files]
+    stamps = [corpus.stamp(*item) for item in files.items()]
     request = [stamps, form.column, form.separator, vocab_size, tokenizer_chars]
     path = f'data/tokenizers/{vocab_size}-{folio.tokenizer.spec_hash(request)}.json'
     if not os.path.exists(path):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
-        tok = folio.tokenizer.train_bpe(first_texts(files, form), vocab_size)
+        tok = folio.tokenizer.train_bpe(texts_to_learn(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
-        corpus.write_json(path, tok.spec)
+        corpus.write_json(path, tok.spec, corpus.name_of_run(worker))
     return folio.tokenizer.load(path)
 
 
@@ -149,25 +149,25 @@ def check_settings():
 
 def main():
     check_settings()
-    folder = os.path.join('data', dataset)
+    folder = folder_of(dataset)
     form = corpus.Form(column, separator, skip_bad)
     if pretokenized:
         tok = folio.tokenizer.load('gpt2')
         pattern = SHARDS[edition, sample]
         # The shard of the validation split comes first, so val.bin is made of it.
         files, hashes, revision = list_shards(pattern, corpus.pinned_commit(pattern, folder))
-        tokenize = functools.partial(shard_tokens, hashes=hashes, folder=folder)
+        tokens_of = functools.partial(shard_tokens, hashes=hashes, folder=folder)
     else:
         on_hub = f'hf://datasets/HuggingFaceFW/{edition}/{SAMPLES[sample]}/*.parquet'
         pattern = source or on_hub
         files, revision = corpus.find_sources(pattern, folder, form)
         tok = trained_bpe(files, form) if tokenizer == 'bpe' else folio.tokenizer.load(tokenizer)
-        tokenize = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
+        tokens_of = functools.partial(corpus.tokenize, tokenizer=tok, form=form)
 
     origin = {'pattern': pattern, 'revision': revision, 'column': column}
     if separator:
         origin['separator'] = separator
-    meta = corpus.write_corpus(folder, tok, files, tokenize, source=origin, val_tokens=val_tokens,
+    meta = corpus.write_corpus(folder, tok, files, tokens_of, source=origin, val_tokens=val_tokens,
                                max_tokens=max_tokens, worker=worker)
     if meta is None:
         print(f'worker {worker} has done its share; '

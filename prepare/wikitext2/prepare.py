@@ -6,6 +6,8 @@ Turn WikiText-2 into train.bin, val.bin and test.bin, with a BPE trained on its 
 Each split is one document and its words are counted as in the benchmark, so that a perplexity per
 word can be compared: whatever white space separates is a word, and so is each line end. In v1 that
 makes 217,646 words in the validation split and 245,569 in the test split.
+
+Needs folio/ and prepare/corpus.py.
 """
 import os
 import re
@@ -14,13 +16,14 @@ import sys
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
 from folio.configurator import UserError, configure
+from folio.data import folder_of
 from folio.download import hub_errors
 from prepare.corpus import write_dataset
 
 variant = 'raw'  # raw, or v1: rare words are <unk>
 source = ''  # instead of the hub: a folder of train.txt, valid.txt, test.txt or wiki.train.tokens …
 dataset = 'wikitext2'  # the folder under data/ to write
-tokenizer = 'bpe'  # bpe (trained on the training split) or gpt2
+tokenizer = 'bpe'  # bpe (of the training split), gpt2, or your data folder or tokenizer.json
 vocab_size = 32000  # bpe only
 
 
@@ -64,24 +67,24 @@ def count_words(text):
 
 
 def main():
-    if variant not in ('raw', 'v1') or tokenizer not in ('bpe', 'gpt2'):
-        raise UserError(f'variant is {variant!r}, tokenizer {tokenizer!r}; '
-                        'choose from raw, v1 and from bpe, gpt2')
+    if variant not in ('raw', 'v1'):
+        raise UserError(f'variant is {variant!r}; choose from raw, v1')
     texts = {}
     for name, split in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
         texts[name] = from_folder(split) if source else from_hub(split)
 
-    if tokenizer == 'gpt2':
-        tok = folio.tokenizer.load('gpt2')
-    else:
+    if tokenizer == 'bpe':
         tok = folio.tokenizer.train_bpe([texts['train']], vocab_size)
+    else:
+        tok = folio.tokenizer.load(tokenizer)
 
     documents = {name: [text] for name, text in texts.items()}
     words = {name: count_words(text) for name, text in texts.items()}
     origin = source or f'Salesforce/wikitext, wikitext-2, {variant}'
-    meta = write_dataset(os.path.join('data', dataset), tok, documents, source=origin, words=words)
+    folder = folder_of(dataset)
+    meta = write_dataset(folder, tok, documents, source=origin, words=words)
     for name, counts in meta['splits'].items():
-        print(f'data/{dataset}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
+        print(f'{folder}/{name}.bin: {counts["tokens"]:,} tokens of {tok.n_vocab:,}, '
               f'{counts["words"]:,} words, '
               + folio.tokenizer.fertility(texts[name], counts['tokens']))
 
