@@ -140,8 +140,8 @@ def read_spec(path):
         return spec
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(
-            f'no tokenizer in {path} ({e}); name gpt2, or a tokenizer.json that prepare.py '
-            'wrote') from None
+            f'no tokenizer in {path} ({e}); name gpt2, a tokenizer.json that prepare.py wrote, or '
+            'what --help lists') from None
 
 
 def vocab_size_of(spec):

@@ -469,7 +469,7 @@ def test_a_run_out_of_memory_is_saved_first_and_says_what_to_do(book):
                    accident='raise torch.OutOfMemoryError("CUDA out of memory")')
     out, err = run('train.py', config, *FAST, cwd=book, status=2)
     assert 'an error ends the run; step 5 is saved in out/ckpt.pt' in out
-    assert 'halve --batch_size and double --gradient_accumulation_steps' in err
+    assert 'half the --batch_size and twice the --gradient_accumulation_steps' in err
     assert err.count('\n') == 1
     assert load(book)['iter_num'] == 5
 
