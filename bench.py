@@ -21,9 +21,9 @@ import torch
 
 import folio.checkpoint
 from folio import engine
-from folio.configurator import (UserError, configure, model_settings, require_at_least,
-                                require_choice, user_errors)
-from folio.data import Dataset, folder_of, train_batch
+from folio.configurator import (UserError, configure, folder_of, model_settings,
+                                require_at_least, require_choice, user_errors)
+from folio.data import Dataset, train_batch
 from folio.machine import COMPILE_OPTIONS, Machine, default_device
 from folio.optim import make_optimizers
 from model import GPT, GPTConfig

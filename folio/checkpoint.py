@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import folio.tokenizer
-from folio.configurator import UserError, notice
-from folio.data import Dataset, folder_of
+from folio.configurator import UserError, folder_of, notice
+from folio.data import Dataset
 from folio.tokenizer import spec_hash
 
 FORMAT = 1  # of our checkpoints; nanoGPT's have none

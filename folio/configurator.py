@@ -221,6 +221,11 @@ def require_choice(config, name, choices):
         raise UserError(f'{name} is {config[name]!r}; choose from {listed}')
 
 
+def folder_of(dataset):
+    """Return the folder of a data set: data/book for book, and for data/book too."""
+    return os.path.join('data', dataset.removeprefix('data/'))
+
+
 def print_help(namespace, settings):
     """Print the script's docstring, then each setting with its value and its comment."""
     comments = {}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import folio.tokenizer
-from folio.configurator import UserError
+from folio.configurator import UserError, folder_of
 
 SPLITS = ('train', 'val', 'test')
 GZIP_MAGIC = b'\x1f\x8b'  # the first bytes of every gzip file
@@ -46,11 +46,6 @@ def token_dtype(meta):
 
 
 # ---- A data set ----------------------------------------------------------------------------------
-def folder_of(dataset):
-    """Return the folder of a data set: data/book for book, and for data/book too."""
-    return os.path.join('data', dataset.removeprefix('data/'))
-
-
 class Dataset:
     """A folder of token files: .spec of its tokenizer, .vocab_size, .meta, tokens(split) …"""
 

@@ -25,8 +25,8 @@ import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
-from folio.configurator import UserError, configure
-from folio.data import folder_of, read_jsonl
+from folio.configurator import UserError, configure, folder_of
+from folio.data import read_jsonl
 from folio.download import hub_errors
 from prepare.corpus import encode_document, without_blank_ends, write_dataset
 

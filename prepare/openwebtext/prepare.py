@@ -14,8 +14,7 @@ import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
-from folio.configurator import configure
-from folio.data import folder_of
+from folio.configurator import configure, folder_of
 from prepare import corpus
 
 source = (  # the hub's files, or a pattern of your own

@@ -15,8 +15,7 @@ import sys
 
 sys.path[0] = os.path.abspath(__file__ + '/../../..')  # the root of the checkout
 import folio.tokenizer
-from folio.configurator import UserError, configure
-from folio.data import folder_of
+from folio.configurator import UserError, configure, folder_of
 from folio.download import hub_errors
 from prepare.corpus import write_dataset
 
