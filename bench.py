@@ -5,7 +5,7 @@ Measure how fast a config trains, loads its data and generates text.
     python bench.py --init_from=gpt2 --device=cpu
 
 Prints a table: tokens a second, and on a GPU MFU and peak memory. It takes train.py's config
-files, and measures one process. Where the data set is missing, random tokens take its place.
+files, and measures one process. Without a data set that fits the model, its tokens are random.
 
 Needs model.py and folio/.
 """
@@ -94,12 +94,13 @@ vocab_size = 50257  # GPT-2's
 if init_from != 'scratch':
     checkpoint = folio.checkpoint.load(init_from, out_dir)
     vocab_size = checkpoint['model_args']['vocab_size']
+data = None
 if os.path.exists(os.path.join(folder_of(dataset), 'train.bin')):
     data = Dataset(dataset)
-    if init_from != 'scratch':
-        folio.checkpoint.require_same_tokenizer(checkpoint, data)
+    if init_from == 'scratch':
+        vocab_size = data.vocab_size
+if data is not None and data.vocab_size == vocab_size:
     tokens = data.tokens('train')
-    vocab_size = data.vocab_size
     origin = data.folder
 else:
     # A step takes as long with random tokens. They are too many to stay in a cache.

@@ -67,21 +67,22 @@ def load(source, machine):
     machine.barrier()
     items = read_jsonl(path, ['ctx'], "--source= takes a file like HellaSwag's")
     for number, item in enumerate(items, 1):
-        check(item, f'{path}, item {number}')
+        item['label'] = label_of(item, f'{path}, item {number}')
     return items
 
 
-def check(item, where):
-    """Make an item's label an int. Raises UserError, which says where, if a part is missing."""
+def label_of(item, where):
+    """Return the label of an item, 0 to 3. Raises UserError, with the place, for a broken item."""
     try:
-        item['label'] = int(item['label'])
+        label = int(item['label'])
         if len(item['endings']) != 4 or not all([item['ctx'], *item['endings']]):
             raise ValueError('a text is missing')
-        if not 0 <= item['label'] <= 3:
-            raise ValueError(f'the label is {item["label"]}')
+        if not 0 <= label <= 3:
+            raise ValueError(f'the label is {label}')
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{where}: an item has ctx, four endings and a label, 0 to 3 '
                         f'({type(e).__name__}: {e})') from None
+    return label
 
 
 def render(items, tokenizer, block_size):

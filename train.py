@@ -149,7 +149,10 @@ else:
     folio.checkpoint.require_same_tokenizer(checkpoint, data)
     if resumes:
         folio.checkpoint.require_same_run(checkpoint, model_args, data, seed)
-    model = folio.checkpoint.build(GPT, checkpoint, model_args)
+    settings = model_args
+    if eval_only:  # the model as it was trained, with a shorter context if that is asked for
+        settings = {'block_size': min(block_size, checkpoint['model_args']['block_size'])}
+    model = folio.checkpoint.build(GPT, checkpoint, settings)
 block_size = model.config.block_size
 model.to(device)
 with user_errors():
@@ -227,7 +230,7 @@ if decay_lr and min_lr > learning_rate:
     print0(f'min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise')
 if decay_lr and n_steps > 0 and decay_iters <= warmup_iters:
     print0(f'the schedule of the learning rate ends at step {decay_iters}, within its warm-up of '
-           f'{warmup_iters} steps (warmup_iters)')
+           f'{warmup_iters} steps: give fewer --warmup_iters')
 elif decay_lr and decay_iters < max_iters:
     print0(f'from step {decay_iters} (lr_decay_iters) on, the learning rate is {min_lr:g} (min_lr)')
 

@@ -1,6 +1,6 @@
 # nanoGPT's CPU recipe on the default book, the baseline of config/train_book.py.
 #     python prepare/book/prepare.py && python train.py config/train_book_nanogpt.py
-# Loss 1.572 in 68 s (two cores of an AMD EPYC, torch 2.13, Python 3.11, 2026-11-21).
+# Loss 1.575 in 103 s (two cores of an AMD EPYC, torch 2.13, 2026-11-30).
 out_dir = 'out/book_nanogpt'
 dataset = 'book'
 device = 'cpu'

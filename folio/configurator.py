@@ -68,7 +68,7 @@ def configure(namespace, argv=None, strict=True):
     if takes_a_model:
         for name, default in model_defaults(namespace['GPTConfig']).items():
             # A default that was edited in a copied model counts, also where the script has another.
-            if name not in defaults or default != fields_before.get(name):
+            if name not in defaults or default != fields_before.get(name, default):
                 defaults[name] = default
     # 3. What the files say, and then what the command line says, which wins.
     settings = dict(defaults)
@@ -134,7 +134,8 @@ def run_file(path, namespace):
     for name, value in namespace.items():
         is_new = name not in before or value is not before[name]
         is_helper = callable(value) or isinstance(value, type(sys))  # a function, a class, a module
-        if is_new and not is_helper and name[0].islower():
+        is_constant = name.isupper() and name.lower() not in before  # EPOCHS, but not SEED
+        if is_new and not is_helper and not is_constant and not name.startswith('_'):
             assigned[name] = value
     return assigned
 
@@ -256,7 +257,8 @@ def report(kind, error, trace):
                           '--activation_checkpointing=True')
         kind = UserError
     if issubclass(kind, OSError):  # the system's words, and where: it may be a bug after all
-        where = traceback.extract_tb(trace)[-1]
+        frames = traceback.extract_tb(trace)
+        where = [frame for frame in frames if 'site-packages' not in frame.filename][-1]
         error = UserError(f'{error} ({where.filename}, line {where.lineno})')
         kind = UserError
     if kind is UserError:

@@ -61,8 +61,8 @@ class Dataset:
             name = name.removeprefix('data/')
             remedy = f'python prepare/{name}/prepare.py writes it'
             if not os.path.exists(f'prepare/{name}/prepare.py'):
-                remedy = ('the config file that names it says how to prepare it; from your own '
-                          f'text: python prepare/book/prepare.py --book=my.txt --dataset={name}')
+                remedy = (f'from your own text: python prepare/book/prepare.py --book=my.txt '
+                          f'--dataset={name}; config/ says how to prepare what its files name')
             raise UserError(f'no data set in {self.folder} (no train.bin): {remedy}')
         try:
             if os.path.isfile(self.path('meta.json')):
@@ -306,10 +306,10 @@ def eval_batches(tokens, mask, block_size, batch_size, n_windows=0, rank=0, worl
 def evaluate(model, data, split, block_size, batch_size, n_windows, machine):
     """Return {loss, perplexity, bits_per_byte, word_perplexity} on n_windows of a split (0: all).
 
-    data: a Dataset. The loss is in nats per token; bits_per_byte and word_perplexity are left out
-    where meta.json has no count of bytes or words; these are counts of the whole split, even where
-    n_windows covers only a part of it. Each process takes its share of the windows, and
-    all return the same. Raises UserError if no window has a target.
+    data: a Dataset. The loss is in nats per token. bits_per_byte and word_perplexity need
+    meta.json's counts of bytes and words, which are of the whole split even if n_windows is a part
+    of it. Each process takes its share of the windows, and all return the same. Raises UserError if
+    no window has a target.
     """
     was_training = model.training
     model.eval()

@@ -27,7 +27,7 @@ def download(url, path, sha256=None):
 
     sha256: the file's hash, in hexadecimal. A file with another hash, whether there already or just
     downloaded, is fetched again.
-    Raises UserError if the file cannot be had, or if it cannot be written.
+    Raises UserError if the file cannot be fetched, or if it cannot be written.
     """
     if os.path.exists(path) and sha256 in (None, sha256_of(path)):
         return path

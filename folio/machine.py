@@ -166,7 +166,8 @@ class Machine:
         name = self.name
         if self.type == 'cpu':
             reason = why_no_gpu()
-            name += f'; no GPU: {reason}' if reason else ''
+            if reason:
+                name += f'; no GPU: {reason}'
         return (f'{processes} on {self.device} ({name}), dtype {self.dtype}, '
                 f'torch {torch.__version__}')
 

@@ -5,7 +5,7 @@ Write data sets as token files, whole or not at all: documents in memory, or a c
 Both leave a folder with train.bin, val.bin, tokenizer.json and meta.json.
 
 A source file of a corpus is .parquet, .jsonl, .ndjson or .json (an object on each line) or .txt,
-and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part, parts/<hash>.bin, whole or not at
+and may be compressed: .gz, .bz2, .xz, .zst. It becomes a part, parts/<hash>.tokens, whole or not at
 all. So a run that was killed continues with the files that have no part, and several machines can
 share the files. The hash covers a file's name and size, a local file's date, and all else that
 decides its tokens: a part stays valid when other files come, go or are repaired. The last run joins
@@ -80,7 +80,7 @@ def write_json(path, value, run):
 def whole(path, run):
     """Open a binary file that gets its name when it is complete.
 
-    run: a name that this run has and no other that may write the same file; see `name_of_run`.
+    run: a name that no other run has which writes the same file now; see `name_of_run`.
     """
     temporary = f'{path}.{run}.tmp'  # if the run is killed, the next of this name overwrites it
     try:
@@ -343,7 +343,8 @@ def read(file, form, bar):
 @contextlib.contextmanager
 def opened(file):
     """Open a file as bytes, local or remote; whatever goes wrong with it becomes a UserError."""
-    with hub_errors(f'{file} could not be read', 'fetch it again, or leave it out'):
+    remedy = 'fetch it again, convert it to UTF-8, or leave it out'
+    with hub_errors(f'{file} could not be read', remedy):
         if '://' in file:
             store, path = fsspec.core.url_to_fs(file)
             raw = store.open(path, 'rb')
@@ -370,6 +371,8 @@ def rows_of(raw, file, form):
         raise UserError(f'{file} is none of {", ".join(READERS)}, compressed or not')
     if ending == '.parquet':
         return read_parquet(stream, form, file)
+    if ending == '.json' and stream.peek(1).lstrip().startswith(b'['):
+        raise UserError(f'{file} is one list; one object a line is needed: jq -c ".[]" {file}')
     return READERS[ending](stream, form)
 
 
@@ -409,8 +412,6 @@ def read_lines(lines, form):
 
 
 def text_in(line, column):
-    if line.lstrip().startswith(b'['):  # a file may be one list, on one line or on many
-        raise ValueError('it is a list; the file needs one object a line')
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f'it is {type(row).__name__}, not an object')
@@ -615,7 +616,7 @@ def make_parts(parts, files, tokens_of, meta, run):
     for file, size in files.items():
         decides = [stamp(file, size), source['column'], source.get('separator'),
                    source['max_tokens'], meta['tokenizer']['hash']]
-        paths[file] = os.path.join(parts, f'{folio.tokenizer.spec_hash(decides)}.bin')
+        paths[file] = os.path.join(parts, f'{folio.tokenizer.spec_hash(decides)}.tokens')
     missing = {file: size for file, size in files.items() if not os.path.exists(paths[file])}
     n_bytes = sum(files.values())
     limit = source['max_tokens'] or sys.maxsize

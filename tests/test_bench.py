@@ -84,11 +84,14 @@ def test_a_bench_takes_a_config_file_of_train(profiled):
     assert '3 x 8 tokens of prompt' in out
 
 
-def test_a_bench_of_a_run_needs_neither_its_config_nor_its_data(tmp_path):
+@pytest.mark.parametrize('dataset', ['none', 'book'])
+def test_a_bench_of_a_run_needs_neither_its_config_nor_its_data(book_once, tmp_path, dataset):
     config = GPTConfig(block_size=32, vocab_size=3, n_layer=1, n_head=1, n_embd=16)
-    folio.checkpoint.save(str(tmp_path / 'ckpt.pt'),
-                          {'model': GPT(config).state_dict(), 'model_args': vars(config)})
-    out, _ = run('bench.py', '--init_from=ckpt.pt', *QUICK, '--dataset=none', cwd=tmp_path)
+    path = tmp_path / 'ckpt.pt'
+    folio.checkpoint.save(str(path), {'model': GPT(config).state_dict(),
+                                      'model_args': vars(config)})
+    out, _ = run('bench.py', f'--init_from={path}', *QUICK, f'--dataset={dataset}', cwd=book_once)
+    assert 'random tokens' in out
     assert '\ntraining ' in out
 
 

@@ -108,6 +108,8 @@ def test_helpers_of_a_config_file_stay_its_own(write):
 
 @pytest.mark.parametrize('text, says', [
     ('sed = 1', 'unknown setting sed in .*config.py: did you mean seed'),
+    ('Seed = 1', 'unknown setting Seed in .*config.py: did you mean seed'),
+    ('SEED = 1', 'unknown setting SEED'),
     ('seed = 1.0', 'takes int'),
     ('bias = 1', 'takes bool'),
     ('seed = True', 'takes int'),
@@ -206,6 +208,9 @@ def test_an_edited_default_of_a_copied_model_counts(write):
     assert got['n_layer'] == 3
     assert got['bias'] is True
     assert configure(dict(namespace), [config, '--n_layer=4'])['n_layer'] == 4
+    # A field that is new to the model is what it always was: the setting of that name.
+    namespace['n_kv_head'] = 5
+    assert configure(namespace, [config])['n_kv_head'] == 5
 
 
 # ---- Help ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ sample = 'sample-10BT'  # sample-10BT, sample-100BT, sample-350BT, or default, w
 source = ''  # instead: a pattern of your .parquet, .jsonl or .txt (each a document), or compressed
 column = 'text'  # the column of a .parquet or .jsonl that holds the documents
 separator = ''  # the line between documents in a .txt, <|endoftext|> say; empty: one document
-skip_bad = False  # leave out rows that hold no text and count them; a .txt has no rows
+skip_bad = False  # leave out rows that hold no text, and count them; a .txt has no rows
 pretokenized = False  # download tokens, not text: 10BT of either edition, or 100BT of fineweb
 dataset = 'fineweb'  # the folder under data/ to write
 tokenizer = 'gpt2'  # or bpe (trained on the documents), or your own data folder or tokenizer.json
@@ -127,7 +127,8 @@ def trained_bpe(files, form):
         print(f'training a BPE of {vocab_size:,} tokens', file=sys.stderr)
         tok = folio.tokenizer.train_bpe(texts_to_learn(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
-        corpus.write_json(path, tok.spec, corpus.name_of_run(worker))
+        # A run into another data set may write the same file.
+        corpus.write_json(path, tok.spec, run=f'{dataset}.{corpus.name_of_run(worker)}')
     return folio.tokenizer.load(path)
 
 
