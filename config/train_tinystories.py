@@ -5,7 +5,7 @@
 #     python sample.py --out_dir=out/tinystories --start="Once upon a time"
 # Downloads 1 GB. Sees 0.33 B tokens, by our estimate less than an epoch. Meant for one GPU.
 # On a CPU, for a first look: --batch_size=8 --max_iters=500 --warmup_iters=20 --eval_iters=50
-# Not measured here. The learning rates come from config/train_textbooks.py.
+# Not measured here. The learning rates come from runs on textbooks.
 out_dir = 'out/tinystories'
 dataset = 'tinystories'
 arch = 'modern'
