@@ -37,7 +37,7 @@ profile = False  # show where the time of three steps goes, and write out_dir/tr
 save_to = ''  # write the measurements to this file as well, as JSON
 # train.py's, with its defaults; and the fields of GPTConfig
 out_dir = 'out'  # where init_from=resume looks, and the trace goes
-init_from = 'scratch'  # scratch, resume, gpt2 …, a .pt, a folder
+init_from = 'scratch'  # scratch, resume (give its config for its batch), gpt2 …, a .pt, a folder
 seed = 1337  # of initialisation and batches
 dataset = 'openwebtext'  # a folder under data/
 gradient_accumulation_steps = 40  # micro-steps in a step

@@ -61,8 +61,8 @@ class Dataset:
             name = name.removeprefix('data/')
             remedy = f'python prepare/{name}/prepare.py writes it'
             if not os.path.exists(f'prepare/{name}/prepare.py'):
-                remedy = (f'from your own text: python prepare/book/prepare.py --book=my.txt '
-                          f'--dataset={name}; config/ says how to prepare what its files name')
+                remedy = ('config/ says how to prepare what its files name; from your own text: '
+                          f'python prepare/book/prepare.py --book=my.txt --dataset={name}')
             raise UserError(f'no data set in {self.folder} (no train.bin): {remedy}')
         try:
             if os.path.isfile(self.path('meta.json')):
