@@ -130,4 +130,4 @@ def test_too_little_memory_in_one_process_ends_all_with_its_line(book):
     config = plant(book, when='os.environ["RANK"] == "1"',
                    accident='raise torch.OutOfMemoryError("CUDA out of memory")')
     _, err = run('train.py', config, *TINY, *SINGLE, cwd=book, status=1, processes=2)
-    assert 'error: CUDA out of memory: halve --batch_size' in err
+    assert 'error: CUDA out of memory: train.py takes less with half' in err
