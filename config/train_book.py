@@ -1,7 +1,8 @@
 # A book, one character a token: 0.8 M parameters on a CPU, nanoGPT's 6 layers of 384 on a GPU.
 #     python prepare/book/prepare.py && python train.py config/train_book.py
 # CPU: loss 1.299 in 67 to 80 s (the default book, in bfloat16; two cores of an AMD EPYC, torch
-# 2.13, 2026-11-30). A CPU without AVX512-BF16 trains in float32: on that EPYC to 1.294 in 85 to 95.
+# 2.13, 2026-11-30). A CPU without AVX512-BF16 trains in float32: that EPYC does so to 1.294 in 85
+# to 95 s.
 # GPU: not measured yet.
 import folio.machine
 
