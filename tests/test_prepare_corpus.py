@@ -209,7 +209,8 @@ def test_openwebtext_is_the_sets_own_parquet_files(hub, tmp_path):
 # ---- Settings ------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, args', [
     ('book', ['--book=train.txt']), ('dolly', ['--source=a.jsonl']),
-    ('fineweb', ['--source=a.jsonl']), ('openwebtext', ['--source=a.jsonl', '--val_tokens=50']),
+    ('fineweb', ['--source=a.jsonl', '--tokenizer=bpe', '--vocab_size=260']),
+    ('openwebtext', ['--source=a.jsonl', '--val_tokens=50']),
     ('wikitext2', ['--source=.', '--vocab_size=260'])])
 def test_a_data_set_may_be_named_with_its_folder(tmp_path, name, args):
     need_gpt2()

@@ -128,7 +128,8 @@ def trained_bpe(files, form):
         tok = folio.tokenizer.train_bpe(texts_to_learn(files, form), vocab_size)
         os.makedirs('data/tokenizers', exist_ok=True)
         # A run into another data set may write the same file.
-        corpus.write_json(path, tok.spec, run=f'{dataset}.{corpus.name_of_run(worker)}')
+        name = os.path.basename(folder_of(dataset))
+        corpus.write_json(path, tok.spec, run=f'{name}.{corpus.name_of_run(worker)}')
     return folio.tokenizer.load(path)
 
 
